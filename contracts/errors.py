@@ -1,0 +1,74 @@
+"""One tree of errors, named after the boundary that was crossed.
+
+Every error says three things: the rule that was broken, the value that was found, and the remedy. They stay picklable,
+so an actor's error reaches the driver as itself. `InputError` and its children are the user's to mend (exit code 2);
+everything else is ours or the machine's (exit code 1).
+"""
+
+
+class TutorloopError(Exception):
+    """Rule, value found, remedy. Example: `DataError("every row needs a prompt", "row 7 has keys ['q']", "set …")`."""
+
+    def __init__(self, rule: str, found: str = "", remedy: str = "") -> None:
+        super().__init__(rule, found, remedy)
+        self.rule, self.found, self.remedy = rule, found, remedy
+
+    def __str__(self) -> str:
+        parts = [self.rule, f"found: {self.found}" if self.found else "", self.remedy]
+        return "\n  ".join(part for part in parts if part)
+
+
+class InputError(TutorloopError, ValueError):
+    """Something that the user gave us cannot be used."""
+
+
+class ConfigError(InputError):
+    """The recipe or an override."""
+
+
+class ModelError(InputError):
+    """A model folder or hub id."""
+
+
+class DataError(InputError):
+    """A dataset or one of its rows."""
+
+
+class TokenizerMismatch(InputError):
+    """Two models that must share token ids do not."""
+
+
+class ResourceError(InputError):
+    """The cluster has less than the recipe asks for."""
+
+
+class RunFolderError(InputError):
+    """The output folder cannot take this run."""
+
+
+class CheckpointError(InputError):
+    """A checkpoint that cannot be resumed from."""
+
+
+class RecordError(TutorloopError, ValueError):
+    """A record whose parts do not align: caught where it is made."""
+
+
+class RolloutError(TutorloopError, RuntimeError):
+    """The rollout pool failed."""
+
+
+class TeacherError(TutorloopError, RuntimeError):
+    """A teacher pool failed."""
+
+
+class VerifierError(TutorloopError, RuntimeError):
+    """The verifier pool failed."""
+
+
+class LearnerError(TutorloopError, RuntimeError):
+    """The learner failed."""
+
+
+class WeightsMismatch(TutorloopError, RuntimeError):
+    """A rollout replica does not run the weights that the learner published."""

@@ -1,0 +1,56 @@
+"""The protocols of the exchangeable parts. An actor knows a protocol, never another actor."""
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from .records import Rollout, Sampling, ScoreRequest, TeacherScores, WeightBucket, WeightManifest
+
+
+class Generation(Protocol):
+    """One sampled response: ids and logprobs `[R]`, the sampler's own top-k ids `[R,K]` if asked, and why it ended."""
+
+    token_ids: np.ndarray
+    logprobs: np.ndarray
+    topk_ids: np.ndarray
+    finish_reason: str
+
+
+class RolloutEngine(Protocol):
+    """Generates from token ids. The weights change only between calls of `generate`."""
+
+    weight_version: int
+
+    def generate(self, prompts: Sequence[np.ndarray], seeds: Sequence[int], sampling: Sampling) -> Sequence[Generation]:
+        """One response per prompt. The draw depends on the prompt's seed alone, not on the rest of the batch."""
+        ...
+
+    def decode(self, token_ids: np.ndarray) -> str:
+        """Response text, special tokens left out."""
+        ...
+
+    def load_weights(self, buckets: Iterable[WeightBucket], manifest: WeightManifest) -> None:
+        """Copy a version in, then prove it: fingerprint and canary. Raises WeightsMismatch."""
+        ...
+
+
+class TeacherEngine(Protocol):
+    """Scores exact token ids, never re-tokenised text, at temperature 1."""
+
+    def score(self, rollouts: Sequence[Rollout], request: ScoreRequest) -> list[TeacherScores]:
+        """Scores in the order of `rollouts`; one that cannot be scored comes back with an error class."""
+        ...
+
+
+class Judgement(Protocol):
+    """A verifier's decision on one text: passed, and the canonical answer it read ("" for none)."""
+
+    passed: bool
+    answer: str
+
+
+class Verifier(Protocol):
+    """Judges one response text against one gold answer. May hang or crash: it runs in a process that can be killed."""
+
+    def __call__(self, text: str, gold: str) -> Judgement: ...

@@ -1,0 +1,96 @@
+"""Find and load models and tokenizers: a local folder, a hub id, or `lab:NAME`. Safetensors only, no remote code."""
+
+import hashlib
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from ..contracts.errors import ModelError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def locate_model(name: str) -> Path:
+    """The local folder of a model; a hub id is downloaded (safetensors only). Raises ModelError."""
+    if name.startswith("lab:"):
+        folder = Path(str(files("tutorloop.lab"))) / "models" / name.removeprefix("lab:")
+    else:
+        folder = Path(name).expanduser()
+    if folder.is_dir():
+        _check_folder(name, folder)
+        return folder
+    if name.startswith(("lab:", "/", "./", "../", "~")) or name.count("/") != 1:
+        raise ModelError("a model is a local folder, a hub id or lab:NAME", f"{name}: no such folder", "check the path")
+    from huggingface_hub import snapshot_download  # imported here: only hub ids need it
+
+    try:
+        patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+        folder = Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # whatever the hub's client raises, the user needs one answer
+        reason = f"{name}: no such folder here, and as a hub id: {type(error).__name__}"
+        raise ModelError("a model is a local folder, a hub id or lab:NAME", reason, "check the name") from error
+    _check_folder(name, folder)
+    return folder
+
+
+def _check_folder(name: str, folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise ModelError("a model folder holds config.json", f"{name}: {folder} has none", "give a transformers folder")
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            "a model's weights are safetensors", f"{name}: {folder} holds none", "save it with safe_serialization=True"
+        )
+
+
+def load_causal_lm(name: str, dtype: str = "fp32", attention: str = "sdpa", device: str = "cpu") -> PreTrainedModel:
+    """A causal language model, in evaluation mode. `attention`: "sdpa", or "packed" for packed batches."""
+    folder = locate_model(name)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=DTYPES[dtype], attn_implementation=attention, use_safetensors=True, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError("a model must load with transformers", f"{name}: {error}") from error
+    return model.to(device).eval()
+
+
+def load_tokenizer(name: str) -> Any:
+    """The model's tokenizer. Raises ModelError."""
+    try:
+        return AutoTokenizer.from_pretrained(locate_model(name), local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            "a model folder holds its tokenizer", f"{name}: {error}", "save the tokenizer into it"
+        ) from error
+
+
+def load_config(name: str) -> Any:
+    """The model's transformers configuration."""
+    return AutoConfig.from_pretrained(locate_model(name), local_files_only=True)
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Equal for two tokenizers that give every string the same ids: vocabulary, merges, normaliser, added tokens."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str()) if hasattr(tokenizer, "backend_tokenizer") else {}
+    state.pop("padding", None)
+    state.pop("truncation", None)
+    state = state or {"vocab": tokenizer.get_vocab()}
+    return hashlib.blake2b(json.dumps(state, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def load_lm_head(name: str, dtype: str = "fp32") -> torch.Tensor:
+    """A model's output projection `[V, D]` alone, read from its safetensors (the embedding where they are tied)."""
+    folder = locate_model(name)
+    for wanted in ("lm_head.weight", "model.embed_tokens.weight"):
+        for shard in sorted(folder.glob("*.safetensors")):
+            with safe_open(shard, "pt") as tensors:
+                if wanted in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
+                    return tensors.get_tensor(wanted).to(DTYPES[dtype])
+    raise ModelError(
+        "a teacher of exact divergence has an lm_head or tied embeddings", f"{name}: neither is in {folder}"
+    )
