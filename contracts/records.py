@@ -295,6 +295,26 @@ class Term:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StepPlan:
+    """One rank's share of one learner step, over the batches that come with it: rollouts, then scores, then verdicts."""
+
+    step: int  # from 0; decides the learning rate
+    rollout_batches: int
+    score_batches: int
+    micro_batches: tuple[tuple[tuple[int, int], ...], ...]  # (rollout batch, row); every rank has equally many
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """What one learner step did, over all ranks. `metrics`: means over trained tokens unless the name says otherwise."""
+
+    loss: float
+    tokens: int  # response tokens trained
+    seconds: float
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Receipt:
     """What a service says about one batch: counts and seconds for the driver's metrics, never tokens."""
 
@@ -303,7 +323,7 @@ class Receipt:
     seconds: float  # spent working on the batch
     lengths: tuple[int, ...] = ()  # tokens of each rollout, prompt included
     response_lengths: tuple[int, ...] = ()
-    rollout_ids: tuple[str, ...] = ()
+    rollout_ids: tuple[str, ...] = ()  # of the rows that were served; a teacher's leaves out what it refused
     weight_version: int = 0  # the oldest in the batch
     truncated: int = 0
     rewards: tuple[float, ...] = ()  # the verifier's, a row each
