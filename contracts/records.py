@@ -296,7 +296,7 @@ class Term:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepPlan:
-    """One rank's share of one learner step, over the batches that come with it: rollouts, then scores, then verdicts."""
+    """One rank's share of one learner step, over the batches beside it: rollouts, then scores, then verdicts."""
 
     step: int  # from 0; decides the learning rate
     rollout_batches: int
@@ -306,7 +306,7 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
-    """What one learner step did, over all ranks. `metrics`: means over trained tokens unless the name says otherwise."""
+    """What one learner step did, over all ranks. Unless its name says otherwise, a metric is a mean over trained tokens."""
 
     loss: float
     tokens: int  # response tokens trained
