@@ -23,9 +23,9 @@ class Section(BaseModel):
 class Pool(Section):
     """A group of equal replicas and what each takes from the cluster. Whole CPUs are torch threads (at least one)."""
 
-    replicas: int = Field(1, ge=1)
-    num_cpus: float = Field(0.25, ge=0)
-    num_gpus: float = Field(0, ge=0)
+    replicas: int = Field(default=1, ge=1)
+    num_cpus: float = Field(default=0.25, ge=0)
+    num_gpus: float = Field(default=0, ge=0)
 
 
 class Student(Section):
@@ -41,43 +41,43 @@ class Teacher(Pool):
     engine: Literal["transformers"] = "transformers"
     signal: Literal["sampled", "topk", "exact"] = "exact"
     dtype: Literal["fp32", "bf16"] = "fp32"
-    tokens_per_batch: int = Field(8192, ge=1, description="most tokens in one forward pass")
+    tokens_per_batch: int = Field(default=8192, ge=1, description="most tokens in one forward pass")
 
 
 class Rollout(Pool):
     """The rollout pool and how it samples."""
 
     engine: Literal["transformers"] = "transformers"
-    samples_per_prompt: int = Field(4, ge=1)
-    max_new_tokens: int = Field(256, ge=1)
-    temperature: float = Field(1.0, ge=0)
-    batch_size: int = Field(64, ge=1, description="rollouts in one call of generate")
+    samples_per_prompt: int = Field(default=4, ge=1)
+    max_new_tokens: int = Field(default=256, ge=1)
+    temperature: float = Field(default=1.0, ge=0)
+    batch_size: int = Field(default=64, ge=1, description="rollouts in one call of generate")
 
 
 class Verifier(Pool):
     """The verifier pool. `timeout_seconds` is each sample's budget; what exceeds it is killed and abstains."""
 
-    num_cpus: float = Field(0.125, ge=0)
+    num_cpus: float = Field(default=0.125, ge=0)
     kind: Literal["math", "exact"] = "math"
-    timeout_seconds: float = Field(5.0, gt=0)
+    timeout_seconds: float = Field(default=5.0, gt=0)
 
 
 class Learner(Section):
     """The DeepSpeed ZeRO learner: one rank per replica of nothing else."""
 
-    ranks: int = Field(1, ge=1)
-    num_cpus: float = Field(0.25, ge=0)
-    num_gpus: float = Field(0, ge=0)
+    ranks: int = Field(default=1, ge=1)
+    num_cpus: float = Field(default=0.25, ge=0)
+    num_gpus: float = Field(default=0, ge=0)
     zero_stage: Literal[0, 1, 2, 3] = 1
     dtype: Literal["fp32", "bf16"] = "fp32"
-    learning_rate: float = Field(1e-5, gt=0)
-    warmup_steps: int = Field(0, ge=0)
+    learning_rate: float = Field(default=1e-5, gt=0)
+    warmup_steps: int = Field(default=0, ge=0)
     decay: Literal["constant", "linear", "cosine"] = "constant"
-    min_learning_rate: float = Field(0.0, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
+    min_learning_rate: float = Field(default=0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
-    max_grad_norm: float = Field(1.0, gt=0)
-    tokens_per_batch: int = Field(4096, ge=1, description="most tokens in one packed micro-batch of one rank")
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    tokens_per_batch: int = Field(default=4096, ge=1, description="most tokens in one packed micro-batch of one rank")
 
 
 class Data(Section):
@@ -90,7 +90,6 @@ class Data(Section):
     answer_field: str = "answer"
     prompt_suffix: str = ""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    max_prompt_tokens: int = Field(1024, ge=1)
 
 
 class Eval(Section):
@@ -99,25 +98,25 @@ class Eval(Section):
     path: str = ""
     ood_path: str = ""
     split: str = "test"
-    every: int = Field(0, ge=0, description="steps")
-    samples: int = Field(1, ge=1, description="samples per problem, the k of avg@k")
-    problems: int = Field(200, ge=1, description="first problems of the file")
-    temperature: float = Field(1.0, ge=0)
-    max_new_tokens: int | None = Field(None, ge=1, description="default: the rollout's")
+    every: int = Field(default=0, ge=0, description="steps")
+    samples: int = Field(default=1, ge=1, description="samples per problem, the k of avg@k")
+    problems: int = Field(default=200, ge=1, description="first problems of the file")
+    temperature: float = Field(default=1.0, ge=0)
+    max_new_tokens: int | None = Field(default=None, ge=1, description="default: the rollout's")
 
 
 class Checkpoint(Section):
     """Every how many steps (0: only at the end or when interrupted), and how many to keep."""
 
-    every: int = Field(0, ge=0)
-    keep: int = Field(2, ge=1)
+    every: int = Field(default=0, ge=0)
+    keep: int = Field(default=2, ge=1)
 
 
 class Metrics(Section):
     """The Prometheus endpoint; port 0 takes a free one. Loopback unless told otherwise."""
 
     host: str = "127.0.0.1"
-    port: int = Field(0, ge=0, le=65535)
+    port: int = Field(default=0, ge=0, le=65535)
 
 
 class Config(Section):
@@ -125,11 +124,11 @@ class Config(Section):
 
     method: str
     method_options: dict[str, Any] = Field(default_factory=dict)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     output_dir: str
     steps: int = Field(ge=1)
     prompts_per_step: int = Field(ge=1)
-    max_staleness: int = Field(0, ge=0)
+    max_staleness: int = Field(default=0, ge=0)
     student: Student
     teacher: Teacher | None = None
     teachers: dict[str, Teacher] = Field(default_factory=dict)
@@ -175,10 +174,16 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 def parse_config(tree: Mapping[str, Any]) -> Config:
     """Validate a tree of plain values; all its faults come in one ConfigError."""
     try:
-        return Config.model_validate(tree)
+        return Config.model_validate(_given(tree))
     except ValidationError as error:
         faults = [_explain(fault) for fault in error.errors()]
         raise ConfigError("the configuration has a fault in every line below", "\n  ".join(faults)) from None
+
+
+def _given(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the keys that hold nothing: `key:` and `key=` mean the default."""
+    kept = {key: _given(value) if isinstance(value, dict) else value for key, value in tree.items()}
+    return {key: value for key, value in kept.items() if value is not None}
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

@@ -11,10 +11,14 @@ from .records import Rollout, Sampling, ScoreRequest, TeacherScores, WeightBucke
 class Generation(Protocol):
     """One sampled response: ids and logprobs `[R]`, the sampler's own top-k ids `[R,K]` if asked, and why it ended."""
 
-    token_ids: np.ndarray
-    logprobs: np.ndarray
-    topk_ids: np.ndarray
-    finish_reason: str
+    @property
+    def token_ids(self) -> np.ndarray: ...
+    @property
+    def logprobs(self) -> np.ndarray: ...
+    @property
+    def topk_ids(self) -> np.ndarray: ...
+    @property
+    def finish_reason(self) -> str: ...
 
 
 class RolloutEngine(Protocol):
@@ -46,8 +50,10 @@ class TeacherEngine(Protocol):
 class Judgement(Protocol):
     """A verifier's decision on one text: passed, and the canonical answer it read ("" for none)."""
 
-    passed: bool
-    answer: str
+    @property
+    def passed(self) -> bool: ...
+    @property
+    def answer(self) -> str: ...
 
 
 class Verifier(Protocol):

@@ -306,7 +306,7 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
-    """What one learner step did, over all ranks. Unless its name says otherwise, a metric is a mean over trained tokens."""
+    """What one learner step did, over all ranks. A metric is a mean over trained tokens, or its name says what else."""
 
     loss: float
     tokens: int  # response tokens trained

@@ -56,7 +56,7 @@ def load_causal_lm(name: str, dtype: str = "fp32", attention: str = "sdpa", devi
         )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError("a model must load with transformers", f"{name}: {error}") from error
-    return model.to(device).eval()
+    return model.to(device=torch.device(device)).eval()  # pyright: ignore[reportCallIssue]
 
 
 def load_tokenizer(name: str) -> Any:

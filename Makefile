@@ -1,0 +1,47 @@
+# Everything runs in .venv; the stamp file makes `setup` a matter of once per lock of versions.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
+
+.PHONY: setup quickstart test test-unit test-ray test-packaging lint lab benchmark clean
+
+setup: $(STAMP)
+
+# torch first and alone: it is the build that everything else must accept.
+$(STAMP): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || (echo "tutorloop needs Python 3.11 or newer"; exit 1)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet setuptools==78.1.1
+	$(BIN)/pip install --quiet --no-build-isolation --editable '.[dev]'
+	$(BIN)/pip check
+	touch $@
+
+quickstart: setup
+	$(BIN)/tutorloop train recipes/quickstart.yaml output_dir=$(RUN)
+
+# Fast ones first.
+test: setup lint test-unit test-packaging test-ray
+
+test-unit: setup
+	$(BIN)/python -m pytest tests/unit
+
+test-ray: setup
+	$(BIN)/python -m pytest tests/ray
+
+test-packaging: setup
+	$(BIN)/python -m pytest tests/packaging
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+# The lab's data, tokenizer and models, made again from a seed (about an hour on one core).
+lab: setup
+	$(BIN)/python -m tutorloop.lab.build --seed 0
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,31 @@
+"""`tutorloop COMMAND …`: the console script.
+
+Commands import what they need when they run, so a wrong key is answered without loading torch or Ray.
+"""
+
+import typer
+
+from .. import __version__
+from . import evaluate, train
+from .outcome import ends_clearly
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.command("train")(ends_clearly(train.train))
+app.command("eval")(ends_clearly(evaluate.evaluate))
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"tutorloop {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def tutorloop(
+    version: bool = typer.Option(False, "--version", help="Print the version.", callback=_show_version, is_eager=True),
+) -> None:
+    """Distil a teacher's reasoning into a student on the student's own rollouts, on Ray."""
+
+
+def main() -> None:
+    app()

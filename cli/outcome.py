@@ -1,0 +1,35 @@
+"""How a command ends: 0 done, 2 the user's input, 1 anything else, 130 interrupted. One clear error, no traceback."""
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import ParamSpec
+
+import typer
+
+from ..contracts.errors import InputError, TutorloopError
+
+Arguments = ParamSpec("Arguments")
+
+INPUT, OTHER, INTERRUPTED = 2, 1, 130
+
+
+def ends_clearly(command: Callable[Arguments, bool]) -> Callable[Arguments, None]:
+    """Turn a command's errors into a message and an exit code; a command returns False if it was interrupted."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
+        try:
+            code = 0 if command(*args, **kwargs) else INTERRUPTED
+        except TutorloopError as error:
+            sys.stderr.write(f"error: {error}\n")
+            code = INPUT if isinstance(error, InputError) else OTHER
+        except KeyboardInterrupt:
+            sys.stderr.write("interrupted\n")
+            code = INTERRUPTED
+        except OSError as error:
+            sys.stderr.write(f"error: the machine refused: {error}\n")
+            code = OTHER
+        raise typer.Exit(code)
+
+    return wrapped

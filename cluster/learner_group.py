@@ -1,0 +1,113 @@
+"""The learner's ranks as one thing: plan a step, run it on every rank, publish, save, load, export."""
+
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import ObjectRef
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from ..contracts.config import Config
+from ..contracts.errors import LearnerError
+from ..contracts.records import StepPlan, StepReport, Term, WeightManifest
+from ..learner.packing import plan_micro_batches
+from ..learner.worker import LearnerWorker
+from .flow import Shard
+from .pool import peak_memory
+from .runtime import end, get
+
+
+@ray.remote(num_cpus=0)
+def _rendezvous() -> tuple[str, int]:
+    """Address and a free port of the node this runs on."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        return ray.util.get_node_ip_address(), free.getsockname()[1]
+
+
+class LearnerGroup:
+    """One actor per rank. `heads`: teachers whose frozen output projection the loss needs, by name."""
+
+    def __init__(self, config: Config, terms: tuple[Term, ...], heads: dict[str, tuple[str, str]]) -> None:
+        learner = config.learner
+        self.tokens_per_batch = learner.tokens_per_batch
+        need = {"CPU": learner.num_cpus, "GPU": learner.num_gpus}
+        bundle = {name: amount for name, amount in need.items() if amount} or {"CPU": 0.001}
+        self._group = placement_group([bundle] * learner.ranks, strategy="PACK")
+        get(self._group.ready(), LearnerError, "learner's placement")
+        address, port = ray.get(_rendezvous.options(scheduling_strategy=self._bundle(0)).remote())
+        same_host = address == ray.util.get_node_ip_address()
+        actor = ray.remote(LearnerWorker)
+        self.ranks: list[Any] = [
+            actor.options(
+                num_cpus=learner.num_cpus, num_gpus=learner.num_gpus, scheduling_strategy=self._bundle(rank)
+            ).remote(
+                rank=rank,
+                world_size=learner.ranks,
+                master_addr="127.0.0.1" if same_host and self._on_one_node() else address,
+                master_port=port,
+                student=config.student.model,
+                heads=heads,
+                config=learner,
+                terms=terms,
+                steps=config.steps,
+                device="cuda" if learner.num_gpus else "cpu",
+                threads=max(1, int(learner.num_cpus)),
+            )
+            for rank in range(learner.ranks)
+        ]
+
+    def _bundle(self, rank: int) -> PlacementGroupSchedulingStrategy:
+        return PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank)
+
+    def _on_one_node(self) -> bool:
+        nodes = ray.util.placement_group_table(self._group)["bundles_to_node_id"]
+        return len(set(nodes.values())) == 1
+
+    def _all(self, method: str, *args: Any) -> list[Any]:
+        return get([getattr(rank, method).remote(*args) for rank in self.ranks], LearnerError, "learner")
+
+    def ready(self) -> None:
+        get([rank.__ray_ready__.remote() for rank in self.ranks], LearnerError, "learner")
+
+    def start_step(self, step: int, shards: Sequence[Shard], lengths: Sequence[Sequence[int]]) -> list[ObjectRef]:
+        """Begin a step on every rank; each gets its own plan and the same references. One report per rank."""
+        plans = plan_micro_batches(lengths, len(self.ranks), self.tokens_per_batch)
+        scores = [ref for shard in shards for ref in shard.scores]
+        batches = [*(s.rollouts for s in shards), *scores, *(s.verdicts for s in shards)]
+        common = {"step": step, "rollout_batches": len(shards), "score_batches": len(scores)}
+        return [
+            rank.step.remote(StepPlan(micro_batches=plan, **common), *batches)
+            for rank, plan in zip(self.ranks, plans, strict=True)
+        ]
+
+    def finish_step(self, reports: list[ObjectRef]) -> StepReport:
+        return get(reports, LearnerError, "learner")[0]
+
+    def publish(self, version: int) -> tuple[WeightManifest, list[ObjectRef]]:
+        """Put a version's buckets into the object store; returns its manifest and the buckets' references."""
+        streams = [rank.publish.options(num_returns="streaming").remote(version) for rank in self.ranks]
+        first, *_ = [list(stream) for stream in streams]  # the other ranks only take part
+        *buckets, manifest = first
+        return get(manifest, LearnerError, "learner"), buckets
+
+    def save(self, folder: Path) -> None:
+        self._all("save", str(folder))
+
+    def load(self, folder: Path) -> None:
+        self._all("load", str(folder))
+
+    def export(self, folder: Path) -> None:
+        self._all("export", str(folder))
+
+    def peak_memory(self) -> int:
+        """Resident bytes at their peak, summed over the ranks."""
+        return sum(get([peak_memory(rank) for rank in self.ranks], LearnerError, "learner"))
+
+    def close(self) -> None:
+        for rank in self.ranks:
+            end(rank)
+        remove_placement_group(self._group)

@@ -1,0 +1,47 @@
+"""The card of a trained student: what it is, how it was made, how good it is."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .. import __version__
+from ..contracts.config import Config
+
+
+def write_model_card(path: Path, config: Config, summary: dict[str, Any]) -> None:
+    """README.md of an exported model, with the front matter that model hubs read."""
+    teachers = ", ".join(teacher.model for teacher in config.named_teachers.values())
+    recipe = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    accuracy = summary["accuracy"]
+    split = {
+        "in distribution": ("before", "after", "teacher"),
+        "out of distribution": ("ood_before", "ood_after", "ood_teacher"),
+    }
+    rows = [f"| {name} | " + " | ".join(_percent(accuracy[key]) for key in keys) + " |" for name, keys in split.items()]
+    front = yaml.safe_dump({"library_name": "transformers", "tags": ["tutorloop", config.method]}, sort_keys=False)
+    path.write_text(
+        f"""---
+{front}---
+# {Path(config.student.model).name or config.student.model}, distilled
+
+Trained by tutorloop {__version__} with `{config.method}`, {summary["steps"]} steps, seed {config.seed}.
+Student: `{config.student.model}`. Teacher: `{teachers}`. Data: `{config.data.path}`.
+
+avg@{config.eval.samples} at temperature {config.eval.temperature}, first {config.eval.problems} problems of each set:
+
+| | before | after | teacher |
+|---|---|---|---|
+{chr(10).join(rows)}
+
+## Recipe
+
+```yaml
+{recipe}```
+""",
+        encoding="utf-8",
+    )
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f} %"

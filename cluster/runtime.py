@@ -1,0 +1,76 @@
+"""Ray itself: join or start a cluster, know what it has, turn its failures into errors named after the pool.
+
+Without `--address` (or Ray's own RAY_ADDRESS, which a Ray job sets) a private local cluster is started; `ray.init()`
+alone would join whatever cluster stands on the machine.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from ..contracts.errors import ResourceError, TutorloopError
+
+# One thread a process unless the actor is given more CPUs; quiet libraries; no lookups on the hub from an actor.
+ACTOR_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
+
+
+@contextmanager
+def cluster(address: str | None) -> Iterator[None]:
+    """Ray for the length of the block; a cluster that was started here ends with it."""
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    # Actors find ninja and other tools beside this interpreter, also when no environment was activated.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
+    options["runtime_env"] = {"env_vars": {**ACTOR_ENVIRONMENT, "PATH": path}}
+    if address == "local":
+        options["include_dashboard"] = False
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        ray.init(**options)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        if address == "local":
+            raise
+        raise ResourceError(
+            "--address names a running Ray cluster", f"{address}: {error}", "ray start --head"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def check_resources(need: Mapping[str, float]) -> None:
+    """The cluster must have at least `need` of each resource. Raises ResourceError."""
+    have = ray.cluster_resources()
+    for resource, amount in need.items():
+        if amount > have.get(resource, 0.0) + 1e-9:
+            found = f"the recipe's pools ask for {amount:g}, the cluster has {have.get(resource, 0.0):g}"
+            key = f"num_{resource.lower()}s"
+            raise ResourceError(
+                f"the cluster has every {resource} that the recipe asks for", found, f"lower {key} or replicas"
+            )
+
+
+def get(refs: Any, boundary: type[TutorloopError], who: str) -> Any:
+    """`ray.get` whose failures are ours: an actor's own error as itself, a lost actor as `boundary`."""
+    try:
+        return ray.get(refs)
+    except RayTaskError as error:
+        cause = error.cause if isinstance(error.cause, BaseException) else None
+        if isinstance(cause, TutorloopError):
+            raise cause from None
+        raise boundary(f"the {who} must finish its call", str(error)) from None
+    except RayActorError as error:
+        raise boundary(f"the {who}'s actors must stay alive", str(error), "look into Ray's logs; --resume") from None
+
+
+def end(actor: Any) -> None:
+    """End an actor's process at once."""
+    ray.kill(actor)

@@ -1,0 +1,162 @@
+"""What a run has counted so far: tokens, drops, staleness, evaluations. Saved with checkpoints, summed up at last."""
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ..contracts.records import StepReport
+from .flow import Flow, Shard
+from .metrics import EvalRow, PoolRow, StepRow
+
+
+@dataclass(slots=True)
+class Tally:
+    """Counts over the whole run, resumed parts included. `before` is the wall time of the parts before this one."""
+
+    tokens: Counter[str] = field(default_factory=Counter)  # generated, scored, trained
+    dropped: Counter[str] = field(default_factory=Counter)
+    failed: Counter[str] = field(default_factory=Counter)  # "pool:error class"
+    busy: dict[str, float] = field(default_factory=dict)  # pool → seconds
+    pool_tokens: Counter[str] = field(default_factory=Counter)
+    staleness_sum: float = 0.0
+    staleness_rows: int = 0
+    staleness_max: int = 0
+    training_seconds: float = 0.0
+    before: float = 0.0
+    evals: list[EvalRow] = field(default_factory=list)
+    started: float = field(default_factory=time.monotonic)
+    _seen: dict[str, tuple[int, float, Counter[str]]] = field(default_factory=dict)  # pool → its counters last time
+
+    @property
+    def wall_seconds(self) -> float:
+        return self.before + time.monotonic() - self.started
+
+    def evaluated(self, step: int) -> bool:
+        return any(row.step == step and row.model == "student" for row in self.evals)
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint: plain values."""
+        counters = {name: dict(getattr(self, name)) for name in COUNTERS}
+        numbers = {name: getattr(self, name) for name in PLAIN}
+        return {**counters, **numbers, "before": self.wall_seconds, "evals": [asdict(row) for row in self.evals]}
+
+    @classmethod
+    def resumed(cls, state: dict[str, Any]) -> "Tally":
+        evals = [EvalRow(**row) for row in state["evals"]]
+        counters: dict[str, Any] = {name: Counter(state[name]) for name in COUNTERS}
+        return cls(**counters, **{name: state[name] for name in (*PLAIN, "before")}, evals=evals)
+
+    def step_row(
+        self, step: int, shards: Sequence[Shard], report: StepReport, seconds: dict[str, float], flow: Flow
+    ) -> StepRow:
+        """Count a finished step (`step` steps are done with it) and describe it."""
+        total = seconds["total"] - seconds.get("evaluate", 0.0) - seconds.get("checkpoint", 0.0)
+        self.training_seconds += total
+        tokens = {"generated": 0, "scored": 0, "trained": report.tokens}
+        pools = {}
+        for pool in flow.pools:
+            new_tokens, busy = self._advance(pool.name, pool.tokens, pool.busy_seconds, pool.errors)
+            replicas = len(pool.replicas)
+            pools[pool.name] = PoolRow(
+                replicas=replicas,
+                tokens_per_second=new_tokens / total,
+                busy_fraction=min(1.0, busy / (total * replicas)),
+                queue_depth=pool.queue_depth,
+            )
+            kind = {"rollout": "generated", "verifier": ""}.get(pool.name, "scored")
+            if kind:
+                tokens[kind] += new_tokens
+        self.busy["learner"] = self.busy.get("learner", 0.0) + report.seconds
+        self.pool_tokens["learner"] += report.tokens
+        pools["learner"] = PoolRow(
+            replicas=flow.config.learner.ranks,
+            tokens_per_second=report.tokens / total,
+            busy_fraction=min(1.0, report.seconds / total),
+            queue_depth=flow.queue_depth,
+        )
+        self.tokens.update(tokens)
+        self.dropped.update(flow.dropped)
+        flow.dropped.clear()
+        return StepRow(
+            step=step - 1,
+            version=step,
+            wall_seconds=self.wall_seconds,
+            seconds=dict(seconds),
+            loss=report.loss,
+            learner=report.metrics,
+            tokens=tokens,
+            pools=pools,
+            dropped=dict(self.dropped),
+            failed=dict(self.failed),
+            **self._rollout_figures(step - 1, shards),
+        )
+
+    def _advance(self, pool: str, tokens: int, busy: float, errors: Counter[str]) -> tuple[int, float]:
+        """What a pool did since it was last asked."""
+        old_tokens, old_busy, old_errors = self._seen.get(pool, (0, 0.0, Counter()))
+        self._seen[pool] = (tokens, busy, Counter(errors))
+        self.busy[pool] = self.busy.get(pool, 0.0) + busy - old_busy
+        self.pool_tokens[pool] += tokens - old_tokens
+        for error, count in (errors - old_errors).items():
+            self.failed[f"{pool}:{error}"] += count
+        return tokens - old_tokens, busy - old_busy
+
+    def _rollout_figures(self, step: int, shards: Sequence[Shard]) -> dict[str, Any]:
+        generated = [shard.generated for shard in shards if shard.generated]
+        judged = [shard.judged for shard in shards if shard.judged]
+        rows = sum(receipt.rows for receipt in generated)
+        lengths = [length for receipt in generated for length in receipt.response_lengths]
+        rewards = [reward for receipt in judged for reward in receipt.rewards]
+        abstained = sum(count for receipt in judged for count in receipt.errors.values())
+        counted = max(1, len(rewards) - abstained)
+        stale = [(shard.staleness(step), shard.generated.rows) for shard in shards if shard.generated]
+        self.staleness_sum += sum(age * count for age, count in stale)
+        self.staleness_rows += rows
+        self.staleness_max = max([self.staleness_max, *(age for age, _ in stale)])
+        return {
+            "reward": sum(rewards) / counted,
+            "pass_rate": sum(passed for receipt in judged for passed in receipt.passed) / counted,
+            "abstained": abstained,
+            "response_length": sum(lengths) / max(1, len(lengths)),
+            "truncated_share": sum(receipt.truncated for receipt in generated) / max(1, rows),
+            "staleness_mean": sum(age * count for age, count in stale) / max(1, rows),
+            "staleness_max": max([0, *(age for age, _ in stale)]),
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """The counted part of summary.json."""
+        seconds = max(self.training_seconds, 1e-9)
+        return {
+            "wall_seconds": self.wall_seconds,
+            "accuracy": {
+                "before": self._accuracy("in_distribution", "student", 0),
+                "after": self._accuracy("in_distribution", "student", -1),
+                "teacher": self._accuracy("in_distribution", "teacher", 0),
+                "ood_before": self._accuracy("out_of_distribution", "student", 0),
+                "ood_after": self._accuracy("out_of_distribution", "student", -1),
+                "ood_teacher": self._accuracy("out_of_distribution", "teacher", 0),
+            },
+            "tokens": {name: self.tokens[name] for name in ("generated", "scored", "trained")},
+            "pools": {
+                name: {"tokens_per_second": self.pool_tokens[name] / seconds, "busy_fraction": busy / seconds}
+                for name, busy in self.busy.items()
+            },
+            "staleness": {"mean": self.staleness_sum / max(1, self.staleness_rows), "max": self.staleness_max},
+            "dropped": dict(self.dropped),
+            "verifier_errors": {
+                name.removeprefix("verifier:"): count
+                for name, count in self.failed.items()
+                if name.startswith("verifier:")
+            },
+            "evals": [asdict(row) for row in self.evals],
+        }
+
+    def _accuracy(self, split: str, model: str, which: int) -> float | None:
+        values = [row.stats["avg_at_k"]["value"] for row in self.evals if (row.split, row.model) == (split, model)]
+        return values[which] if values else None
+
+
+COUNTERS = ("tokens", "dropped", "failed", "pool_tokens")
+PLAIN = ("busy", "staleness_sum", "staleness_rows", "staleness_max", "training_seconds")

@@ -1,0 +1,80 @@
+"""The configuration: overrides, one clear error for each wrong thing, and the interface's keys."""
+
+from pathlib import Path
+
+import pytest
+from tutorloop.contracts.config import load_config, parse_config
+from tutorloop.contracts.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+SMALL = {
+    "method": "opd",
+    "output_dir": "x",
+    "steps": 1,
+    "prompts_per_step": 1,
+    "student": {"model": "s"},
+    "teacher": {"model": "t"},
+    "data": {"path": "d"},
+}
+
+
+@pytest.mark.parametrize("recipe", sorted(ROOT.glob("recipes/*.yaml")), ids=lambda path: path.name)
+def test_every_recipe_is_valid(recipe: Path) -> None:
+    assert load_config(recipe).steps > 0
+
+
+def test_overrides_are_yaml_values_at_dotted_paths() -> None:
+    changes = ["learner.learning_rate=1e-3", "rollout.replicas=2", "data.name=", "eval.path=lab:test"]
+    config = load_config(ROOT / "recipes/quickstart.yaml", changes)
+    assert config.learner.learning_rate == 1e-3
+    assert config.rollout.replicas == 2
+    assert config.eval.path == "lab:test"
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"lerner": {}}, "did you mean learner"),
+        ({"learner": {"rank": 2}}, "learner.rank: unknown key; did you mean learner.ranks"),
+        ({"teacher": {"model": "t", "replcas": 2}}, "did you mean teacher.replicas"),
+        ({"teacher": None, "teachers": {"a": {"model": "t", "enginee": "x"}}}, "did you mean teachers.a.engine"),
+        ({"steps": "many"}, "steps: "),
+        ({"steps": 0}, "steps: "),
+        ({"student": {}}, "student.model: required"),
+        ({"learner": {"zero_stage": 4}}, "learner.zero_stage"),
+        ({"teachers": {"a": {"model": "t"}}}, "either teacher.model or teachers.NAME.model"),
+        ({"teacher": None}, "either teacher.model or teachers.NAME.model"),
+        ({"learner": {"learning_rate": 1e-5, "min_learning_rate": 1e-3}}, "min_learning_rate"),
+        ({"student": "a/b"}, "student: "),
+    ],
+)
+def test_each_fault_names_its_key(change: dict, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config({**SMALL, **change})
+    assert expected in str(caught.value)
+
+
+def test_all_faults_come_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config({**SMALL, "steps": -1, "sed": 3})
+    assert "steps" in str(caught.value) and "sed" in str(caught.value)
+
+
+def test_files_that_are_no_recipe(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.yaml"
+    for text in ("a: [", "- 1", ""):
+        bad.write_text(text)
+        with pytest.raises(ConfigError):
+            load_config(bad)
+    with pytest.raises(ConfigError, match="readable"):
+        load_config(tmp_path / "absent.yaml")
+    good = ROOT / "recipes/quickstart.yaml"
+    for override in ("novalue", "=3", "seed.deeper=1", "seed=["):
+        with pytest.raises(ConfigError):
+            load_config(good, [override])
+
+
+def test_several_teachers_by_name() -> None:
+    config = parse_config({**SMALL, "teacher": None, "teachers": {"a": {"model": "x"}, "b": {"model": "y"}}})
+    assert sorted(config.named_teachers) == ["a", "b"]
+    assert list(parse_config(SMALL).named_teachers) == ["teacher"]
