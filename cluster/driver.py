@@ -94,6 +94,7 @@ class Driver:
         lengths = [self.flow.trainable(shard) for shard in shards]
         reports = self.learner.start_step(self.step, shards, lengths)
         while len(ray.wait(reports, num_returns=len(reports), timeout=0, fetch_local=False)[0]) < len(reports):
+            self.interrupt.notice()
             pump(self.flow.pools, reports)
         return self.learner.finish_step(reports)
 

@@ -15,7 +15,7 @@ class Interrupt:
 
     def __init__(self, tell: Callable[[str], None]) -> None:
         self.requested = False
-        self._tell = tell
+        self._tell, self._told = tell, False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupt":
@@ -30,10 +30,16 @@ class Interrupt:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
             raise KeyboardInterrupt
-        self.requested = True
-        self._tell("stopping: a checkpoint is saved first (again to stop at once)")
+        self.requested = True  # and no more: printing here could interrupt a print
+
+    def notice(self) -> None:
+        """Tell the user, once, that the request was heard."""
+        if self.requested and not self._told:
+            self._told = True
+            self._tell("stopping: a checkpoint is saved first (again to stop at once)")
 
     def check(self) -> None:
         """Raises Interrupted once a stop has been requested."""
+        self.notice()
         if self.requested:
             raise Interrupted

@@ -10,6 +10,7 @@ object, so two runs in one process do not mix and a closed run leaves no port be
 import json
 import math
 import os
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,20 +104,17 @@ class MetricsLog:
     def truncate_after(self, step: int) -> None:
         """Forget what a run that resumes with `step` steps done will log again: later steps and later evaluations.
 
-        The file is replaced whole or not at all. A last line that was cut off by a crash goes with it.
+        The file is replaced whole or not at all, and a last line that was cut off by a crash goes with it. TensorBoard,
+        whose axis is the steps done, is told to hide what comes after.
         """
-        kept = [
-            row
-            for row in read_rows(self._path)
-            if row["step"] < step or (row["kind"] == "eval" and row["step"] == step)
-        ]
+        kept = [row for row in read_rows(self._path) if _steps_done(row) <= step]
         aside = self._path.with_suffix(".tmp")
         aside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
         self._file.close()
         os.replace(aside, self._path)
         self._file = self._path.open("a", encoding="utf-8")
         self._tensorboard.close()
-        self._tensorboard = self._open_tensorboard(step)
+        self._tensorboard = self._open_tensorboard(step + 1)
 
     def close(self) -> None:
         if self._file.closed:
@@ -130,7 +128,10 @@ class MetricsLog:
     def _open_tensorboard(self, purge_step: int | None) -> "SummaryWriter":
         from tensorboardX import SummaryWriter  # it loads torch, which those who only read rows do not need
 
-        return SummaryWriter(str(self._tensorboard_folder), purge_step=purge_step, flush_secs=10)
+        suffix = f".{time.time_ns()}"  # the name alone has whole seconds: a second writer would overwrite the first
+        return SummaryWriter(
+            str(self._tensorboard_folder), purge_step=purge_step, flush_secs=10, filename_suffix=suffix
+        )
 
     def _write(self, kind: str, row: dict[str, Any]) -> None:
         figures = dict(_numbers(row))
@@ -142,8 +143,9 @@ class MetricsLog:
         self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
         self._file.flush()
         prefix = f"eval/{row['split']}/{row['model']}/" if kind == "eval" else ""
-        for name in figures.keys() - {"step", *nonfinite}:
-            self._tensorboard.add_scalar(prefix + name.removeprefix("stats/"), figures[name], row["step"])
+        for name, value in figures.items():
+            if name != "step" and math.isfinite(value):
+                self._tensorboard.add_scalar(prefix + name.removeprefix("stats/"), value, _steps_done(line))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -166,6 +168,11 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             raise RunFolderError("a row of metrics.jsonl has a kind and a step", f"{path}:{number}: {line[:80]!r}")
         rows.append(row)
     return rows
+
+
+def _steps_done(row: dict[str, Any]) -> int:
+    """When a row was written: step s is row s, and an evaluation counts the steps before it."""
+    return row["step"] + (row["kind"] == "step")
 
 
 def _numbers(node: Any, name: str = "") -> list[tuple[str, float]]:
@@ -195,7 +202,7 @@ class _Prometheus:
             return Counter(f"tutorloop_{name}", text, labels, registry=self.registry)
 
         self._gauges = {
-            "step": gauge("step", "Last learner step, from 0."),
+            "step": gauge("step", "Number of the last learner step, from 0."),
             "version": gauge("weight_version", "Version of the weights last published to the rollout pool."),
             "wall_seconds": gauge("run_seconds", "Seconds since the run started."),
             "loss": gauge("loss", "Loss of the last step."),

@@ -83,7 +83,8 @@ class Panel:
 def svg(panel: Panel, alt: str, last_step: float, key: str) -> str:
     """The panel as an `<svg>` element with `alt` (escaped already) as its title. `key` is unique in the page."""
     with rc_context(RC):
-        figure = Figure(figsize=(5.4, 2.1), layout="constrained")
+        figure = Figure(figsize=(5.4, 2.1))
+        figure.subplots_adjust(left=0.1, right=0.98, bottom=0.2, top=0.97)  # equal for all, so that axes line up
         axes = figure.add_subplot()
         if panel.bars:
             _stack(axes, panel.series)

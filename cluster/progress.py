@@ -18,10 +18,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from .metrics import EvalRow, PoolRow, StepRow
+from .metrics import EvalRow, StepRow
 
 SECONDS_BETWEEN_LINES = 10.0
 SHARE_BETWEEN_LINES = 0.05  # of all steps
+STARTING = "starting"
 SPLITS = {"in_distribution": "in distribution", "out_of_distribution": "out of distribution"}
 
 
@@ -35,7 +36,7 @@ class Progress:
         self._total = total_steps
         self._console = console or Console()
         self._live: Live | None = None
-        self._phase = "starting"
+        self._phase = STARTING
         self._first: StepRow | None = None
         self._row: StepRow | None = None
         self._accuracy: EvalRow | None = None
@@ -66,6 +67,7 @@ class Progress:
     def step(self, row: StepRow) -> None:
         self._first = self._first or row
         self._row = row
+        self._phase = "training" if self._phase == STARTING else self._phase
         self._refresh()
         if not self._live and self._due(row):
             self._printed = row
@@ -206,16 +208,16 @@ def final_table(summary: Mapping[str, Any]) -> RenderableType:
 
 def accuracy_figures(summary: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float] | None]]:
     """split → before, after, teacher → {value, low, high}; low and high only where the run's evaluations hold them."""
-    keys = {"before": "student", "after": "student", "teacher": "teacher"}
+    measured = {"before": ("student", 0), "after": ("student", -1), "teacher": ("teacher", 0)}
     found: dict[str, dict[str, dict[str, float] | None]] = {}
     for split, prefix in (("in_distribution", ""), ("out_of_distribution", "ood_")):
         rows = [row for row in summary.get("evals") or [] if row["split"] == split]
         found[split] = {}
-        for key, model in keys.items():
+        for key, (model, which) in measured.items():
             value = (summary.get("accuracy") or {}).get(prefix + key)
             stats = [row["stats"]["avg_at_k"] for row in rows if row["model"] == model]
             stats = [figure for figure in stats if figure["value"] == value]
-            found[split][key] = None if value is None else (stats[0] if stats else {"value": value})
+            found[split][key] = None if value is None else (stats[which] if stats else {"value": value})
     return found
 
 

@@ -71,11 +71,11 @@ def write_report(folder: Path) -> Path:
     """Write `folder/report.html` and return its path. Raises RunFolderError where the folder holds no readable run."""
     if not folder.is_dir():
         raise RunFolderError("a report needs a run's folder", f"{folder} is not a folder", "give an output_dir")
+    if not (folder / METRICS_FILE).exists():
+        raise RunFolderError(f"a report needs a run's {METRICS_FILE}", f"{folder} has none", "give an output_dir")
     rows = read_rows(folder / METRICS_FILE)
-    if not rows:
-        raise RunFolderError("a report needs a run's metrics.jsonl", f"{folder} has none", "give an output_dir")
     steps = [row for row in rows if row["kind"] == "step"]
-    evals = list({(row["step"], row["split"], row["model"]): row for row in rows if row["kind"] == "eval"}.values())
+    evals = [row for row in rows if row["kind"] == "eval"]
     summary = _read_summary(folder / "summary.json")
     config = folder / "config.yaml"
     text = config.read_text(encoding="utf-8") if config.exists() else ""
@@ -106,8 +106,8 @@ def _page(name: str, steps: Rows, evals: Rows, summary: dict[str, Any] | None, c
     state = "no summary: the run was cut off" if summary is None else ""
     if summary and summary.get("interrupted"):
         state = "interrupted"
-    last_step = max(row["step"] + (row["kind"] == "step") for row in [*steps, *evals])
-    plots = [_figure(number, *plot, max(1, last_step)) for number, plot in enumerate(_plots(steps, evals))]
+    last_step = max([1, *(row["step"] + 1 for row in steps), *(row["step"] for row in evals)])
+    plots = [_figure(number, *plot, last_step) for number, plot in enumerate(_plots(steps, evals))]
     facts = run_facts(summary) if summary else []
     run = f" · {facts[0][1]}" if facts else ""
     body = [

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from tutorloop.contracts.config import load_config, parse_config
 from tutorloop.contracts.errors import ConfigError
 

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from tutorloop.cluster.data import PromptOrder, check_context, gold_answer, load_prompts, read_rows
 from tutorloop.contracts.config import Data
 from tutorloop.contracts.errors import DataError

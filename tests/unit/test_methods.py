@@ -1,6 +1,7 @@
 """Methods as compositions: what opd asks of the services and the learner, and which options it refuses."""
 
 import pytest
+
 from tutorloop.cluster.methods import compose
 from tutorloop.contracts.config import Config, parse_config
 from tutorloop.contracts.errors import ConfigError

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from tutorloop.cluster.run_folder import RunFolder
 from tutorloop.contracts.config import Config, parse_config
 from tutorloop.contracts.errors import CheckpointError, RunFolderError

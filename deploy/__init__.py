@@ -1,0 +1,1 @@
+"""Manifests to run tutorloop on clusters, as package data (`importlib.resources.files("tutorloop.deploy")`)."""

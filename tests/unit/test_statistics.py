@@ -1,0 +1,125 @@
+"""avg@k, pass@k, maj@k and their intervals, against the golden figures and against slow references."""
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from run_rows import fresh_rng
+
+from tutorloop.cluster.statistics import intervals, majority, pass_at_k, summarise
+from tutorloop.contracts.errors import RecordError
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "eval_metrics.json").read_text())
+
+
+@pytest.mark.parametrize(("case", "expected"), GOLDEN["expected"]["pass_at_k"].items())
+def test_pass_at_k_golden(case, expected):
+    samples, correct, k = (int(part[1:]) for part in case.split("_"))
+    assert pass_at_k(np.array([correct]), samples, k)[0] == pytest.approx(expected, abs=GOLDEN["tol"])
+
+
+def test_summary_golden():
+    inputs, expected = GOLDEN["inputs"], GOLDEN["expected"]
+    correct = np.array(inputs["correctness"], bool)
+    stats = summarise(correct, [[""] * 4] * 3, seed=0)
+    assert stats["avg_at_k"]["value"] == pytest.approx(expected["avg_at_k"], abs=GOLDEN["tol"])
+    assert stats["pass_at"]["2"]["value"] == pytest.approx(expected["pass_at_2_mean"], abs=GOLDEN["tol"])
+    assert stats["pass_at_k"]["value"] == pytest.approx(expected["pass_at_4_any"], abs=GOLDEN["tol"])
+
+    answers = [[answer or "" for answer in row] for row in inputs["answers"]]
+    judged = np.array([[a == gold for a in row] for row, gold in zip(answers, inputs["gold"], strict=True)])
+    assert judged.tolist() == np.array(expected["correct_matrix"], bool).tolist()
+    per_problem = [majority(c, a) for c, a in zip(judged, answers, strict=True)]
+    assert [expected_value for expected_value, _ in per_problem] == expected["maj_at_5_expected_tie_split"]
+    assert [first_seen for _, first_seen in per_problem] == expected["maj_at_5_first_seen_tiebreak"]
+    stats = summarise(judged, answers, seed=0)
+    assert stats["avg_at_k"]["value"] == pytest.approx(expected["avg_at_5"], abs=GOLDEN["tol"])
+    assert stats["maj_at_k"]["value"] == pytest.approx(expected["maj_at_5_mean_expected"], abs=GOLDEN["tol"])
+    assert stats["maj_at_k_first_seen"]["value"] == pytest.approx(0.5, abs=GOLDEN["tol"])
+
+
+def test_pass_at_k_is_the_mean_over_all_subsets():
+    rng = fresh_rng()
+    for samples in range(1, 8):
+        draws = rng.random((5, samples)) < rng.random((5, 1))
+        for k in range(1, samples + 1):
+            slow = [np.mean([any(subset) for subset in itertools.combinations(row, k)]) for row in draws]
+            np.testing.assert_allclose(pass_at_k(draws.sum(axis=1), samples, k), slow, atol=1e-12)
+
+
+def test_majority_is_the_mean_over_all_ways_to_break_a_tie():
+    rng = fresh_rng()
+    for _ in range(200):
+        answers = rng.choice(["", "a", "b", "c", "d"], size=rng.integers(1, 9)).tolist()
+        gold = rng.choice(["a", "b", "e"])
+        counts = {a: answers.count(a) for a in answers if a}
+        winners = [a for a, count in counts.items() if count == max(counts.values())]
+        slow = float(np.mean([w == gold for w in winners])) if winners else 0.0
+        first = next((a for a in answers if a in winners), None) == gold
+        assert majority([a == gold for a in answers], answers) == (pytest.approx(slow), float(first))
+
+
+def test_an_answer_that_was_once_judged_wrong_does_not_win_the_vote():
+    assert majority([True, False, True], ["4", "4", "5"]) == (0.0, 0.0)
+
+
+def test_intervals_cover_the_true_mean():
+    rng = fresh_rng()
+    trials, problems, truth = 150, 80, 0.4
+    covered = 0
+    for trial in range(trials):
+        rates = rng.beta(2 * truth, 2 * (1 - truth), size=problems)
+        figures = (rng.random((problems, 4)) < rates[:, None]).mean(axis=1)
+        (interval,) = intervals(figures[:, None], seed=trial)
+        assert interval["low"] <= interval["value"] <= interval["high"]
+        covered += interval["low"] <= truth <= interval["high"]
+    assert 0.86 <= covered / trials <= 0.99  # 95 % nominal; a percentile bootstrap falls a little short at N = 80
+
+
+def test_interval_has_the_width_of_the_normal_approximation():
+    rng = fresh_rng()
+    figures = rng.random((1000, 1))
+    (interval,) = intervals(figures, seed=1)
+    half = 1.96 * figures.std(ddof=1) / np.sqrt(len(figures))
+    assert (interval["high"] - interval["low"]) / 2 == pytest.approx(half, rel=0.12)
+
+
+def test_same_seed_same_summary_and_json():
+    rng = fresh_rng()
+    correct = rng.random((20, 6)) < 0.5
+    answers = [["x" if c else "" for c in row] for row in correct]
+    first = summarise(correct, answers, seed=3)
+    assert json.loads(json.dumps(first)) == summarise(correct, answers, seed=3)
+    figures = rng.random((20, 1))
+    assert intervals(figures, seed=3) == intervals(figures, seed=3) != intervals(figures, seed=4)
+    assert list(first["pass_at"]) == ["1", "2", "4"]
+    assert first["pass_at"]["1"]["value"] == pytest.approx(first["avg_at_k"]["value"])
+
+
+def test_all_right_and_all_wrong_have_no_spread():
+    right = summarise(np.ones((7, 1), bool), [["9"]] * 7, seed=0)
+    assert right["avg_at_k"] == right["maj_at_k"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+    wrong = summarise(np.zeros((7, 1), bool), [[""]] * 7, seed=0)
+    assert wrong["pass_at_k"] == wrong["maj_at_k"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("correct", "answers"),
+    [
+        (np.zeros((0, 3), bool), []),
+        (np.zeros(3, bool), [["a"]] * 3),
+        (np.zeros((2, 2), bool), [["a", "b"]]),
+        (np.zeros((2, 2), bool), [["a", "b"], ["a"]]),
+    ],
+)
+def test_misaligned_input_is_refused(correct, answers):
+    with pytest.raises(RecordError):
+        summarise(correct, answers, seed=0)
+
+
+@pytest.mark.parametrize("k", [0, 5])
+def test_pass_at_k_refuses_more_draws_than_samples(k):
+    with pytest.raises(RecordError):
+        pass_at_k(np.array([1]), 4, k)
