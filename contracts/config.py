@@ -21,117 +21,117 @@ class Section(BaseModel):
 
 
 class Pool(Section):
-    """A group of equal replicas and what each takes from the cluster. Whole CPUs are torch threads (at least one)."""
+    """A group of equal replicas and what each takes from the cluster."""
 
-    replicas: int = Field(default=1, ge=1)
-    num_cpus: float = Field(default=0.25, ge=0)
-    num_gpus: float = Field(default=0, ge=0)
+    replicas: int = Field(default=1, ge=1, description="actors in the pool")
+    num_cpus: float = Field(default=0.25, ge=0, description="CPUs of each; whole ones are torch threads, at least one")
+    num_gpus: float = Field(default=0, ge=0, description="GPUs of each; more than 0 runs the model on CUDA")
 
 
 class Student(Section):
-    """The model to train: a local folder, a hub id, or `lab:student`."""
+    """The model to train."""
 
-    model: str
+    model: str = Field(description="local folder, hub id, or `lab:student`")
 
 
 class Teacher(Pool):
-    """A teacher pool. `signal` is what it returns for each token of a rollout."""
+    """A teacher pool."""
 
-    model: str
-    engine: Literal["transformers"] = "transformers"
-    signal: Literal["sampled", "topk", "exact"] = "exact"
-    dtype: Literal["fp32", "bf16"] = "fp32"
+    model: str = Field(description="local folder, hub id, or `lab:teacher`; shares the student's tokenizer")
+    engine: Literal["transformers"] = Field(default="transformers", description="what runs the model")
+    signal: Literal["sampled", "topk", "exact"] = Field(default="exact", description="what it returns for each token")
+    dtype: Literal["fp32", "bf16"] = Field(default="fp32", description="of its weights")
     tokens_per_batch: int = Field(default=8192, ge=1, description="most tokens in one forward pass")
 
 
 class Rollout(Pool):
-    """The rollout pool and how it samples."""
+    """The rollout pool and how it samples. Its weights have the learner's dtype."""
 
-    engine: Literal["transformers"] = "transformers"
-    samples_per_prompt: int = Field(default=4, ge=1)
-    max_new_tokens: int = Field(default=256, ge=1)
-    temperature: float = Field(default=1.0, ge=0)
-    batch_size: int = Field(default=64, ge=1, description="rollouts in one call of generate")
+    engine: Literal["transformers"] = Field(default="transformers", description="what runs the model")
+    samples_per_prompt: int = Field(default=4, ge=1, description="rollouts in a prompt group")
+    max_new_tokens: int = Field(default=256, ge=1, description="longest response; prompt and response fit the context")
+    temperature: float = Field(default=1.0, ge=0, description="0 is greedy")
+    batch_size: int = Field(default=64, ge=1, description="most rollouts in one call of generate")
 
 
 class Verifier(Pool):
-    """The verifier pool. `timeout_seconds` is each sample's budget; what exceeds it is killed and abstains."""
+    """The verifier pool."""
 
-    num_cpus: float = Field(default=0.125, ge=0)
-    kind: Literal["math", "exact"] = "math"
-    timeout_seconds: float = Field(default=5.0, gt=0)
+    num_cpus: float = Field(default=0.125, ge=0, description="CPUs of each replica")
+    kind: Literal["math", "exact"] = Field(default="math", description="how an answer is judged")
+    timeout_seconds: float = Field(default=5.0, gt=0, description="budget of a sample; beyond it, killed and abstained")
 
 
 class Learner(Section):
-    """The DeepSpeed ZeRO learner: one rank per replica of nothing else."""
+    """The DeepSpeed ZeRO learner."""
 
-    ranks: int = Field(default=1, ge=1)
-    num_cpus: float = Field(default=0.25, ge=0)
-    num_gpus: float = Field(default=0, ge=0)
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    learning_rate: float = Field(default=1e-5, gt=0)
-    warmup_steps: int = Field(default=0, ge=0)
-    decay: Literal["constant", "linear", "cosine"] = "constant"
-    min_learning_rate: float = Field(default=0.0, ge=0)
-    weight_decay: float = Field(default=0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    tokens_per_batch: int = Field(default=4096, ge=1, description="most tokens in one packed micro-batch of one rank")
+    ranks: int = Field(default=1, ge=1, description="actors that train together")
+    num_cpus: float = Field(default=0.25, ge=0, description="CPUs of each rank; whole ones are torch threads")
+    num_gpus: float = Field(default=0, ge=0, description="GPUs of each rank")
+    zero_stage: Literal[0, 1, 2, 3] = Field(default=1, description="what DeepSpeed shards over the ranks")
+    dtype: Literal["fp32", "bf16"] = Field(default="fp32", description="of the weights that train and are published")
+    learning_rate: float = Field(default=1e-5, gt=0, description="peak")
+    warmup_steps: int = Field(default=0, ge=0, description="steps of linear warm-up")
+    decay: Literal["constant", "linear", "cosine"] = Field(default="constant", description="after the warm-up")
+    min_learning_rate: float = Field(default=0.0, ge=0, description="where the decay ends")
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's")
+    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW's")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="gradients are clipped to this global norm")
+    tokens_per_batch: int = Field(default=4096, ge=1, description="most tokens in one packed micro-batch of a rank")
 
 
 class Data(Section):
-    """Problems: JSONL or Parquet file, `lab:train`, or a hub id (extra `hub`) with `name` its configuration."""
+    """Problems with gold answers."""
 
-    path: str
-    name: str = ""
-    split: str = "train"
-    prompt_field: str = "prompt"
-    answer_field: str = "answer"
-    prompt_suffix: str = ""
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    path: str = Field(description="JSONL or Parquet file, `lab:train`, or a hub id (extra `hub`)")
+    name: str = Field(default="", description="a hub dataset's configuration")
+    split: str = Field(default="train", description="a hub dataset's split")
+    prompt_field: str = Field(default="prompt", description="field of the problem")
+    answer_field: str = Field(default="answer", description="field of the gold answer; of `… #### 42`, the 42")
+    prompt_suffix: str = Field(default="", description="text after every problem")
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, description="e.g. {enable_thinking: false}")
 
 
 class Eval(Section):
-    """Evaluation on held-out problems. `every` 0 evaluates before and after only; no `path`: no evaluation."""
+    """Evaluation on held-out problems, before, during and after."""
 
-    path: str = ""
-    ood_path: str = ""
-    split: str = "test"
-    every: int = Field(default=0, ge=0, description="steps")
+    path: str = Field(default="", description="in-distribution problems, as `data.path`; none: no evaluation")
+    ood_path: str = Field(default="", description="out-of-distribution problems")
+    split: str = Field(default="test", description="a hub dataset's split")
+    every: int = Field(default=0, ge=0, description="steps; 0 evaluates before and after only")
     samples: int = Field(default=1, ge=1, description="samples per problem, the k of avg@k")
-    problems: int = Field(default=200, ge=1, description="first problems of the file")
-    temperature: float = Field(default=1.0, ge=0)
-    max_new_tokens: int | None = Field(default=None, ge=1, description="default: the rollout's")
+    problems: int = Field(default=200, ge=1, description="first problems of each set")
+    temperature: float = Field(default=1.0, ge=0, description="0 is greedy")
+    max_new_tokens: int | None = Field(default=None, ge=1, description="none: the rollout's")
 
 
 class Checkpoint(Section):
-    """Every how many steps (0: only at the end or when interrupted), and how many to keep."""
+    """Checkpoints; one is always saved at the end and when interrupted."""
 
-    every: int = Field(default=0, ge=0)
-    keep: int = Field(default=2, ge=1)
+    every: int = Field(default=0, ge=0, description="steps; 0 saves none on the way")
+    keep: int = Field(default=2, ge=1, description="newest ones kept")
 
 
 class Metrics(Section):
-    """The Prometheus endpoint; port 0 takes a free one. Loopback unless told otherwise."""
+    """The Prometheus endpoint."""
 
-    host: str = "127.0.0.1"
-    port: int = Field(default=0, ge=0, le=65535)
+    host: str = Field(default="127.0.0.1", description="address to listen on")
+    port: int = Field(default=0, ge=0, le=65535, description="0 takes a free one, and the run prints it")
 
 
 class Config(Section):
     """A run. `teacher` is the one teacher; `teachers` names several, and rows of the data say which to ask."""
 
-    method: str
-    method_options: dict[str, Any] = Field(default_factory=dict)
-    seed: int = Field(default=0, ge=0)
-    output_dir: str
-    steps: int = Field(ge=1)
-    prompts_per_step: int = Field(ge=1)
-    max_staleness: int = Field(default=0, ge=0)
+    method: str = Field(description="a composition of cluster/methods/")
+    method_options: dict[str, Any] = Field(default_factory=dict, description="the method's own options")
+    seed: int = Field(default=0, ge=0, description="of everything that is drawn")
+    output_dir: str = Field(description="the run's folder, new or empty")
+    steps: int = Field(ge=1, description="optimizer steps")
+    prompts_per_step: int = Field(ge=1, description="prompt groups that a step trains")
+    max_staleness: int = Field(default=0, ge=0, description="steps that rollouts may be behind; 0 is synchronous")
     student: Student
     teacher: Teacher | None = None
-    teachers: dict[str, Teacher] = Field(default_factory=dict)
+    teachers: dict[str, Teacher] = Field(default_factory=dict, description="several by name, each with teacher's keys")
     data: Data
     rollout: Rollout = Rollout()
     verifier: Verifier = Verifier()
@@ -141,7 +141,7 @@ class Config(Section):
     metrics: Metrics = Metrics()
 
     @model_validator(mode="after")
-    def _one_way_to_name_teachers(self) -> "Config":
+    def _consistent(self) -> "Config":
         if (self.teacher is None) == (not self.teachers):
             raise ValueError("give either teacher.model or teachers.NAME.model")
         if self.learner.min_learning_rate > self.learner.learning_rate:
@@ -226,10 +226,10 @@ def _known_keys(place: Sequence[str]) -> list[str]:
     """Keys of the section at `place`; below `teachers` every name holds a Teacher."""
     if not place:
         return list(Config.model_fields)
-    return list(_SECTIONS.get(place[0], Teacher).model_fields)
+    return list(SECTIONS.get(place[0], Teacher).model_fields)
 
 
-_SECTIONS: dict[str, type[Section]] = {
+SECTIONS: dict[str, type[Section]] = {
     "student": Student,
     "teacher": Teacher,
     "data": Data,

@@ -1,5 +1,6 @@
 """The configuration: overrides, one clear error for each wrong thing, and the interface's keys."""
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -79,3 +80,11 @@ def test_several_teachers_by_name() -> None:
     config = parse_config({**SMALL, "teacher": None, "teachers": {"a": {"model": "x"}, "b": {"model": "y"}}})
     assert sorted(config.named_teachers) == ["a", "b"]
     assert list(parse_config(SMALL).named_teachers) == ["teacher"]
+
+
+def test_the_documented_configuration_is_the_real_one() -> None:
+    spec = importlib.util.spec_from_file_location("write_configuration", ROOT / "docs/write_configuration.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.PAGE.read_text(encoding="utf-8") == module.page(), "run docs/write_configuration.py"
