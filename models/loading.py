@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..contracts.errors import ModelError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)  # from a bad folder
 
 
 def locate_model(name: str) -> Path:
@@ -51,11 +52,19 @@ def load_causal_lm(name: str, dtype: str = "fp32", attention: str = "sdpa", devi
     """A causal language model, in evaluation mode. `attention`: "sdpa", or "packed" for packed batches."""
     folder = locate_model(name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=DTYPES[dtype], attn_implementation=attention, use_safetensors=True, local_files_only=True
+        model, found = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+            folder,
+            dtype=DTYPES[dtype],
+            attn_implementation=attention,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except UNREADABLE as error:
         raise ModelError("a model must load with transformers", f"{name}: {error}") from error
+    if found["missing_keys"]:  # transformers would draw them at random
+        absent = ", ".join(sorted(found["missing_keys"])[:5])
+        raise ModelError("a model's folder holds all its weights", f"{name}: {absent} missing", "save the model whole")
     return model.to(device=torch.device(device)).eval()  # pyright: ignore[reportCallIssue]
 
 
@@ -86,11 +95,14 @@ def tokenizer_hash(tokenizer: Any) -> str:
 def load_lm_head(name: str, dtype: str = "fp32") -> torch.Tensor:
     """A model's output projection `[V, D]` alone, read from its safetensors (the embedding where they are tied)."""
     folder = locate_model(name)
-    for wanted in ("lm_head.weight", "model.embed_tokens.weight"):
-        for shard in sorted(folder.glob("*.safetensors")):
-            with safe_open(shard, "pt") as tensors:
-                if wanted in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
-                    return tensors.get_tensor(wanted).to(DTYPES[dtype])
+    try:
+        for wanted in ("lm_head.weight", "model.embed_tokens.weight"):
+            for shard in sorted(folder.glob("*.safetensors")):
+                with safe_open(shard, "pt") as tensors:
+                    if wanted in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
+                        return tensors.get_tensor(wanted).to(DTYPES[dtype])
+    except SafetensorError as error:
+        raise ModelError("a model's weights are safetensors", f"{name}: {error}") from error
     raise ModelError(
         "a teacher of exact divergence has an lm_head or tied embeddings", f"{name}: neither is in {folder}"
     )
