@@ -1,0 +1,91 @@
+"""Bringing a DeepSpeed engine up inside a process that Ray started, and the learning rate.
+
+DeepSpeed reads its place in the group from the environment and picks its accelerator when it is first imported, so the
+environment is set first and the import happens here, in a function.
+"""
+
+import logging
+import math
+import os
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..contracts.config import Learner
+
+
+def join_group(rank: int, world_size: int, master_addr: str, master_port: int, device: str) -> None:
+    """Make this process rank `rank` of the group: gloo on the CPU, NCCL on a GPU. Blocks until all ranks are there."""
+    place = {
+        "MASTER_ADDR": master_addr,
+        "MASTER_PORT": str(master_port),
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": "0",  # Ray shows each rank its own devices only
+    }
+    on_cpu = device == "cpu"
+    if on_cpu:
+        place["DS_ACCELERATOR"] = "cpu"
+    if on_cpu and master_addr in ("127.0.0.1", "localhost"):
+        place["GLOO_SOCKET_IFNAME"] = "lo"
+    os.environ.update(place)
+    import deepspeed
+    import deepspeed.ops
+
+    warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning, module="torch.distributed")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # An all-reduce kernel for tensor-parallel inference, which nothing here calls. Left compatible, DeepSpeed would
+    # compile it (24 s, g++ needed) when the group starts.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="gloo" if on_cpu else "nccl", auto_mpi_discovery=False)
+
+
+def build_engine(module: nn.Module, config: Learner, whole_below: int) -> Any:
+    """A DeepSpeed engine around `module` with torch's AdamW. ZeRO-3 leaves parameters of up to `whole_below` whole."""
+    import deepspeed
+
+    optimizer = torch.optim.AdamW(
+        module.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
+    )
+    zero = {
+        "stage": config.zero_stage,
+        "overlap_comm": False,
+        "stage3_param_persistence_threshold": whole_below,
+    }
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,  # the worker says which backward is the last
+        "gradient_clipping": config.max_grad_norm,
+        "zero_optimization": zero,
+        "bf16": {"enabled": config.dtype == "bf16"},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": None,
+    }
+    engine: Any = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)[0]
+    if config.zero_stage == 0 and config.dtype == "bf16":
+        # DeepSpeed's wrapper of this case allocates Adam's state by a step on zero gradients, and that step would count
+        # in the bias correction: the first real update would be 0.73 of its size.
+        engine.optimizer.optimizer.state.clear()
+    return engine
+
+
+def learning_rate(step: int, steps: int, config: Learner) -> float:
+    """The rate of step `step` (from 0) of `steps`: linear warm-up from 1/warmup_steps of it, then the decay."""
+    peak, floor = config.learning_rate, config.min_learning_rate
+    if step < config.warmup_steps:
+        return peak * (step + 1) / config.warmup_steps
+    left = 1 - (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    if config.decay == "linear":
+        return floor + (peak - floor) * left
+    if config.decay == "cosine":
+        return floor + (peak - floor) * (1 + math.cos(math.pi * (1 - left))) / 2
+    return peak
+
+
+def gradient_norm(engine: Any) -> torch.Tensor | None:
+    """Of stage 0 in fp32, where DeepSpeed reports none: the norm of the reduced gradients, before clipping."""
+    if engine.zero_optimization_stage() or engine.bfloat16_enabled():
+        return None
+    return nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])

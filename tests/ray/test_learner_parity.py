@@ -1,0 +1,397 @@
+"""The learner against a plain PyTorch loop: real DeepSpeed ranks as Ray actors, ZeRO 0-3, one and two ranks.
+
+The reference below shares nothing with the learner but transformers and torch: one process, dense logits, one sequence
+at a time, torch's AdamW, its own clipping, schedule and formulas. Rollouts vary in length, have masked tokens, and some
+come back without scores.
+"""
+
+import math
+import socket
+import sys
+
+import numpy as np
+import pytest
+import ray
+import torch
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from tutorloop.contracts.config import Learner
+from tutorloop.contracts.errors import CheckpointError
+from tutorloop.contracts.records import Rollout, StepPlan, TeacherScores, Term, WeightManifest, encode
+from tutorloop.learner.packing import plan_micro_batches
+from tutorloop.learner.worker import LearnerWorker
+from tutorloop.models.weights import fingerprint, read_bucket
+
+VOCAB, STEPS, SEED = 64, 20, 20261120
+TERMS = (
+    Term(name="exact_divergence", weight=0.5),
+    Term(name="topk_divergence", weight=0.3, options={"direction": "forward"}),
+    Term(name="policy_gradient", weight=0.2, options={"importance_clip": 1.5}),
+)
+OPTIONS = {
+    "learning_rate": 3e-3,
+    "warmup_steps": 4,
+    "decay": "cosine",
+    "min_learning_rate": 3e-4,
+    "weight_decay": 0.1,
+    "max_grad_norm": 0.3,
+    "tokens_per_batch": 48,
+}
+
+
+class Host(LearnerWorker):
+    """A rank whose process builds one learner after another: starting processes is what would take the time."""
+
+    def __init__(self):
+        pass
+
+    def build(self, **kwargs):
+        torch.manual_seed(0)
+        LearnerWorker.__init__(self, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """A local Ray; yields the folder where DeepSpeed would put what it compiles."""
+    compiled = tmp_path_factory.mktemp("extensions")
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
+    environment = {"env_vars": {"TORCH_EXTENSIONS_DIR": str(compiled)}}
+    quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+    ray.init(address="local", num_cpus=4, runtime_env=environment, **quiet)
+    yield compiled
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def hosts(cluster):
+    """Groups of one and of two ranks, used by every test below."""
+    return {ranks: start_ranks(ranks, Host) for ranks in (1, 2)}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(("student", "teacher", "tied")):
+        torch.manual_seed(seed)
+        config = Qwen3Config(
+            vocab_size=VOCAB,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            tie_word_embeddings=name == "tied",
+            initializer_range=0.15,
+        )
+        Qwen3ForCausalLM(config).save_pretrained(folder / name)
+    return {name: str(folder / name) for name in ("student", "teacher", "tied")}
+
+
+@pytest.fixture(scope="module")
+def data(models):
+    """STEPS lists of (rollout, scores or None), scored by the teacher."""
+    print("seed", SEED)
+    rng = np.random.default_rng(SEED)
+    teacher = plain(models["teacher"])
+    return [[make_pair(rng, teacher, f"{step}-{i}") for i in range(7)] for step in range(STEPS)]
+
+
+@pytest.fixture(scope="module")
+def expected(models, data):
+    return reference_run(models["student"], models["teacher"], data)
+
+
+@torch.no_grad()
+def make_pair(rng, teacher, name):
+    prompt, response = int(rng.integers(1, 7)), int(rng.integers(1, 25))
+    ids = rng.integers(0, VOCAB, prompt + response).astype(np.int32)
+    rollout = Rollout(
+        rollout_id=name,
+        prompt_id=name,
+        group_id=name,
+        sample_index=0,
+        token_ids=ids,
+        prompt_length=prompt,
+        text="",
+        logprobs=(rng.normal(size=response) - math.log(VOCAB)).astype(np.float32),
+        loss_mask=rng.random(response) < 0.85,
+    )
+    if rng.random() < 0.15:
+        error = "too_long" if rng.random() < 0.5 else ""
+        return rollout, TeacherScores(rollout_id=name, teacher_id="teacher", error_class=error) if error else None
+    hidden = teacher.model(torch.from_numpy(ids).long()[None]).last_hidden_state[0, prompt - 1 : -1]
+    logprobs = (hidden @ teacher.lm_head.weight.T).log_softmax(1)
+    top = logprobs.topk(5, 1)
+    targets = torch.from_numpy(ids[prompt:]).long()
+    scores = TeacherScores(
+        rollout_id=name,
+        teacher_id="teacher",
+        logprobs=logprobs.gather(1, targets[:, None])[:, 0].numpy(),
+        topk_ids=top.indices.int().numpy(),
+        topk_logprobs=top.values.numpy(),
+        hidden=hidden.numpy(),
+    )
+    return rollout, scores
+
+
+# ---- the reference ---------------------------------------------------------------------------------------------------
+
+
+def reference_losses(model, head, pairs):
+    """Losses of the three terms of each usable token: [N, 3]."""
+    tokens = []
+    for rollout, scores in pairs:
+        if scores is None or scores.error_class:
+            continue
+        ids = torch.from_numpy(rollout.token_ids).long()
+        logp = model(ids[None]).logits[0].log_softmax(1)
+        teacher = (torch.from_numpy(scores.hidden).to(head.dtype) @ head.T).log_softmax(1)
+        for t in np.flatnonzero(rollout.loss_mask):
+            position = rollout.prompt_length + t
+            p, q, y = logp[position - 1], teacher[t], ids[position]
+            exact = (p.exp() * (p - q)).sum()
+            kept = torch.from_numpy(scores.topk_ids[t]).long()
+            q_top = torch.from_numpy(scores.topk_logprobs[t]).to(head.dtype).exp()
+            q_rest, p_rest = 1 - q_top.sum(), 1 - p[kept].exp().sum()
+            topk = (q_top * (q_top.log() - p[kept])).sum() + q_rest * (q_rest.log() - p_rest.log())
+            weight = min(math.exp(p[y].item() - rollout.logprobs[t]), 1.5)
+            advantage = float(scores.logprobs[t]) - p[y].item()
+            tokens.append(torch.stack([exact, topk, -weight * advantage * p[y]]))
+    return torch.stack(tokens)
+
+
+def reference_run(student, teacher, data):
+    """In float64: term losses and their means of magnitudes [STEPS, 3], token counts, gradient norms, final weights."""
+    torch.set_num_threads(1)
+    model = plain(student, torch.float64)
+    head = plain(teacher, torch.float64).lm_head.weight.detach()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, betas=(0.9, 0.95), weight_decay=0.1)
+    curve, scales, counts, norms = [], [], [], []
+    for step, pairs in enumerate(data):
+        tokens = reference_losses(model, head, pairs)
+        losses = tokens.mean(0)
+        optimizer.zero_grad()
+        (0.5 * losses[0] + 0.3 * losses[1] + 0.2 * losses[2]).backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.3)))
+        cosine = 3e-4 + (3e-3 - 3e-4) * 0.5 * (1 + math.cos(math.pi * (step - 4) / (STEPS - 4)))
+        optimizer.param_groups[0]["lr"] = 3e-3 * (step + 1) / 4 if step < 4 else cosine
+        optimizer.step()
+        curve.append(losses.detach().numpy())
+        scales.append(tokens.detach().abs().mean(0).numpy())
+        counts.append(len(tokens))
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    return np.array(curve), np.array(scales), counts, norms, weights
+
+
+# ---- the learner -----------------------------------------------------------------------------------------------------
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def start_ranks(ranks, cls):
+    remote = ray.remote(num_cpus=0.5)(cls)
+    return [remote.remote() for _ in range(ranks)]
+
+
+def call(actors, method, *args):
+    return ray.get([getattr(actor, method).remote(*args) for actor in actors])
+
+
+PORTS = {}
+
+
+def build(actors, models, student="student", **options):
+    """A new learner in the group's processes; the group itself, once joined, stays."""
+    port = PORTS.setdefault(tuple(actors), free_port())
+    kwargs = {
+        "world_size": len(actors),
+        "master_port": port,
+        "student": models[student],
+        "heads": {"teacher": (models["teacher"], "fp32")},
+        "config": Learner(**(OPTIONS | options)),
+        "terms": TERMS,
+        "steps": STEPS,
+    }
+    ray.get([actor.build.remote(rank=rank, **kwargs) for rank, actor in enumerate(actors)])
+
+
+def batches_of(pairs):
+    """Two rollout batches and two score batches, cut elsewhere and in another order."""
+    rollouts = [rollout for rollout, _ in pairs]
+    scores = [scores for _, scores in reversed(pairs) if scores is not None]
+    return [
+        encode(Rollout, rollouts[:3]),
+        encode(Rollout, rollouts[3:]),
+        encode(TeacherScores, scores[:2]),
+        encode(TeacherScores, scores[2:]),
+    ]
+
+
+def train(actors, data, steps=range(STEPS), tokens_per_batch=OPTIONS["tokens_per_batch"]):
+    reports = []
+    for step in steps:
+        batches = [ray.put(batch) for batch in batches_of(data[step])]
+        lengths = [[len(r.token_ids) for r, _ in part] for part in (data[step][:3], data[step][3:])]
+        shares = plan_micro_batches(lengths, len(actors), tokens_per_batch)
+        plans = [StepPlan(step=step, rollout_batches=2, score_batches=2, micro_batches=share) for share in shares]
+        of_ranks = ray.get([actor.step.remote(plan, *batches) for actor, plan in zip(actors, plans, strict=True)])
+        assert all(report.metrics == of_ranks[0].metrics for report in of_ranks)
+        reports.append(of_ranks[0])
+    return reports
+
+
+def weights_of(actors):
+    """Rank 0's parameters by name, and the manifest, streamed as the driver streams them."""
+    streams = [actor.publish.options(num_returns="streaming").remote(1) for actor in actors]
+    (*buckets, manifest), *others = ([ray.get(ref) for ref in stream] for stream in streams)
+    assert not any(others), "rank 0 alone yields"
+    parameters = {name: tensor.float() for bucket in buckets for name, tensor in read_bucket(bucket)}
+    assert isinstance(manifest, WeightManifest) and manifest.buckets == len(buckets)
+    return parameters, manifest
+
+
+def deviation(reports, curve, scales):
+    """Largest difference of each term's loss from the reference's, relative to its mean magnitude per token.
+
+    The divergences are positive, so that is the plain relative difference; the policy gradient's loss has either sign
+    and nearly cancels."""
+    found = np.array([[report.metrics[f"loss_{term.name}"] for term in TERMS] for report in reports])
+    return (np.abs(found - curve) / scales).max(0)
+
+
+def moved_apart(found, final, initial):
+    """Distance of two sets of final weights, relative to the way they came."""
+    apart = sum(float((found[name] - final[name]).square().sum()) for name in final)
+    way = sum(float((final[name] - initial[name]).square().sum()) for name in final)
+    return (apart / way) ** 0.5
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_loss_curve_is_that_of_a_plain_loop(hosts, models, data, expected, stage, ranks):
+    curve, scales, counts, norms, final = expected
+    build(hosts[ranks], models, zero_stage=stage)
+    initial, manifest = weights_of(hosts[ranks])
+    assert manifest.fingerprint == fingerprint(plain(models["student"]).named_parameters())
+    reports = train(hosts[ranks], data)
+    parameters, _ = weights_of(hosts[ranks])
+    off = deviation(reports, curve, scales)
+    apart = moved_apart(parameters, final, initial)
+    print(f"\nstage {stage}, ranks {ranks}: losses {off}, weights {apart:.1e}")
+    assert list(parameters) == list(final)
+    assert [report.tokens for report in reports] == counts
+    assert all(off < 1e-5)
+    np.testing.assert_allclose([report.metrics["grad_norm"] for report in reports], norms, rtol=1e-4)
+    assert apart < 1e-3
+
+
+@pytest.mark.parametrize("stage, ranks", [(0, 2), (1, 1), (2, 2), (3, 2)])
+def test_bf16_follows_the_same_curve(hosts, models, data, expected, stage, ranks):
+    curve, scales, _, _, _ = expected
+    build(hosts[ranks], models, zero_stage=stage, dtype="bf16")
+    reports = train(hosts[ranks], data)
+    off = deviation(reports, curve, scales)
+    print(f"\nbf16, stage {stage}, ranks {ranks}: losses {off}")
+    assert all(off < 0.02)
+    parameters, manifest = weights_of(hosts[ranks])
+    copy = plain(models["student"], torch.bfloat16)
+    copy.load_state_dict(parameters)
+    check_canary(copy, manifest)
+
+
+def plain(name, dtype=torch.float32):
+    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+
+
+@torch.no_grad()
+def check_canary(model, manifest):
+    ids = torch.tensor(manifest.canary_ids).long()
+    logprobs = model(ids[None]).logits[0, :-1].float().log_softmax(1).gather(1, ids[1:, None])[:, 0]
+    off = float((logprobs - torch.tensor(manifest.canary_logprobs)).abs().max())
+    print(f"canary off by {off:.1e} of {manifest.tolerance} nats")
+    assert off < manifest.tolerance / 2
+
+
+@pytest.mark.parametrize("ranks, stages", [(1, (0, 2)), (2, (1, 3))])
+def test_a_new_process_continues_bit_for_bit(hosts, models, data, tmp_path, ranks, stages):
+    going_on = {}
+    for stage in stages:
+        build(hosts[ranks], models, zero_stage=stage, dtype="bf16" if stage == 3 else "fp32")
+        train(hosts[ranks], data, range(3))
+        call(hosts[ranks], "save", str(tmp_path / str(stage)))
+        losses = [report.loss for report in train(hosts[ranks], data, range(3, 6))]
+        going_on[stage] = losses, weights_of(hosts[ranks])[1].fingerprint
+    new = start_ranks(ranks, Host)
+    for stage in stages:
+        build(new, models, zero_stage=stage, dtype="bf16" if stage == 3 else "fp32")
+        call(new, "load", str(tmp_path / str(stage)))
+        losses = [report.loss for report in train(new, data, range(3, 6))]
+        assert (losses, weights_of(new)[1].fingerprint) == going_on[stage]
+    for actor in new:
+        ray.kill(actor)
+
+
+@pytest.mark.parametrize("stage, ranks", [(1, 1), (3, 2)])
+def test_a_tied_model_is_trained_published_and_exported(hosts, models, data, tmp_path, stage, ranks):
+    build(hosts[ranks], models, student="tied", zero_stage=stage)
+    (report,) = train(hosts[ranks], data, range(1))
+    reference = plain(models["tied"], torch.float64)
+    head = plain(models["teacher"], torch.float64).lm_head.weight.detach()
+    losses = reference_losses(reference, head, data[0]).mean(0)
+    (0.5 * losses[0] + 0.3 * losses[1] + 0.2 * losses[2]).backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in reference.parameters()])
+    np.testing.assert_allclose(report.metrics["grad_norm"], float(norm), rtol=1e-5)
+
+    parameters, manifest = weights_of(hosts[ranks])
+    assert list(parameters) == [name for name, _ in reference.named_parameters()]  # once, though used twice
+    call(hosts[ranks], "export", str(tmp_path))
+    exported = plain(str(tmp_path))
+    assert fingerprint(exported.named_parameters()) == manifest.fingerprint
+    assert exported.lm_head.weight is exported.model.embed_tokens.weight
+    check_canary(exported, manifest)
+
+
+def test_the_cut_into_micro_batches_changes_nothing(hosts, models, data):
+    """One big micro-batch, many small ones, and two ranks of which one must fill up with empty ones."""
+    metrics = []
+    for ranks, tokens in ((1, 10_000), (1, 1), (2, 60)):
+        build(hosts[ranks], models)
+        metrics.append(train(hosts[ranks], data, range(1), tokens)[0].metrics)
+    for other in metrics[1:]:
+        for name, value in metrics[0].items():
+            np.testing.assert_allclose(other[name], value, rtol=2e-6, err_msg=name)
+
+
+def test_what_cannot_be_trained_is_counted(hosts, models, data):
+    """Refused and missing scores leave the terms and are counted; with none left the weights stay as they are."""
+    build(hosts[2], models)
+    (report,) = train(hosts[2], data, range(1))
+    assert report.metrics["missing_scores"] == sum(s is None or bool(s.error_class) for _, s in data[0])
+    before = weights_of(hosts[2])[1].fingerprint
+    refused = [(r, TeacherScores(rollout_id=r.rollout_id, teacher_id="teacher", error_class="oom")) for r, _ in data[1]]
+    (report,) = train(hosts[2], [refused], range(1))
+    assert report.tokens == 0 and report.metrics["missing_scores"] == len(refused)
+    assert "reverse_kl" not in report.metrics, "a mean over nothing is no number"
+    assert weights_of(hosts[2])[1].fingerprint == before
+
+
+def test_a_checkpoint_that_is_cut_short_says_so(hosts, models, tmp_path):
+    build(hosts[1], models)
+    with pytest.raises(CheckpointError):
+        call(hosts[1], "load", str(tmp_path / "nowhere"))
+    call(hosts[1], "save", str(tmp_path))
+    for file in (tmp_path / "learner").iterdir():
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(CheckpointError):
+        call(hosts[1], "load", str(tmp_path))
+
+
+def test_nothing_was_compiled(hosts, models, cluster):
+    """DeepSpeed's CPU backend would build an extension (24 s, g++) that no learner calls."""
+    build(hosts[2], models)
+    assert list(cluster.iterdir()) == []
