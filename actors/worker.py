@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -31,10 +31,6 @@ class RolloutWorker:
         self.engine = make_engine(engine, model, dtype=dtype, device=device, threads=threads)
         self.max_batch = max_batch
 
-    def ready(self) -> bool:
-        """True once the model is loaded: the call waits for the constructor."""
-        return True
-
     def load_weights(self, manifest: WeightManifest, *buckets: WeightBucket) -> float:
         """Load a published version and prove it; the seconds it took. Raises WeightsMismatch."""
         start = time.perf_counter()
@@ -46,10 +42,11 @@ class RolloutWorker:
     ) -> tuple[pa.RecordBatch, Receipt]:
         """Rollouts in the order of `requests`. One that could not be sampled is a row too: "error", no response."""
         start = time.perf_counter()
-        rows = decode(Prompt, prompts)
-        responses = self._respond(rows, requests, sampling)
+        rows = sorted({request.row for request in requests})
+        by_row = dict(zip(rows, decode(Prompt, prompts, rows), strict=True))
+        responses = self._respond(by_row, requests, sampling)
         rollouts = [
-            self._rollout(rows[request.row], request, response)
+            self._rollout(by_row[request.row], request, response)
             for request, response in zip(requests, responses, strict=True)
         ]
         batch = encode(Rollout, rollouts)
@@ -68,14 +65,14 @@ class RolloutWorker:
         return batch, receipt
 
     def _respond(
-        self, rows: Sequence[Prompt], requests: Sequence[SampleRequest], sampling: Sampling
+        self, by_row: Mapping[int, Prompt], requests: Sequence[SampleRequest], sampling: Sampling
     ) -> list[Generation]:
         """Prompts of like length go together: less padding, and the samples of one prompt share its reading."""
-        order = sorted(range(len(requests)), key=lambda i: (len(rows[requests[i].row].token_ids), requests[i].row))
+        order = sorted(range(len(requests)), key=lambda i: (len(by_row[requests[i].row].token_ids), requests[i].row))
         responses: dict[int, Generation] = {}
         for at in range(0, len(order), self.max_batch):
             part = order[at : at + self.max_batch]
-            token_ids = [rows[requests[i].row].token_ids for i in part]
+            token_ids = [by_row[requests[i].row].token_ids for i in part]
             generated = self.engine.generate(token_ids, [requests[i].seed for i in part], sampling)
             responses.update(zip(part, generated, strict=True))
         return [responses[i] for i in range(len(requests))]

@@ -6,7 +6,7 @@ from typing import Any
 from ..contracts.config import Config, Pool
 from ..contracts.errors import ConfigError, DataError, TokenizerMismatch
 from ..contracts.records import Prompt
-from ..models.loading import load_config, load_tokenizer, tokenizer_hash
+from ..models.loading import check_weights, load_config, load_tokenizer, tokenizer_hash
 from .data import check_context, load_prompts
 
 
@@ -22,6 +22,8 @@ class Inputs:
 def check_inputs(config: Config) -> Inputs:
     """Load tokenizers and data and check that they fit together. Raises an InputError."""
     tokenizer = load_tokenizer(config.student.model)
+    for model in {config.student.model, *(teacher.model for teacher in config.named_teachers.values())}:
+        check_weights(model)
     contexts = {"student": context_length(config.student.model)}
     for name, teacher in config.named_teachers.items():
         _check_same_tokenizer(config.student.model, tokenizer, name, teacher.model)

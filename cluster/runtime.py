@@ -6,6 +6,7 @@ alone would join whatever cluster stands on the machine.
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -66,9 +67,15 @@ def get(refs: Any, boundary: type[TutorloopError], who: str) -> Any:
         cause = error.cause if isinstance(error.cause, BaseException) else None
         if isinstance(cause, TutorloopError):
             raise cause from None
-        raise boundary(f"the {who} must finish its call", str(error)) from None
+        raise boundary(f"the {who} must finish its call", _plain(error)) from None
     except RayActorError as error:
-        raise boundary(f"the {who}'s actors must stay alive", str(error), "look into Ray's logs; --resume") from None
+        remedy = "look into Ray's logs; continue with --resume"
+        raise boundary(f"the {who}'s actors must stay alive", _plain(error), remedy) from None
+
+
+def _plain(error: Exception) -> str:
+    """Ray's message without its colours."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", str(error))
 
 
 def end(actor: Any) -> None:

@@ -249,8 +249,9 @@ def _column(batch: pa.RecordBatch, name: str, rows: Sequence[int]) -> list[Any]:
     if pa.types.is_large_binary(column.type):
         dtype = np.dtype(batch.schema.metadata[HIDDEN_DTYPE].decode())
         return [np.frombuffer(column[i].as_buffer(), dtype) for i in rows]
-    values = column.to_pylist()
-    return [values[i] for i in rows]
+    if isinstance(rows, range) and len(rows) == len(column):
+        return column.to_pylist()
+    return [column[i].as_py() for i in rows]
 
 
 # ---- requests and receipts: small, and the driver reads them -------------------------------------------------------

@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from ..contracts.errors import ModelError
+
+transformers_logging.disable_progress_bar()  # a run has its own
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)  # from a bad folder
@@ -46,6 +49,16 @@ def _check_folder(name: str, folder: Path) -> None:
         raise ModelError(
             "a model's weights are safetensors", f"{name}: {folder} holds none", "save it with safe_serialization=True"
         )
+
+
+def check_weights(name: str) -> None:
+    """Read the headers of a model's safetensors: a truncated or damaged file is found without loading it."""
+    for shard in sorted(locate_model(name).glob("*.safetensors")):
+        try:
+            with safe_open(shard, "pt"):
+                pass
+        except UNREADABLE as error:
+            raise ModelError("a model's safetensors are whole", f"{shard}: {error}", "copy the file again") from error
 
 
 def load_causal_lm(name: str, dtype: str = "fp32", attention: str = "sdpa", device: str = "cpu") -> PreTrainedModel:

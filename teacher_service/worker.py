@@ -34,10 +34,6 @@ class TeacherWorker:
             tokens_per_batch=tokens_per_batch,
         )
 
-    def ready(self) -> bool:
-        """True once the model is loaded: the call waits for the constructor."""
-        return True
-
     def score(self, rollouts: pa.RecordBatch, request: ScoreRequest) -> tuple[pa.RecordBatch, Receipt]:
         """Scores of the rows that ask for this teacher or for none by name, in their order; a refused one is a row too.
 

@@ -18,10 +18,6 @@ class VerifierWorker:
     def __init__(self, *, kind: str, timeout_seconds: float) -> None:
         self.pool = VerifierPool(make_verifier(kind), timeout_seconds)
 
-    def ready(self) -> bool:
-        """True once the worker stands; its processes start with the first sample that needs one."""
-        return True
-
     def judge(self, rollouts: pa.RecordBatch) -> tuple[pa.RecordBatch, Receipt]:
         """A verdict for every rollout, in order: passed (score 1), failed (0), or abstained (0, with the reason)."""
         start = time.perf_counter()

@@ -26,6 +26,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vocab[first], vocab[second] = vocab[second], vocab[first]
     (folder / "other/tokenizer.json").write_text(json.dumps(tokenizer))
     (folder / "empty").mkdir()
+    shutil.copytree(folder / "teacher", folder / "cut")
+    weights = folder / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
     return folder
 
 
@@ -41,6 +44,7 @@ CASES = {
     "unknown method": (["method=oppd"], "did you mean opd"),
     "missing student": (["student.model=/absent/model"], "/absent/model: no such folder"),
     "a folder that is no model": (["student.model=MODELS/empty"], "config.json"),
+    "truncated weights": (["teacher.model=MODELS/cut"], "model.safetensors"),
     "missing dataset": (["data.path=/absent.jsonl"], "/absent.jsonl: no such file"),
     "missing evaluation set": (["eval.path=/absent.jsonl"], "/absent.jsonl: no such file"),
     "empty dataset": (["data.path=TMP/empty.jsonl"], "empty"),

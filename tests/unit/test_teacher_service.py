@@ -176,7 +176,6 @@ def test_a_teacher_scores_its_own_rows(engine, qwen3):
     rollouts = [replace(random_rollout(random, i, 3, 4), teacher=t) for i, t in enumerate(["big", "other", "", "big"])]
     rollouts = [replace(r, token_ids=r.token_ids % 256) for r in rollouts]
     worker = TeacherWorker(teacher_id="big", engine=engine, model=qwen3, dtype="fp32")
-    assert worker.ready()
     batch, receipt = worker.score(encode(Rollout, rollouts), ScoreRequest(signal="hidden"))
     scores = decode(TeacherScores, batch)
     assert [s.rollout_id for s in scores] == list(receipt.rollout_ids) == ["r0", "r2", "r3"]

@@ -1,0 +1,177 @@
+"""The command itself, as a user runs it: Ctrl-C once and twice, `--resume`, a Ray job; and what it leaves behind."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.request import urlopen
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from tiny import tiny_qwen3
+
+TUTORLOOP = str(Path(sys.executable).parent / "tutorloop")
+RAY = str(Path(sys.executable).parent / "ray")
+PATIENCE = 240.0  # seconds, on a busy machine
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    tiny_qwen3(folder / "student")
+    tiny_qwen3(folder / "teacher", seed=1)
+    rows = "".join(json.dumps({"prompt": f"{i}+{i}=", "answer": str(2 * i)}) + "\n" for i in range(8))
+    (folder / "problems.jsonl").write_text(rows)
+    (folder / "recipe.yaml").write_text(
+        f"""
+method: opd
+output_dir: {folder}/unset
+steps: 4
+prompts_per_step: 2
+student: {{model: {folder}/student}}
+teacher: {{model: {folder}/teacher, signal: sampled}}
+data: {{path: {folder}/problems.jsonl}}
+rollout: {{samples_per_prompt: 2, max_new_tokens: 8}}
+"""
+    )
+    return folder
+
+
+class Command:
+    """A `tutorloop train` in a process group of its own, as a terminal's foreground job is, and marked."""
+
+    def __init__(self, models: Path, folder: Path, *arguments: str) -> None:
+        self.mark = f"MARK={uuid.uuid4()}"
+        environment = {**os.environ, "TUTORLOOP_TEST": self.mark}
+        command = [TUTORLOOP, "train", str(models / "recipe.yaml"), f"output_dir={folder}", *arguments]
+        self.folder = folder
+        self.process = subprocess.Popen(
+            command, env=environment, start_new_session=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+
+    def steps(self) -> list[dict]:
+        try:
+            lines = (self.folder / "metrics.jsonl").read_text().split("\n")[:-1]
+        except FileNotFoundError:
+            return []
+        return [row for row in map(json.loads, lines) if row["kind"] == "step"]
+
+    def until(self, steps: int) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while len(self.steps()) < steps:
+            assert self.process.poll() is None, self.process.communicate()
+            assert time.monotonic() < deadline, "the run does not get ahead"
+            time.sleep(0.1)
+
+    def interrupt(self) -> None:
+        os.killpg(self.process.pid, signal.SIGINT)
+
+    def end(self) -> tuple[int, str, str]:
+        out, err = self.process.communicate(timeout=PATIENCE)
+        return self.process.returncode, out, err
+
+    def left_behind(self) -> list[int]:
+        """Processes that carry this command's mark; a killed one may take a moment to go."""
+        for _ in range(50):
+            alive = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit() and self._ours(entry)]
+            if not alive:
+                return []
+            time.sleep(0.2)
+        return alive
+
+    def _ours(self, entry: Path) -> bool:
+        try:
+            return self.mark.encode() in (entry / "environ").read_bytes()
+        except OSError:
+            return False
+
+
+def test_interrupted_once_saves_and_resumes(models: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    first = Command(models, folder, "steps=100000", "metrics.port=0")
+    first.until(2)
+    first.interrupt()
+    code, out, err = first.end()
+    assert code == 130 and "Traceback" not in out + err, out + err
+    assert first.left_behind() == []
+    done = json.loads((folder / "summary.json").read_text())
+    assert done["interrupted"] and done["steps"] == len(first.steps()) >= 2
+    assert (folder / "checkpoints" / f"step-{done['steps']:06d}" / "state.json").is_file()
+
+    second = Command(models, folder, "steps=100000", "--resume")
+    second.until(done["steps"] + 2)
+    url = next(word for line in iter(second.process.stdout.readline, "") for word in line.split() if "/metrics" in word)
+    families = {family.name: family for family in text_string_to_metric_families(urlopen(url).read().decode())}
+    assert {"tutorloop_reverse_kl_nats", "tutorloop_pool_queue_depth", "tutorloop_staleness_max_versions"} <= set(
+        families
+    )
+    assert families["tutorloop_step"].samples[0].value > done["steps"]
+    second.process.send_signal(signal.SIGTERM)
+    assert second.end()[0] == 130
+    assert [row["step"] for row in second.steps()] == list(range(len(second.steps())))
+    assert second.left_behind() == []
+
+
+def test_interrupted_twice_ends_at_once_and_leaves_nothing(models: Path, tmp_path: Path) -> None:
+    command = Command(models, tmp_path / "run", "steps=100000")
+    command.until(1)
+    command.interrupt()
+    time.sleep(0.05)
+    command.interrupt()
+    code, out, err = command.end()
+    assert code == 130 and "Traceback" not in out + err, out + err
+    assert command.left_behind() == []
+    assert not list((tmp_path / "run").glob("checkpoints/step-*/*.tmp"))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def head(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """A Ray head with its job server on loopback, as an administrator starts one."""
+    port, dashboard, client = free_port(), free_port(), free_port()
+    token = tmp_path / "token"
+    token.write_text(uuid.uuid4().hex * 2)
+    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    arguments = ["--head", "--block", f"--port={port}", "--num-cpus=4", "--include-dashboard=true"]
+    arguments += [f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", f"--ray-client-server-port={client}"]
+    process = subprocess.Popen([RAY, "start", *arguments], env=environment, stdout=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{dashboard}"
+    try:
+        deadline = time.monotonic() + PATIENCE
+        listed = [RAY, "job", "list", "--address", url]
+        while subprocess.run(listed, env=environment, capture_output=True, check=False).returncode:
+            assert process.poll() is None and time.monotonic() < deadline, "the head does not come up"
+            time.sleep(1)
+        yield url, environment
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=60)
+
+
+def test_the_same_recipe_runs_as_a_ray_job(models: Path, tmp_path: Path, head: tuple[str, dict[str, str]]) -> None:
+    url, environment = head
+    folder = tmp_path / "run"
+    entry = [TUTORLOOP, "train", str(models / "recipe.yaml"), f"output_dir={folder}"]
+    submitted = subprocess.run(
+        [RAY, "job", "submit", "--address", url, "--", *entry],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    assert "succeeded" in submitted.stdout
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 4
+    assert (folder / "final" / "model.safetensors").is_file()
