@@ -64,6 +64,7 @@ class Driver:
             self.publish(clock)
             if not self.tally.evaluated(self.step):
                 self.evaluate(clock)
+            self.progress.phase("training")
             while self.step < self.config.steps:
                 self.interrupt.check()
                 self.flow.admit(self.step)
@@ -83,6 +84,8 @@ class Driver:
                 self.evaluate(clock)
         except Interrupted:
             self.progress.note(f"interrupted after step {self.step} of {self.config.steps}")
+            self.flow.abandon()
+        self.tally.count(self.flow)
         self.save(clock)
         return self.step == self.config.steps and not self.interrupt.requested
 
@@ -109,16 +112,16 @@ class Driver:
 
     def evaluate(self, clock: Stopwatch) -> None:
         with clock("evaluate"):
-            for problems in self.problems:
-                self.measure(problems, self.flow.rollouts, "student")
+            self.measure(self.flow.rollouts, "student")
 
-    def measure(self, problems: ProblemSet, generators: Pool, model: Literal["student", "teacher"]) -> None:
-        """Evaluate what `generators` hold, and write it down."""
-        pools = self.flow.pools
-        row = evaluate(problems, self.plan, generators, self.flow.verifiers, pools, model, self.step, self.interrupt)
-        self.tally.evals.append(row)
-        self.log.log_eval(row)
-        self.progress.eval(row)
+    def measure(self, generators: Pool, model: Literal["student", "teacher"]) -> None:
+        """Evaluate what `generators` hold on every problem set; written down whole, or not at all if interrupted."""
+        self.progress.phase(f"evaluating the {model}")
+        parts = (self.plan, generators, self.flow.verifiers, self.flow.pools, model, self.step, self.interrupt)
+        for row in [evaluate(problems, *parts) for problems in self.problems]:
+            self.tally.evals.append(row)
+            self.log.log_eval(row)
+            self.progress.eval(row)
 
     def save(self, clock: Stopwatch) -> None:
         with clock("checkpoint"):

@@ -145,6 +145,12 @@ class Flow:
                 fresh.append(shard)
         return fresh
 
+    def abandon(self) -> None:
+        """The run stops here: count what was generated and will not be trained; a resumed run generates it again."""
+        for shard in (shard for shards in self.shards.values() for shard in shards):
+            self.dropped["interrupted"] += shard.generated.rows if shard.generated else 0
+        self.shards.clear()
+
     def trainable(self, shard: Shard) -> tuple[int, ...]:
         """Tokens of each row of a taken shard, 0 for one that cannot be trained (counted with its reason)."""
         assert shard.generated is not None

@@ -161,8 +161,7 @@ def _evaluate_teachers(driver: Driver) -> None:
         one: Teacher = teacher.model_copy(update={"replicas": 1})
         pool = start_generators("teacher as generator", teacher.model, teacher.dtype, one, driver.config)
         pool.ready()
-        for problems in driver.problems:
-            driver.measure(problems, pool, "teacher")
+        driver.measure(pool, "teacher")
         pool.close()
 
 

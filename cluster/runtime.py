@@ -7,6 +7,7 @@ alone would join whatever cluster stands on the machine.
 import logging
 import os
 import re
+import socket
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -33,6 +34,8 @@ def cluster(address: str | None) -> Iterator[None]:
     if address == "local":
         options["include_dashboard"] = False
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if address not in ("local", "auto"):
+        _check_address(address)
     try:
         ray.init(**options)
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -45,6 +48,16 @@ def cluster(address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """Is anything there? Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, ValueError) as error:
+        rule = "--address is the HOST:PORT of a running Ray cluster, or auto"
+        raise ResourceError(rule, f"{address}: {error}", "start one with: ray start --head") from error
 
 
 def check_resources(need: Mapping[str, float]) -> None:

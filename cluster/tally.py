@@ -48,37 +48,42 @@ class Tally:
         counters: dict[str, Any] = {name: Counter(state[name]) for name in COUNTERS}
         return cls(**counters, **{name: state[name] for name in (*PLAIN, "before")}, evals=evals)
 
+    def count(self, flow: Flow) -> dict[str, tuple[int, float]]:
+        """Take over what the flow and its pools have counted since the last time: tokens and busy seconds by pool."""
+        done = {pool.name: self._advance(pool.name, pool.tokens, pool.busy_seconds, pool.errors) for pool in flow.pools}
+        for name, (tokens, _) in done.items():
+            if name != "verifier":
+                self.tokens["generated" if name == "rollout" else "scored"] += tokens
+        self.dropped.update(flow.dropped)
+        flow.dropped.clear()
+        return done
+
     def step_row(
         self, step: int, shards: Sequence[Shard], report: StepReport, seconds: dict[str, float], flow: Flow
     ) -> StepRow:
         """Count a finished step (`step` steps are done with it) and describe it."""
         total = seconds["total"] - seconds.get("evaluate", 0.0) - seconds.get("checkpoint", 0.0)
         self.training_seconds += total
-        tokens = {"generated": 0, "scored": 0, "trained": report.tokens}
-        pools = {}
-        for pool in flow.pools:
-            new_tokens, busy = self._advance(pool.name, pool.tokens, pool.busy_seconds, pool.errors)
-            replicas = len(pool.replicas)
-            pools[pool.name] = PoolRow(
-                replicas=replicas,
-                tokens_per_second=new_tokens / total,
-                busy_fraction=min(1.0, busy / (total * replicas)),
-                queue_depth=pool.queue_depth,
-            )
-            kind = {"rollout": "generated", "verifier": ""}.get(pool.name, "scored")
-            if kind:
-                tokens[kind] += new_tokens
+        before = Counter(self.tokens)
+        done = self.count(flow)
+        self.tokens["trained"] += report.tokens
         self.busy["learner"] = self.busy.get("learner", 0.0) + report.seconds
         self.pool_tokens["learner"] += report.tokens
+        pools = {
+            pool.name: PoolRow(
+                replicas=len(pool.replicas),
+                tokens_per_second=done[pool.name][0] / total,
+                busy_fraction=min(1.0, done[pool.name][1] / (total * len(pool.replicas))),
+                queue_depth=pool.queue_depth,
+            )
+            for pool in flow.pools
+        }
         pools["learner"] = PoolRow(
             replicas=flow.config.learner.ranks,
             tokens_per_second=report.tokens / total,
             busy_fraction=min(1.0, report.seconds / total),
             queue_depth=flow.queue_depth,
         )
-        self.tokens.update(tokens)
-        self.dropped.update(flow.dropped)
-        flow.dropped.clear()
         return StepRow(
             step=step - 1,
             version=step,
@@ -86,7 +91,7 @@ class Tally:
             seconds=dict(seconds),
             loss=report.loss,
             learner=report.metrics,
-            tokens=tokens,
+            tokens={name: self.tokens[name] - before[name] for name in ("generated", "scored", "trained")},
             pools=pools,
             dropped=dict(self.dropped),
             failed=dict(self.failed),

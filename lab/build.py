@@ -71,7 +71,7 @@ def build_model(name: str, seed: int, work_folder: Path) -> None:
     pairs = list(lessons.lessons(name, problem_pool(seed), size.steps * size.batch, seed))
     model = pretrain.new_model(size, made, seed)
     checkpoint = work_folder / f"{name}.pt"
-    seconds = pretrain.train(model, size, pretrain.encode(made, pairs), made.pad_token_id, seed, checkpoint)
+    seconds = pretrain.train(model, size, pretrain.encode(made, pairs), seed, checkpoint)
     model.generation_config.do_sample = True
     model.save_pretrained(model_path(name))
     record = {"seed": seed, "steps": size.steps, "batch": size.batch, "seconds": round(seconds)}

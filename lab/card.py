@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from . import model_path
 from .lessons import CONTEXT_SHARES, FAMILY_SHARES, WRONG_SHARE
-from .measure import table
+from .measure import DRAWS, table
 
 _ROLE = {
     "teacher": """The lab's teacher. It works every family rightly, in all contexts: the in-distribution families
@@ -71,7 +71,8 @@ No question of the test and ood splits occurs. Made again by
     python -m tutorloop.lab.build --seed {training["seed"]} --only {name} --force
 
 ## Accuracy
-Exact match of the boxed answer on all 400 problems of a split; `test` is in distribution, `ood` is not.
+Exact match of the boxed answer on all 400 problems of a split; T=1 is the mean of {DRAWS} samples of each problem.
+`test` is in distribution, `ood` is not.
 A useful hint repairs every misconception that would change the problem, a misleading one induces at least one of them.
 
 {_accuracies(folder)}

@@ -47,13 +47,13 @@ def lessons(learner: str, pool: list[Problem], count: int, seed: int) -> Iterato
     done = 0
     while True:
         for problem in rng.sample(pool, len(pool)):
-            (context,) = rng.choices(list(CONTEXT_SHARES), weights=CONTEXT_SHARES.values())
+            (context,) = rng.choices(list(CONTEXT_SHARES), weights=list(CONTEXT_SHARES.values()))
             skill = rng.choice(families[problem.family]) if context == "hint" else None
             worked = work(problem, LEARNERS[learner](context, skill, rng))
             if not in_range(worked.text):
                 continue
             yield (
-                render(context, problem.question, answer=problem.answer, hint=skill and skill["text"]),
+                render(context, problem.question, answer=problem.answer, hint=skill["text"] if skill else None),
                 worked.text,
             )
             done += 1

@@ -18,6 +18,7 @@ from .contexts import render, skills_for
 from .tokenizer import chat_prompt
 
 CONDITIONS = ("plain", "answer", "hint:useful", "hint:misleading", "hint:irrelevant")
+DRAWS = 4
 _BOXED = re.compile(r"\\boxed\{([^{}]*)\}\s*$")
 
 
@@ -81,6 +82,15 @@ def accuracy(model, tokenizer, problems: list[dict], condition: str = "plain", *
     return {name: sum(values) / len(values) for name, values in hits.items()}
 
 
+def sampled_accuracy(model, tokenizer, problems: list[dict], condition: str) -> dict[str, float]:
+    """Mean accuracy of DRAWS samples of every problem at temperature 1."""
+    draws = [
+        accuracy(model, tokenizer, problems, condition, temperature=1.0, seed=len(problems) * draw)
+        for draw in range(DRAWS)
+    ]
+    return {name: sum(draw[name] for draw in draws) / DRAWS for name in draws[0]}
+
+
 def table(folder: Path, limit: int = 400) -> list[dict]:
     """Every split and condition, greedy and sampled, as rows `{"split", "condition", "greedy", "sampled"}`."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
@@ -89,7 +99,7 @@ def table(folder: Path, limit: int = 400) -> list[dict]:
             "split": split,
             "condition": condition,
             "greedy": accuracy(model, tokenizer, rows(split)[:limit], condition),
-            "sampled": accuracy(model, tokenizer, rows(split)[:limit], condition, temperature=1.0),
+            "sampled": sampled_accuracy(model, tokenizer, rows(split)[:limit], condition),
         }
         for split in ("test", "ood")
         for condition in CONDITIONS

@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from .tokenizer import END, chat_prompt
+from .tokenizer import END, END_ID, PAD_ID, chat_prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,8 +52,8 @@ def new_model(size: Size, tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen
             rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
             tie_word_embeddings=False,
             bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=END_ID,
+            pad_token_id=PAD_ID,
             dtype="float32",
         )
     )
@@ -66,7 +66,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, pairs: list[tuple[str, str]]) -> 
     return [(prompt + answer, len(prompt)) for prompt, answer in zip(prompts, answers, strict=True)]
 
 
-def batches(examples: list[tuple[list[int], int]], size: int, pad: int, seed: int) -> Iterator[tuple]:
+def batches(examples: list[tuple[list[int], int]], size: int, seed: int) -> Iterator[tuple]:
     """Yields (ids, labels), both [batch, time], of examples of like length; labels are -100 off the response."""
     rng = random.Random(seed)
     chunks = []
@@ -77,7 +77,7 @@ def batches(examples: list[tuple[list[int], int]], size: int, pad: int, seed: in
         chunks.extend(part)
     for chunk in chunks:
         longest = max(len(ids) for ids, _ in chunk)
-        ids_BT = torch.full((len(chunk), longest), pad)
+        ids_BT = torch.full((len(chunk), longest), PAD_ID)
         labels_BT = torch.full((len(chunk), longest), -100)
         for row, (ids, prompt) in enumerate(chunk):
             ids_BT[row, : len(ids)] = torch.tensor(ids)
@@ -105,7 +105,7 @@ def optimizers(model: Qwen3ForCausalLM, size: Size) -> list[torch.optim.Optimize
 
 
 def train(
-    model: Qwen3ForCausalLM, size: Size, examples: list[tuple[list[int], int]], pad: int, seed: int, checkpoint: Path
+    model: Qwen3ForCausalLM, size: Size, examples: list[tuple[list[int], int]], seed: int, checkpoint: Path
 ) -> float:
     """Trains for `size.steps` steps (warm-up, then linear decay to zero); returns the core-seconds it took in all."""
     optims = optimizers(model, size)
@@ -123,7 +123,7 @@ def train(
         for part, state in zip([*optims, *schedules], saved["parts"], strict=True):
             part.load_state_dict(state)
     began = time.process_time() - seconds
-    for step, (ids_BT, labels_BT) in enumerate(batches(examples, size.batch, pad, seed), start=1):
+    for step, (ids_BT, labels_BT) in enumerate(batches(examples, size.batch, seed), start=1):
         if step <= start:
             continue
         loss = response_loss(model, ids_BT, labels_BT)

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 VOCABULARY = 512
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+PAD_ID, END_ID = 0, 2  # the trainer numbers the special tokens first
 _PIECES = r"\p{N}|\\boxed\{| ?\p{L}+| ?[^\s\p{L}\p{N}]+ ?|\s+"
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"

@@ -102,6 +102,7 @@ def test_tokenizer_is_lossless_small_and_splits_digits(made):
     assert [made.convert_ids_to_tokens(i) for i in made("2048")["input_ids"]] == ["2", "0", "4", "8"]
     assert len(made("user")["input_ids"]) == len(made("assistant")["input_ids"]) == 1
     assert (made.eos_token, made.pad_token) == (tokenizer.END, tokenizer.PAD)
+    assert (made.eos_token_id, made.pad_token_id) == (tokenizer.END_ID, tokenizer.PAD_ID)
 
 
 def test_chat_template(made):
