@@ -40,15 +40,18 @@ Checkpoint = tuple[Path, dict[str, Any]]
 
 def train(config: Config, resume: bool, address: str | None, console: Console) -> bool:
     """Run `config` to its end. Returns False if it was interrupted (a checkpoint stands). Raises TutorloopError."""
+    tally = Tally()  # its clock starts here
     composition = compose(config)
     folder = RunFolder(Path(config.output_dir))
     folder.check(config, resume)
     inputs = check_inputs(config)
     checkpoint = folder.latest_checkpoint() if resume else None
+    if checkpoint:
+        tally.resume(checkpoint[1]["tally"])
     with cluster(address), ExitStack() as stack:
         check_resources(resources_needed(config))
         progress = stack.enter_context(Progress(config.steps, console))
-        driver = _assemble(config, composition, inputs, folder, checkpoint, progress, stack)
+        driver = _assemble(config, composition, inputs, folder, checkpoint, tally, progress, stack)
         try:
             if not driver.tally.evals:
                 _evaluate_teachers(driver)
@@ -68,14 +71,14 @@ def _assemble(
     inputs: Inputs,
     folder: RunFolder,
     checkpoint: Checkpoint | None,
+    tally: Tally,
     progress: Progress,
     stack: ExitStack,
 ) -> Driver:
     """Start everything but the teachers, whose place is first taken by what evaluates them."""
     progress.phase("starting the learner, rollout and verifier pools")
-    step, tally = 0, Tally()
+    step = checkpoint[1]["step"] if checkpoint else 0
     if checkpoint:
-        step, tally = checkpoint[1]["step"], Tally.resumed(checkpoint[1]["tally"])
         progress.note(f"resuming after step {step} from {checkpoint[0]}")
     learner = LearnerGroup(config, composition.terms, _heads(config))
     stack.callback(learner.close)

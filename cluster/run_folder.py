@@ -16,8 +16,9 @@ from typing import Any
 import yaml
 
 from ..contracts.config import Config, parse_config
-from ..contracts.errors import CheckpointError, RunFolderError
+from ..contracts.errors import CheckpointError, RunFolderError, StorageError, TutorloopError
 
+FULL_BYTES = 16 * 2**20  # with less room than this, a failed write is a full disk
 # What may differ between a run and its continuation; everything else decides the weights.
 MAY_DIFFER = ("output_dir", "eval", "checkpoint", "metrics")
 
@@ -75,6 +76,24 @@ class RunFolder:
         final = self.checkpoints / f"step-{step:06d}"
         aside = self.checkpoints / f".{final.name}.tmp"
         shutil.rmtree(aside, ignore_errors=True)
+        try:
+            self._write_checkpoint(aside, state, write)
+        except (OSError, TutorloopError) as error:
+            free = shutil.disk_usage(self.path).free
+            shutil.rmtree(aside, ignore_errors=True)
+            if free < FULL_BYTES:
+                found = f"{free / 2**20:.1f} MiB are free on the disk of {self.path}"
+                remedy = "make room, then continue with --resume from the checkpoint before it"
+                raise StorageError("a checkpoint needs room on the disk", found, remedy) from error
+            raise
+        shutil.rmtree(final, ignore_errors=True)
+        aside.replace(final)
+        _sync(self.checkpoints)
+        for old in self._all_checkpoints()[:-keep]:
+            shutil.rmtree(old)
+        return final
+
+    def _write_checkpoint(self, aside: Path, state: dict[str, Any], write: Callable[[Path], None]) -> None:
         aside.mkdir(parents=True)
         write(aside / "learner")
         (aside / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
@@ -83,12 +102,6 @@ class RunFolder:
         (aside / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         for file in [*files, aside / "manifest.json"]:
             _sync(file)
-        shutil.rmtree(final, ignore_errors=True)
-        aside.replace(final)
-        _sync(self.checkpoints)
-        for old in self._all_checkpoints()[:-keep]:
-            shutil.rmtree(old)
-        return final
 
     def _all_checkpoints(self) -> list[Path]:
         return sorted(self.checkpoints.glob("step-*"))

@@ -39,14 +39,16 @@ class Tally:
     def state(self) -> dict[str, Any]:
         """For a checkpoint: plain values."""
         counters = {name: dict(getattr(self, name)) for name in COUNTERS}
-        numbers = {name: getattr(self, name) for name in PLAIN}
-        return {**counters, **numbers, "before": self.wall_seconds, "evals": [asdict(row) for row in self.evals]}
+        plain = {name: getattr(self, name) for name in PLAIN}
+        return {**counters, **plain, "before": self.wall_seconds, "evals": [asdict(row) for row in self.evals]}
 
-    @classmethod
-    def resumed(cls, state: dict[str, Any]) -> "Tally":
-        evals = [EvalRow(**row) for row in state["evals"]]
-        counters: dict[str, Any] = {name: Counter(state[name]) for name in COUNTERS}
-        return cls(**counters, **{name: state[name] for name in (*PLAIN, "before")}, evals=evals)
+    def resume(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint's counts."""
+        for name in COUNTERS:
+            setattr(self, name, Counter(state[name]))
+        for name in (*PLAIN, "before"):
+            setattr(self, name, state[name])
+        self.evals = [EvalRow(**row) for row in state["evals"]]
 
     def count(self, flow: Flow) -> dict[str, tuple[int, float]]:
         """Take over what the flow and its pools have counted since the last time: tokens and busy seconds by pool."""

@@ -70,5 +70,9 @@ class LearnerError(TutorloopError, RuntimeError):
     """The learner failed."""
 
 
+class StorageError(TutorloopError, RuntimeError):
+    """The disk cannot take what the run has to keep."""
+
+
 class WeightsMismatch(TutorloopError, RuntimeError):
     """A rollout replica does not run the weights that the learner published."""
