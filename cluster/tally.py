@@ -138,12 +138,12 @@ class Tally:
         return {
             "wall_seconds": self.wall_seconds,
             "accuracy": {
-                "before": self._accuracy("in_distribution", "student", 0),
-                "after": self._accuracy("in_distribution", "student", -1),
-                "teacher": self._accuracy("in_distribution", "teacher", 0),
-                "ood_before": self._accuracy("out_of_distribution", "student", 0),
-                "ood_after": self._accuracy("out_of_distribution", "student", -1),
-                "ood_teacher": self._accuracy("out_of_distribution", "teacher", 0),
+                "before": self._accuracy("in_distribution", "student"),
+                "after": self._accuracy("in_distribution", "student", last=True),
+                "teacher": self._accuracy("in_distribution", "teacher"),
+                "ood_before": self._accuracy("out_of_distribution", "student"),
+                "ood_after": self._accuracy("out_of_distribution", "student", last=True),
+                "ood_teacher": self._accuracy("out_of_distribution", "teacher"),
             },
             "tokens": {name: self.tokens[name] for name in ("generated", "scored", "trained")},
             "pools": {
@@ -160,9 +160,10 @@ class Tally:
             "evals": [asdict(row) for row in self.evals],
         }
 
-    def _accuracy(self, split: str, model: str, which: int) -> float | None:
-        values = [row.stats["avg_at_k"]["value"] for row in self.evals if (row.split, row.model) == (split, model)]
-        return values[which] if values else None
+    def _accuracy(self, split: str, model: str, last: bool = False) -> float | None:
+        """avg@k of the first evaluation, or of the last one after a step; None where there was none."""
+        rows = [row for row in self.evals if (row.split, row.model) == (split, model) and (row.step > 0 or not last)]
+        return rows[-1 if last else 0].stats["avg_at_k"]["value"] if rows else None
 
 
 COUNTERS = ("tokens", "dropped", "failed", "pool_tokens")

@@ -24,7 +24,7 @@ class Pool(Section):
     """A group of equal replicas and what each takes from the cluster."""
 
     replicas: int = Field(default=1, ge=1, description="actors in the pool")
-    num_cpus: float = Field(default=0.25, ge=0, description="CPUs of each; whole ones are torch threads, at least one")
+    num_cpus: float = Field(default=0.2, ge=0, description="CPUs of each; whole ones are torch threads, at least one")
     num_gpus: float = Field(default=0, ge=0, description="GPUs of each; more than 0 runs the model on CUDA")
 
 
@@ -57,7 +57,7 @@ class Rollout(Pool):
 class Verifier(Pool):
     """The verifier pool."""
 
-    num_cpus: float = Field(default=0.125, ge=0, description="CPUs of each replica")
+    num_cpus: float = Field(default=0.1, ge=0, description="CPUs of each replica")
     kind: Literal["math", "exact"] = Field(default="math", description="how an answer is judged")
     timeout_seconds: float = Field(default=5.0, gt=0, description="budget of a sample; beyond it, killed and abstained")
 
@@ -66,7 +66,7 @@ class Learner(Section):
     """The DeepSpeed ZeRO learner."""
 
     ranks: int = Field(default=1, ge=1, description="actors that train together")
-    num_cpus: float = Field(default=0.25, ge=0, description="CPUs of each rank; whole ones are torch threads")
+    num_cpus: float = Field(default=0.2, ge=0, description="CPUs of each rank; whole ones are torch threads")
     num_gpus: float = Field(default=0, ge=0, description="GPUs of each rank")
     zero_stage: Literal[0, 1, 2, 3] = Field(default=1, description="what DeepSpeed shards over the ranks")
     dtype: Literal["fp32", "bf16"] = Field(default="fp32", description="of the weights that train and are published")
