@@ -19,8 +19,9 @@ from ..contracts.config import Config, parse_config
 from ..contracts.errors import CheckpointError, RunFolderError, StorageError, TutorloopError
 
 FULL_BYTES = 16 * 2**20  # with less room than this, a failed write is a full disk
-# What may differ between a run and its continuation; everything else decides the weights.
-MAY_DIFFER = ("output_dir", "eval", "checkpoint", "metrics")
+# First or last parts of the keys that may differ between a run and its continuation: where it runs, how long, and what
+# is written about it. Everything else decides the weights.
+MAY_DIFFER = ("steps", "output_dir", "eval", "checkpoint", "metrics", "replicas", "num_cpus", "num_gpus")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +53,16 @@ class RunFolder:
             raise RunFolderError("output_dir can be written", f"{parent} is not writable", "choose another output_dir")
 
     def _check_same(self, config: Config, saved: Config) -> None:
-        new, old = config.model_dump(), saved.model_dump()
-        differing = [key for key in new if key not in MAY_DIFFER and new[key] != old[key]]
+        new, old = _leaves(config.model_dump()), _leaves(saved.model_dump())
+        differing = [
+            f"{key}: {old.get(key)!r} before, {new.get(key)!r} now"
+            for key in sorted(new.keys() | old.keys())
+            if new.get(key) != old.get(key) and not {key.split(".")[0], key.split(".")[-1]} & set(MAY_DIFFER)
+        ]
         if differing:
-            rule = f"a resumed run keeps its configuration (all but {', '.join(MAY_DIFFER)})"
-            found = "; ".join(f"{key}: {old[key]!r} before, {new[key]!r} now" for key in differing)
-            raise RunFolderError(rule, found, "restore it, or start a new run in another output_dir")
+            rule = f"a resumed run keeps its configuration, but for {', '.join(MAY_DIFFER)}"
+            remedy = "restore it, or start a new run in another output_dir"
+            raise RunFolderError(rule, "\n         ".join(differing), remedy)
 
     def create(self, config: Config) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -126,6 +131,14 @@ class RunFolder:
                     found_text = f"{file}: its bytes changed"
                 raise CheckpointError("a checkpoint is as it was written", found_text, remedy)
         return newest, json.loads((newest / "state.json").read_text(encoding="utf-8"))
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Every value by its dotted key."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return leaves
 
 
 def _digest(file: Path) -> str:

@@ -177,7 +177,8 @@ def parse_config(tree: Mapping[str, Any]) -> Config:
         return Config.model_validate(_given(tree))
     except ValidationError as error:
         faults = [_explain(fault) for fault in error.errors()]
-        raise ConfigError("the configuration has a fault in every line below", "\n  ".join(faults)) from None
+        rule = "a recipe and its overrides hold known keys with fitting values"
+        raise ConfigError(rule, "\n         ".join(faults), "docs/configuration.md lists every key") from None
 
 
 def _given(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -83,8 +83,9 @@ def load_causal_lm(name: str, dtype: str = "fp32", attention: str = "sdpa", devi
 
 def load_tokenizer(name: str) -> Any:
     """The model's tokenizer. Raises ModelError."""
+    folder = locate_model(name)
     try:
-        return AutoTokenizer.from_pretrained(locate_model(name), local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
             "a model folder holds its tokenizer", f"{name}: {error}", "save the tokenizer into it"

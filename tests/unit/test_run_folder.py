@@ -52,8 +52,11 @@ def test_a_folder_takes_one_run(tmp_path: Path) -> None:
 def test_a_resumed_run_keeps_what_decides_the_weights(tmp_path: Path) -> None:
     folder = saved(tmp_path)
     folder.check(config(eval={"every": 7}), resume=True)
+    folder.check(config(steps=9, rollout={"replicas": 4}, teacher={"model": "t", "num_cpus": 2}), resume=True)
     with pytest.raises(RunFolderError, match="seed: 0 before, 5 now"):
         folder.check(config(seed=5), resume=True)
+    with pytest.raises(RunFolderError, match=r"learner\.ranks: 1 before, 2 now"):
+        folder.check(config(learner={"ranks": 2}), resume=True)
 
 
 def test_the_newest_checkpoint_comes_back_and_old_ones_go(tmp_path: Path) -> None:
