@@ -56,7 +56,7 @@ class StepRow:
     staleness_max: int
     tokens: dict[str, int]  # generated, scored, trained: of this step
     pools: dict[str, PoolRow]
-    dropped: dict[str, int]  # reason → groups dropped since the run started
+    dropped: dict[str, int]  # reason → rollouts dropped since the run started
     failed: dict[str, int]  # "pool:error" → failures since the run started
 
 
@@ -231,7 +231,7 @@ class _Prometheus:
         self._seconds = Summary("tutorloop_stage_seconds", "Seconds by stage.", ["stage"], registry=self.registry)
         self._tokens = counter("tokens_total", "Tokens that a pool worked on.", "pool")
         self._abstained = counter("abstained_total", "Rollouts that the verifier did not judge.")
-        self._dropped = counter("dropped_total", "Prompt groups that were dropped, by reason.", "reason")
+        self._dropped = counter("dropped_total", "Rollouts that were dropped, by reason.", "reason")
         self._failed = counter("failed_total", "Calls and samples that failed, by pool and error.", "pool", "error")
         self.nonfinite = counter("nonfinite_values_total", "Figures that were NaN or infinite.")
 
