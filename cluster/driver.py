@@ -96,10 +96,13 @@ class Driver:
         """One optimizer step on every trainable row, while the pools go on with what is in flight."""
         lengths = [self.flow.trainable(shard) for shard in shards]
         reports = self.learner.start_step(self.step, shards, lengths)
-        while len(ray.wait(reports, num_returns=len(reports), timeout=0, fetch_local=False)[0]) < len(reports):
+        pending = reports
+        while pending:
             self.interrupt.notice()
-            pump(self.flow.pools, reports)
-        return self.learner.finish_step(reports)
+            pump(self.flow.pools, pending)
+            done, pending = ray.wait(pending, num_returns=len(pending), timeout=0, fetch_local=False)
+            self.learner.finish_step(done)  # a failed rank is heard at once: the others would wait for it
+        return self.learner.finish_step(reports)[0]
 
     def publish(self, clock: Stopwatch) -> None:
         """Send the learner's weights to every rollout replica. A synchronous run waits until all have proved them."""

@@ -84,8 +84,8 @@ class LearnerGroup:
             for rank, plan in zip(self.ranks, plans, strict=True)
         ]
 
-    def finish_step(self, reports: list[ObjectRef]) -> StepReport:
-        return get(reports, LearnerError, "learner")[0]
+    def finish_step(self, reports: list[ObjectRef]) -> list[StepReport]:
+        return get(reports, LearnerError, "learner")
 
     def publish(self, version: int) -> tuple[WeightManifest, list[ObjectRef]]:
         """Put a version's buckets into the object store; returns its manifest and the buckets' references."""
