@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
-from ..contracts.config import Config, Pool
-from ..contracts.errors import ConfigError, DataError, TokenizerMismatch
-from ..contracts.records import Prompt
+from ..contracts.config import Config, Pool, Teacher
+from ..contracts.errors import ConfigError, DataError, ModelError, TokenizerMismatch
+from ..contracts.records import Prompt, ScoreRequest
 from ..models.loading import check_weights, load_config, load_tokenizer, tokenizer_hash
 from .data import check_context, load_prompts
 
@@ -19,14 +19,15 @@ class Inputs:
     out_of_distribution: list[Prompt]
 
 
-def check_inputs(config: Config) -> Inputs:
-    """Load tokenizers and data and check that they fit together. Raises an InputError."""
+def check_inputs(config: Config, scoring: ScoreRequest) -> Inputs:
+    """Load tokenizers and data and check that they and what teachers are asked fit together. Raises an InputError."""
     tokenizer = load_tokenizer(config.student.model)
     for model in {config.student.model, *(teacher.model for teacher in config.named_teachers.values())}:
         check_weights(model)
     contexts = {"student": context_length(config.student.model)}
     for name, teacher in config.named_teachers.items():
         _check_same_tokenizer(config.student.model, tokenizer, name, teacher.model)
+        _check_vocabularies(config.student.model, name, teacher, scoring)
         contexts[f"teacher {name}"] = context_length(teacher.model)
 
     data, evaluation = config.data, config.eval
@@ -57,6 +58,17 @@ def _check_same_tokenizer(student: str, tokenizer: Any, name: str, teacher: str)
         found += f"teacher {name} {teacher}: {len(other)} tokens, hash {theirs[:8]}"
         remedy = "use models of one tokenizer family: a teacher scores the student's exact token ids"
         raise TokenizerMismatch("student and teacher share one tokenizer", found, remedy)
+
+
+def _check_vocabularies(student: str, name: str, teacher: Teacher, scoring: ScoreRequest) -> None:
+    """Models of one tokenizer may still pad their vocabulary to different sizes; a divergence needs one size."""
+    ours, theirs = (int(load_config(model).vocab_size) for model in (student, teacher.model))
+    if teacher.signal != "sampled" and ours != theirs:
+        rule = f"student and teacher have one vocabulary size where teacher.signal is {teacher.signal}"
+        raise ModelError(rule, f"student {ours}, teacher {name} {theirs}", "use teacher.signal=sampled")
+    if scoring.top_k > theirs:
+        rule = "method_options.top_k is at most the vocabulary size"
+        raise ConfigError(rule, f"{scoring.top_k}; teacher {name} has {theirs}")
 
 
 def _check_teacher_names(config: Config, prompts: list[Prompt]) -> None:

@@ -44,7 +44,7 @@ def train(config: Config, resume: bool, address: str | None, console: Console) -
     composition = compose(config)
     folder = RunFolder(Path(config.output_dir))
     folder.check(config, resume)
-    inputs = check_inputs(config)
+    inputs = check_inputs(config, composition.scoring)
     checkpoint = folder.latest_checkpoint() if resume else None
     if checkpoint:
         tally.resume(checkpoint[1]["tally"])

@@ -25,6 +25,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     first, second = [token for token in vocab if vocab[token] in (40, 41)]
     vocab[first], vocab[second] = vocab[second], vocab[first]
     (folder / "other/tokenizer.json").write_text(json.dumps(tokenizer))
+    tiny_qwen3(folder / "wide", vocab=310)
     (folder / "empty").mkdir()
     shutil.copytree(folder / "teacher", folder / "cut")
     weights = folder / "cut" / "model.safetensors"
@@ -51,6 +52,8 @@ CASES = {
     "a row without prompt": (["data.path=TMP/noprompt.jsonl"], "data.prompt_field"),
     "a row without answer": (["data.path=TMP/noanswer.jsonl"], "data.answer_field"),
     "other tokenizer": (["teacher.model=MODELS/other"], "share one tokenizer"),
+    "other vocabulary size": (["teacher.model=MODELS/wide"], "one vocabulary size"),
+    "top_k beyond the vocabulary": (["teacher.signal=topk", "method_options.top_k=301"], "top_k is at most"),
     "prompt beyond the context": (["data.path=TMP/long.jsonl"], "context"),
     "response beyond the context": (["rollout.max_new_tokens=100000"], "rollout.max_new_tokens"),
     "an unknown teacher's row": (["data.path=TMP/teacher.jsonl"], "'nobody'"),
