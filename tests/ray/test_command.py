@@ -18,7 +18,7 @@ from tiny import tiny_qwen3
 
 TUTORLOOP = str(Path(sys.executable).parent / "tutorloop")
 RAY = str(Path(sys.executable).parent / "ray")
-PATIENCE = 240.0  # seconds, on a busy machine
+PATIENCE = 600.0  # seconds, on a busy machine
 
 
 @pytest.fixture(scope="module")
