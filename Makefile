@@ -39,9 +39,9 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-# The lab's data, tokenizer and models, made again from a seed (about an hour on one core).
+# The lab's data, tokenizer and models, made again from a seed (about twenty minutes on one core).
 lab: setup
-	$(BIN)/python -m tutorloop.lab.build --seed 0
+	$(BIN)/python -m tutorloop.lab.build --seed 0 --force
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
