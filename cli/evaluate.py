@@ -9,6 +9,9 @@ import typer
 
 def evaluate(
     model: Annotated[str, typer.Argument(help="A model folder, hub id, lab:NAME, or a run's folder (its final/).")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key.path=value of a recipe, e.g. rollout.num_gpus=1 learner.dtype=bf16")
+    ] = None,
     data: Annotated[str, typer.Option(help="lab:SPLIT, a JSONL or Parquet file, or a hub id.")] = "lab:test",
     data_name: Annotated[str, typer.Option(help="A hub dataset's configuration.")] = "",
     split: Annotated[str, typer.Option(help="A hub dataset's split.")] = "test",
@@ -50,7 +53,7 @@ def evaluate(
         "verifier": {"kind": verifier},
         "eval": {"problems": problems, "samples": samples, "temperature": temperature},
     }
-    config = parse_config(tree)
+    config = parse_config(tree, overrides or [])
     from rich.console import Console
 
     from ..cluster import standalone_eval

@@ -3,6 +3,7 @@
 Imports neither torch nor Ray, so a wrong key costs a second. Unknown keys name the nearest known one.
 """
 
+import copy
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -166,13 +167,14 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError("a recipe must be YAML", f"{path}: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError("a recipe is a mapping of keys", f"{path} holds {type(tree).__name__}")
+    return parse_config(tree, overrides)
+
+
+def parse_config(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """Validate a tree of plain values with overrides applied; all its faults come in one ConfigError."""
+    tree = copy.deepcopy(dict(tree))
     for override in overrides:
         _apply(tree, override)
-    return parse_config(tree)
-
-
-def parse_config(tree: Mapping[str, Any]) -> Config:
-    """Validate a tree of plain values; all its faults come in one ConfigError."""
     try:
         return Config.model_validate(_given(tree))
     except ValidationError as error:

@@ -17,8 +17,10 @@ from rich.console import Console
 from safetensors.torch import load_file
 from tiny import tiny_model, tiny_qwen3
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
 from tutorloop.actors.worker import RolloutWorker
+from tutorloop.cli.main import app
 from tutorloop.cluster import run
 from tutorloop.contracts.config import Config, load_config, parse_config
 from tutorloop.contracts.errors import ResourceError, WeightsMismatch
@@ -221,3 +223,15 @@ def test_gsm8k_with_a_qwen3_checkpoint_from_disk(tmp_path: Path, address: str) -
     assert [row["step"] for row in rows] == [0, 1, 2]
     assert all(row["tokens"]["trained"] > 0 and row["abstained"] == 0 for row in rows)
     assert summary["verifier_errors"] == {} and summary["accuracy"]["after"] is not None
+
+
+def test_eval_reports_a_model_by_itself(models: Path, address: str) -> None:
+    data = ["--data", str(models / "problems.jsonl"), "--samples", "2", "--max-new-tokens", "8"]
+    arguments = ["eval", str(models / "student"), "rollout.num_cpus=0.1", *data, "--address", address, "--json"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    stats = json.loads(result.stdout)
+    assert (stats["problems"], stats["samples"]) == (len(PROBLEMS), 2)
+    assert all(0 <= stats[name]["low"] <= stats[name]["value"] <= 1 for name in ("avg_at_k", "pass_at_k", "maj_at_k"))
+    refused = CliRunner().invoke(app, ["eval", str(models / "student"), "rollout.replica=2"])
+    assert refused.exit_code == 2 and "did you mean rollout.replicas" in refused.stderr
