@@ -8,10 +8,8 @@ import logging
 import os
 import re
 import socket
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -19,7 +17,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from ..contracts.errors import ResourceError, TutorloopError
 
-# One thread a process unless the actor is given more CPUs; quiet libraries; no lookups on the hub from an actor.
+# One thread a process unless the actor is given more CPUs; quiet libraries.
 ACTOR_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
 
 
@@ -27,10 +25,8 @@ ACTOR_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", 
 def cluster(address: str | None) -> Iterator[None]:
     """Ray for the length of the block; a cluster that was started here ends with it."""
     address = address or os.environ.get("RAY_ADDRESS") or "local"
-    # Actors find ninja and other tools beside this interpreter, also when no environment was activated.
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
-    options["runtime_env"] = {"env_vars": {**ACTOR_ENVIRONMENT, "PATH": path}}
+    options["runtime_env"] = {"env_vars": ACTOR_ENVIRONMENT}
     if address == "local":
         options["include_dashboard"] = False
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
