@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: setup quickstart test test-unit test-ray test-packaging lint lab benchmark clean
+.PHONY: setup quickstart test test-unit test-ray test-packaging lint lab methods clean
 
 setup: $(STAMP)
 
@@ -42,6 +42,11 @@ lint: setup
 # The lab's data, tokenizer and models, made again from a seed (about twenty minutes on one core).
 lab: setup
 	$(BIN)/python -m tutorloop.lab.build --seed 0 --force
+
+# Every method from the same student with the same token budget; hours on two cores, and it goes on where it stopped.
+# One of them: make methods ARGS="--only opd --seeds 0". Table and plot anew: make methods ARGS=--table
+methods: setup
+	$(BIN)/python benchmarks/methods.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -4,11 +4,12 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from ..contracts.config import Lora
 from ..contracts.errors import RecordError, WeightsMismatch
 from ..contracts.records import EMPTY_II, Sampling, WeightBucket, WeightManifest
+from ..models.weight_proof import check_canary, copy_buckets
 from ..models.weights import read_bucket
 from .transformers_engine import REFUSED, Generated
-from .weights import check_canary, copy_buckets
 
 VOCAB, EOS, CONTEXT = 256, 2, 4096
 
@@ -16,7 +17,7 @@ VOCAB, EOS, CONTEXT = 256, 2, 4096
 class FakeEngine:
     """Tokens, logprobs and length follow from the seed alone; the text is the ids, separated by spaces."""
 
-    def __init__(self, model: str, *, dtype: str, device: str, threads: int) -> None:
+    def __init__(self, model: str, *, dtype: str, device: str, threads: int, lora: Lora | None = None) -> None:
         if dtype not in ("fp32", "bf16") or threads < 1 or not device:
             raise RecordError("an engine is given a dtype, a device and threads", f"{dtype}, {device!r}, {threads}")
         self.model = model

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ..contracts.config import Lora
 from ..contracts.errors import WeightsMismatch
 from ..contracts.records import EMPTY_F, EMPTY_II, Sampling, WeightBucket, WeightManifest
 from ..models.loading import load_causal_lm, load_tokenizer
+from ..models.lora import ReplicaWeights
+from ..models.weight_proof import check_canary, copy_buckets
 from .decoding import roomy_cache
 from .sampling import draw, uniforms
-from .weights import check_canary, copy_buckets
 
 DONE_SHARE = 0.125  # of the batch: once so many rows have ended, they are taken out (a copy of the cache)
 
@@ -37,11 +39,15 @@ REFUSED = Generated(np.zeros(0, np.int32), EMPTY_F, EMPTY_II, "error")
 
 
 class TransformersEngine:
-    """A `contracts.protocols.RolloutEngine` on one device. `threads` are torch's, of the whole process."""
+    """A `contracts.protocols.RolloutEngine` on one device. `threads` are torch's, of the whole process.
 
-    def __init__(self, model: str, *, dtype: str, device: str, threads: int) -> None:
+    With `lora` it takes adapters alone, and runs them merged.
+    """
+
+    def __init__(self, model: str, *, dtype: str, device: str, threads: int, lora: Lora | None = None) -> None:
         torch.set_num_threads(threads)
         self.model = load_causal_lm(model, dtype, attention="grouped", device=device)
+        self.weights = ReplicaWeights(self.model, lora)
         self.tokenizer = load_tokenizer(model)
         self.device = device
         self.context = self.model.config.max_position_embeddings
@@ -74,8 +80,8 @@ class TransformersEngine:
     def load_weights(self, buckets: Iterable[WeightBucket], manifest: WeightManifest) -> None:
         """Copy a version in and prove it. After a mismatch this engine refuses to generate."""
         self._proven = False
-        # named_parameters leaves out a head tied to the embedding, and so does the learner
-        copy_buckets(dict(self.model.named_parameters()), buckets, manifest)
+        copy_buckets(self.weights.parameters, buckets, manifest)
+        self.weights.apply()
         check_canary(self._score(manifest.canary_ids), manifest)
         self.weight_version, self._proven = manifest.version, True
 

@@ -3,12 +3,17 @@
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from ..contracts.arrow import decode, encode
+from ..contracts.config import Lora
 from ..contracts.protocols import Generation
 from ..contracts.records import (
+    EMPTY_II,
     Prompt,
     Receipt,
     Rollout,
@@ -16,20 +21,41 @@ from ..contracts.records import (
     Sampling,
     WeightBucket,
     WeightManifest,
-    decode,
-    encode,
 )
+from ..models.contexts import PLAIN, Prompter
+from ..models.loading import load_tokenizer
 from .engines import make_engine
+from .transformers_engine import REFUSED, Generated
 
 
 class RolloutWorker:
-    """One replica: an engine with its model. `max_batch` is the most rollouts sampled at once."""
+    """One replica: an engine with its model. `max_batch` is the most rollouts sampled at once.
+
+    With `lora` the published weights are adapters of `model` alone.
+    `templates` are the recipe's own (models/contexts.py), `template_kwargs` the chat template's.
+    """
 
     def __init__(
-        self, *, engine: str, model: str, dtype: str, device: str = "cpu", threads: int = 1, max_batch: int = 64
+        self,
+        *,
+        engine: str,
+        model: str,
+        dtype: str,
+        device: str = "cpu",
+        threads: int = 1,
+        max_batch: int = 64,
+        templates: Mapping[str, str] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        lora: Lora | None = None,
     ) -> None:
-        self.engine = make_engine(engine, model, dtype=dtype, device=device, threads=threads)
-        self.max_batch = max_batch
+        self.engine = make_engine(engine, model, dtype=dtype, device=device, threads=threads, lora=lora)
+        self.model, self.max_batch = model, max_batch
+        self.templates, self.template_kwargs = templates, template_kwargs
+
+    @cached_property
+    def prompter(self) -> Prompter:
+        """Builds the prompts of contexts; its tokenizer is loaded at the first one. Raises ConfigError, ModelError."""
+        return Prompter(load_tokenizer(self.model), self.template_kwargs, self.templates)
 
     def load_weights(self, manifest: WeightManifest, *buckets: WeightBucket) -> float:
         """Load a published version and prove it; the seconds it took. Raises WeightsMismatch."""
@@ -40,11 +66,15 @@ class RolloutWorker:
     def generate(
         self, prompts: pa.RecordBatch, requests: tuple[SampleRequest, ...], sampling: Sampling
     ) -> tuple[pa.RecordBatch, Receipt]:
-        """Rollouts in the order of `requests`. One that could not be sampled is a row too: "error", no response."""
+        """Rollouts in the order of `requests`. One that could not be made is a row too: "error", no response.
+
+        That is a prompt without room for a response, a context whose fields the row lacks, or a row without a solution
+        where the dataset answers. A rollout holds the plain prompt, whatever its generator was shown.
+        """
         start = time.perf_counter()
         rows = sorted({request.row for request in requests})
         by_row = dict(zip(rows, decode(Prompt, prompts, rows), strict=True))
-        responses = self._respond(by_row, requests, sampling)
+        responses = self._respond([by_row[request.row] for request in requests], requests, sampling)
         rollouts = [
             self._rollout(by_row[request.row], request, response)
             for request, response in zip(requests, responses, strict=True)
@@ -59,23 +89,32 @@ class RolloutWorker:
             response_lengths=tuple(rollout.response_length for rollout in rollouts),
             rollout_ids=tuple(rollout.rollout_id for rollout in rollouts),
             weight_version=self.engine.weight_version,
+            finish_reasons=tuple(rollout.finish_reason for rollout in rollouts),
             truncated=reasons["length"],
             errors={"prompt": reasons["error"]} if reasons["error"] else {},
         )
         return batch, receipt
 
     def _respond(
-        self, by_row: Mapping[int, Prompt], requests: Sequence[SampleRequest], sampling: Sampling
+        self, prompts: Sequence[Prompt], requests: Sequence[SampleRequest], sampling: Sampling
     ) -> list[Generation]:
         """Prompts of like length go together: less padding, and the samples of one prompt share its reading."""
-        order = sorted(range(len(requests)), key=lambda i: (len(by_row[requests[i].row].token_ids), requests[i].row))
-        responses: dict[int, Generation] = {}
+        responses: list[Generation] = [REFUSED] * len(requests)
+        shown: dict[int, np.ndarray] = {}
+        for i, (prompt, request) in enumerate(zip(prompts, requests, strict=True)):
+            if request.source == "dataset":
+                responses[i] = _given(prompt, sampling)
+                continue
+            ids = prompt.token_ids if request.context == PLAIN else self.prompter.ids(request.context, prompt)
+            if ids is not None:
+                shown[i] = ids
+        order = sorted(shown, key=lambda i: (len(shown[i]), requests[i].row))
         for at in range(0, len(order), self.max_batch):
             part = order[at : at + self.max_batch]
-            token_ids = [by_row[requests[i].row].token_ids for i in part]
-            generated = self.engine.generate(token_ids, [requests[i].seed for i in part], sampling)
-            responses.update(zip(part, generated, strict=True))
-        return [responses[i] for i in range(len(requests))]
+            generated = self.engine.generate([shown[i] for i in part], [requests[i].seed for i in part], sampling)
+            for i, response in zip(part, generated, strict=True):
+                responses[i] = response
+        return responses
 
     def _rollout(self, prompt: Prompt, request: SampleRequest, response: Generation) -> Rollout:
         return Rollout(
@@ -83,6 +122,8 @@ class RolloutWorker:
             prompt_id=prompt.prompt_id,
             group_id=request.group_id,
             sample_index=request.sample_index,
+            source=request.source,
+            context=request.context,
             token_ids=np.concatenate([prompt.token_ids, response.token_ids]),
             prompt_length=len(prompt.token_ids),
             text=self.engine.decode(response.token_ids),
@@ -95,3 +136,12 @@ class RolloutWorker:
             answer=prompt.answer,
             teacher=prompt.teacher,
         )
+
+
+def _given(prompt: Prompt, sampling: Sampling) -> Generation:
+    """The dataset's own solution as a response, cut off where a sampled one would be; nobody sampled its logprobs."""
+    if not len(prompt.solution_ids):
+        return REFUSED
+    ids = prompt.solution_ids[: sampling.max_new_tokens]
+    whole = len(ids) == len(prompt.solution_ids)
+    return Generated(ids, np.zeros(len(ids), np.float32), EMPTY_II, "stop" if whole else "length")

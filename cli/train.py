@@ -20,9 +20,9 @@ def train(
     config = load_config(recipe, overrides or [])
     from rich.console import Console
 
-    from ..cluster.methods import compose
+    from ..cluster.methods import compose_stages
 
-    compose(config)  # a wrong method is answered before torch and Ray are loaded
+    compose_stages(config)  # a wrong method is answered before torch and Ray are loaded
     from ..cluster import run
 
     return run.train(config, resume, address, Console())

@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 from .. import lab
 from ..contracts.config import Data
 from ..contracts.errors import DataError
-from ..contracts.records import Prompt, seed_of
+from ..contracts.records import EMPTY_I, Prompt, seed_of
+from ..models.contexts import tokenize_prompt, tokenize_response
 
 
 def read_rows(path: str, name: str = "", split: str = "train") -> list[dict[str, Any]]:
@@ -74,41 +75,54 @@ def _read_hub(path: str, name: str, split: str) -> list[dict[str, Any]]:
         raise DataError("data.path is a JSONL or Parquet file, lab:SPLIT or a hub id", found) from error
 
 
-def load_prompts(data: Data, path: str, split: str, tokenizer: Any, limit: int | None = None) -> list[Prompt]:
-    """Checked prompts of `path`, tokenised for the student, at most `limit`. Raises DataError."""
+def load_prompts(
+    data: Data, path: str, split: str, tokenizer: Any, limit: int | None = None, *, need_answer: bool = True
+) -> list[Prompt]:
+    """Checked prompts of `path`, tokenised for the student, at most `limit`; a row needs an answer unless nothing
+    verifies. Raises DataError."""
     rows = read_rows(path, data.name, split)[:limit]
     if not rows:
         raise DataError("a dataset has at least one row", f"{path} is empty")
-    prompts = [_to_prompt(row, number, data, path, tokenizer) for number, row in enumerate(rows)]
+    needed = {data.prompt_field: "data.prompt_field"}
+    if need_answer:
+        needed[data.answer_field] = "data.answer_field"
+    for number, row in enumerate(rows):
+        _check_row(row, needed, f"row {number} of {path}")
+    prompts = [_to_prompt(row, number, data, tokenizer) for number, row in enumerate(rows)]
     ids = {prompt.prompt_id for prompt in prompts}
     if len(ids) < len(prompts):
         raise DataError("the ids of a dataset's rows are unique", f"{path}: {len(prompts) - len(ids)} repeat")
     return prompts
 
 
-def _to_prompt(row: dict[str, Any], number: int, data: Data, path: str, tokenizer: Any) -> Prompt:
-    for field, key in ((data.prompt_field, "data.prompt_field"), (data.answer_field, "data.answer_field")):
-        if row.get(field) is None or str(row[field]).strip() == "":
-            found = f"row {number} of {path} has keys {sorted(row)}"
+def _check_row(row: dict[str, Any], needed: dict[str, str], place: str) -> None:
+    for field, key in needed.items():
+        if not _text(row, field).strip():
+            found = f"{place} has keys {sorted(row)}"
             raise DataError(f"every row needs a value in `{field}`", found, f"name the field with {key}=…")
-    text = str(row[data.prompt_field]) + data.prompt_suffix
+
+
+def _text(row: dict[str, Any], field: str) -> str:
+    value = row.get(field)
+    return "" if value is None else str(value)
+
+
+def _to_prompt(row: dict[str, Any], number: int, data: Data, tokenizer: Any) -> Prompt:
+    text = _text(row, data.prompt_field) + data.prompt_suffix
+    solution = _text(row, data.solution_field)
+    solution_ids = EMPTY_I
+    if solution.strip():
+        solution_ids = tokenize_response(tokenizer, text, solution, data.chat_template_kwargs)
     return Prompt(
         prompt_id=str(row.get("id", f"row-{number}")),
         text=text,
         token_ids=tokenize_prompt(tokenizer, text, data.chat_template_kwargs),
-        answer=gold_answer(str(row[data.answer_field])),
+        answer=gold_answer(_text(row, data.answer_field)),
+        solution=solution,
+        solution_ids=solution_ids,
         tags=str(row.get("family", row.get("source", ""))),
         teacher=str(row.get("teacher", "")),
     )
-
-
-def tokenize_prompt(tokenizer: Any, text: str, template_kwargs: dict[str, Any]) -> np.ndarray:
-    """Token ids int32 `[P]` of a user turn with the generation prompt; without a chat template, of the bare text."""
-    if getattr(tokenizer, "chat_template", None):
-        turns = [{"role": "user", "content": text}]
-        rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **template_kwargs)
-        return np.asarray(tokenizer(rendered, add_special_tokens=False)["input_ids"], np.int32)
-    return np.asarray(tokenizer(text)["input_ids"], np.int32)
 
 
 def gold_answer(text: str) -> str:

@@ -8,7 +8,8 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -22,7 +23,8 @@ from .metrics import MetricsLog
 from .pool import Pool, pump
 from .progress import Progress
 from .run_folder import RunFolder
-from .tally import Tally
+from .stages import EntropyCollapse
+from .tally import Tally, pass_rate
 
 
 @dataclass(slots=True)
@@ -43,29 +45,36 @@ class Stopwatch:
 
 @dataclass(slots=True, kw_only=True)
 class Driver:
-    """Drives a run whose parts have been started. `step` counts the steps that are done; it is the weight version."""
+    """Drives one stage of a run, whose parts have been started. `step` counts the run's steps that are done; it is the
+    weight version. `followers`: pools of self-teachers, which take the student's weights too; `averages`: those of
+    them whose weights are an average, which a checkpoint must hold.
+    """
 
-    config: Config
+    config: Config  # of the stage
+    stage: int
     folder: RunFolder
     flow: Flow
     learner: LearnerGroup
+    followers: Sequence[Pool]
+    averages: Sequence[Pool]
     problems: Sequence[ProblemSet]
     plan: EvalPlan
+    trigger: EntropyCollapse | None
     log: MetricsLog
     progress: Progress
     interrupt: Interrupt
     tally: Tally
-    step: int = 0
+    step: int
 
     def train(self) -> bool:
-        """The loop. Returns whether all steps were done (False: interrupted). A checkpoint stands at its end."""
+        """The loop. Returns whether the stage came to its end (False: interrupted). A checkpoint stands then."""
         clock = Stopwatch()
         try:
             self.publish(clock)
             if not self.tally.evaluated(self.step):
                 self.evaluate(clock)
             self.progress.phase("training")
-            while self.step < self.config.steps:
+            while not self.ended:
                 self.interrupt.check()
                 self.flow.admit(self.step)
                 with clock("wait"):
@@ -73,6 +82,7 @@ class Driver:
                 with clock("learn"):
                     report = self.learn(shards)
                 self.step += 1
+                self.watch(shards, report)
                 self.publish(clock)
                 self.record(shards, report, clock)
                 clock = Stopwatch()
@@ -80,22 +90,28 @@ class Driver:
                     self.evaluate(clock)
                 if self._due(self.config.checkpoint.every):
                     self.save(clock)
+            self.flow.abandon("stage_ended")
             if not self.tally.evaluated(self.step):
                 self.evaluate(clock)
         except Interrupted:
-            self.progress.note(f"interrupted after step {self.step} of {self.config.steps}")
-            self.flow.abandon()
+            self.progress.note(f"interrupted after step {self.step}")
+            self.flow.abandon("interrupted")
         self.tally.count(self.flow)
         self.save(clock)
-        return self.step == self.config.steps and not self.interrupt.requested
+        return self.ended and not self.interrupt.requested
+
+    @property
+    def ended(self) -> bool:
+        """The stage's steps are done, or its trigger has fired."""
+        return self.step >= self.flow.last or (self.trigger is not None and self.trigger.fired)
 
     def _due(self, every: int) -> bool:
-        return every > 0 and self.step % every == 0 and self.step < self.config.steps
+        return every > 0 and self.step % every == 0 and not self.ended
 
     def learn(self, shards: list[Shard]) -> StepReport:
-        """One optimizer step on every trainable row, while the pools go on with what is in flight."""
-        lengths = [self.flow.trainable(shard) for shard in shards]
-        reports = self.learner.start_step(self.step, shards, lengths)
+        """One step on every trainable row, while the pools go on with what is in flight."""
+        rows = self.flow.trainable(self.step, shards)
+        reports = self.learner.start_step(self.step - self.flow.first, self.step, shards, rows)
         pending = reports
         while pending:
             self.interrupt.notice()
@@ -104,32 +120,67 @@ class Driver:
             self.learner.finish_step(done)  # a failed rank is heard at once: the others would wait for it
         return self.learner.finish_step(reports)[0]
 
+    def watch(self, shards: list[Shard], report: StepReport) -> None:
+        """Show a finished step to the stage's trigger."""
+        if self.trigger and self.trigger.observe(report.metrics.get("entropy"), pass_rate(shards)):
+            self.progress.note(f"the entropy has collapsed: stage {self.stage} ends after step {self.step}")
+
     def publish(self, clock: Stopwatch) -> None:
-        """Send the learner's weights to every rollout replica. A synchronous run waits until all have proved them."""
+        """Send the learner's weights to everyone who runs them. A synchronous run waits until all have proved them.
+
+        A method of rounds publishes at the end of each; one that restarts then begins again from its first weights.
+        """
+        done, composition = self.step - self.flow.first, self.flow.composition
+        if done % composition.round_steps and not self.ended:
+            return
+        takers = [self.flow.services.rollouts, *self.followers]
         with clock("publish"):
             manifest, buckets = self.learner.publish(self.step)
         with clock("load"):
-            self.flow.rollouts.broadcast("load_weights", manifest, *buckets)
-            while self.config.max_staleness == 0 and not self.flow.rollouts.settled:
+            for pool in takers:
+                pool.broadcast("load_weights", manifest, *buckets)
+            while self.config.max_staleness == 0 and not all(pool.settled for pool in takers):
                 pump(self.flow.pools)
+        if composition.restart and done and not self.ended:
+            self.learner.restart()
 
     def evaluate(self, clock: Stopwatch) -> None:
+        """Evaluate the student's published weights; written down whole, or not at all if interrupted."""
+        services = self.flow.services
+        if not self.problems or services.verifiers is None:
+            return
+        self.progress.phase("evaluating the student")
+        parts = (self.plan, services.rollouts, services.verifiers, services.pools, "student", self.step, self.interrupt)
         with clock("evaluate"):
-            self.measure(self.flow.rollouts, "student")
-
-    def measure(self, generators: Pool, model: Literal["student", "teacher"]) -> None:
-        """Evaluate what `generators` hold on every problem set; written down whole, or not at all if interrupted."""
-        self.progress.phase(f"evaluating the {model}")
-        parts = (self.plan, generators, self.flow.verifiers, self.flow.pools, model, self.step, self.interrupt)
-        for row in [evaluate(problems, *parts) for problems in self.problems]:
-            self.tally.evals.append(row)
-            self.log.log_eval(row)
-            self.progress.eval(row)
+            for row in [evaluate(problems, *parts) for problems in self.problems]:
+                self.tally.evals.append(row)
+                self.log.log_eval(row)
+                self.progress.eval(row)
 
     def save(self, clock: Stopwatch) -> None:
         with clock("checkpoint"):
-            state = {"step": self.step, "tally": self.tally.state()}
-            self.folder.save_checkpoint(self.step, state, self.learner.save, self.config.checkpoint.keep)
+            state = {
+                "step": self.step,
+                "stage": self.stage,
+                "first": self.flow.first,
+                "trigger": self.trigger.state() if self.trigger else None,
+                "tally": self.tally.state(),
+            }
+            self.folder.save_checkpoint(self.step, state, self._write, self.config.checkpoint.keep)
+
+    def _write(self, folder: Path) -> None:
+        self.learner.save(folder / "learner")
+        for pool in self.averages:
+            pool.call(pool.replicas[:1], "save_average", str(folder / f"{pool.name}.safetensors"))
+
+    def load(self, checkpoint: Path, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint of this stage."""
+        self.learner.load(checkpoint / "learner")
+        for pool in self.averages:
+            pool.call(pool.replicas, "load_average", str(checkpoint / f"{pool.name}.safetensors"))
+        if self.trigger:
+            self.trigger.resume(state["trigger"])
+        self.step = self.flow.admitted = state["step"]
 
     def record(self, shards: list[Shard], report: StepReport, clock: Stopwatch) -> None:
         clock.seconds["total"] = time.monotonic() - clock.start

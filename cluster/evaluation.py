@@ -9,7 +9,8 @@ import numpy as np
 import ray
 from ray import ObjectRef
 
-from ..contracts.records import Prompt, Receipt, SampleRequest, Sampling, encode, seed_of
+from ..contracts.arrow import encode
+from ..contracts.records import Prompt, Receipt, SampleRequest, Sampling, seed_of
 from .interrupt import Interrupt
 from .metrics import EvalRow
 from .pool import Call, Pool, pump

@@ -12,8 +12,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ..contracts.config import Config
 from ..contracts.errors import LearnerError
-from ..contracts.records import StepPlan, StepReport, Term, WeightManifest
-from ..learner.packing import plan_micro_batches
+from ..contracts.records import Correction, StepPlan, StepReport, Term, WeightManifest
+from ..learner.packing import Lengths, plan_updates
 from ..learner.worker import LearnerWorker
 from .flow import Shard
 from .pool import peak_memory
@@ -31,9 +31,10 @@ def _rendezvous() -> tuple[str, int]:
 class LearnerGroup:
     """One actor per rank. `heads`: teachers whose frozen output projection the loss needs, by name."""
 
-    def __init__(self, config: Config, terms: tuple[Term, ...], heads: dict[str, tuple[str, str]]) -> None:
-        learner = config.learner
-        self.tokens_per_batch = learner.tokens_per_batch
+    def __init__(
+        self, config: Config, terms: tuple[Term, ...], correction: Correction, heads: dict[str, tuple[str, str]]
+    ) -> None:
+        learner = self.config = config.learner
         need = {"CPU": learner.num_cpus, "GPU": learner.num_gpus}
         bundle = {name: amount for name, amount in need.items() if amount} or {"CPU": 0.001}
         self._group = placement_group([bundle] * learner.ranks, strategy="PACK")
@@ -53,6 +54,9 @@ class LearnerGroup:
                 heads=heads,
                 config=learner,
                 terms=terms,
+                correction=correction,
+                lora=config.student.lora,
+                seed=config.seed,
                 steps=config.steps,
                 device="cuda" if learner.num_gpus else "cpu",
                 threads=max(1, int(learner.num_cpus)),
@@ -73,14 +77,14 @@ class LearnerGroup:
     def ready(self) -> None:
         get([rank.__ray_ready__.remote() for rank in self.ranks], LearnerError, "learner")
 
-    def start_step(self, step: int, shards: Sequence[Shard], lengths: Sequence[Sequence[int]]) -> list[ObjectRef]:
+    def start_step(self, step: int, version: int, shards: Sequence[Shard], rows: Lengths) -> list[ObjectRef]:
         """Begin a step on every rank; each gets its own plan and the same references. One report per rank."""
-        plans = plan_micro_batches(lengths, len(self.ranks), self.tokens_per_batch)
+        plans = plan_updates(rows, len(self.ranks), self.config.tokens_per_batch, self.config.updates_per_step)
         scores = [ref for shard in shards for ref in shard.scores]
-        batches = [*(s.rollouts for s in shards), *scores, *(s.verdicts for s in shards)]
-        common = {"step": step, "rollout_batches": len(shards), "score_batches": len(scores)}
+        batches = [*(s.rollouts for s in shards), *scores]
+        common = {"step": step, "version": version, "rollout_batches": len(shards), "score_batches": len(scores)}
         return [
-            rank.step.remote(StepPlan(micro_batches=plan, **common), *batches)
+            rank.step.remote(StepPlan(updates=plan, **common), *batches)
             for rank, plan in zip(self.ranks, plans, strict=True)
         ]
 
@@ -93,6 +97,10 @@ class LearnerGroup:
         first, *_ = [list(stream) for stream in streams]  # the other ranks only take part
         *buckets, manifest = first
         return get(manifest, LearnerError, "learner"), buckets
+
+    def restart(self) -> None:
+        """Weights as the stage began, and a fresh optimizer."""
+        self._all("restart")
 
     def save(self, folder: Path) -> None:
         self._all("save", str(folder))

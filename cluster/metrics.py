@@ -24,7 +24,13 @@ if TYPE_CHECKING:
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
-TOKEN_POOLS = {"generated": "rollout", "scored": "teacher", "trained": "learner"}  # whose work each count of tokens is
+# Whose work each count of tokens is.
+TOKEN_POOLS = {
+    "generated": "rollout",
+    "teacher_generated": "teacher_rollout",
+    "scored": "teacher",
+    "trained": "learner",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +60,9 @@ class StepRow:
     truncated_share: float  # ended by the token limit
     staleness_mean: float  # weight versions between sampling and training
     staleness_max: int
-    tokens: dict[str, int]  # generated, scored, trained: of this step
+    rollouts: dict[str, int]  # taken from the queue, and trained; the others were dropped
+    groups: dict[str, float]  # shares of the student's prompt groups: all_right, all_wrong, mixed, …
+    tokens: dict[str, int]  # generated, teacher_generated, scored, trained: of this step
     pools: dict[str, PoolRow]
     dropped: dict[str, int]  # reason → rollouts dropped since the run started
     failed: dict[str, int]  # "pool:error" → failures since the run started
@@ -219,6 +227,7 @@ class _Prometheus:
             "grad_norm": gauge("grad_norm", "Global gradient norm before clipping."),
             "learning_rate": gauge("learning_rate", "Learning rate of the last step."),
         }
+        self._groups = gauge("prompt_groups_ratio", "Shares of the last step's prompt groups, by outcome.", "share")
         self._learner = gauge("learner_metric", "The learner's other metrics, by name.", "metric")
         self._pools = {
             "replicas": gauge("pool_replicas", "Replicas of a pool.", "pool"),
@@ -240,6 +249,8 @@ class _Prometheus:
             gauge.set(getattr(row, name))
         for name, value in row.learner.items():
             (self._named_learner.get(name) or self._learner.labels(name)).set(value)
+        for name, value in row.groups.items():
+            self._groups.labels(name).set(value)
         for pool, figures in row.pools.items():
             for name, gauge in self._pools.items():
                 gauge.labels(pool).set(getattr(figures, name))

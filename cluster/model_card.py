@@ -8,10 +8,14 @@ import yaml
 from .. import __version__
 from ..contracts.config import Config
 
+ADAPTERS = """The weights have the trained adapters merged in; `adapter/` holds them alone, as peft loads them.
+
+"""
+
 
 def write_model_card(path: Path, config: Config, summary: dict[str, Any]) -> None:
     """README.md of an exported model, with the front matter that model hubs read."""
-    teachers = ", ".join(teacher.model for teacher in config.named_teachers.values())
+    teachers = ", ".join(f"`{teacher.model}`" for teacher in config.named_teachers.values()) or "none"
     recipe = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     accuracy = summary["accuracy"]
     split = {
@@ -19,14 +23,17 @@ def write_model_card(path: Path, config: Config, summary: dict[str, Any]) -> Non
         "out of distribution": ("ood_before", "ood_after", "ood_teacher"),
     }
     rows = [f"| {name} | " + " | ".join(_percent(accuracy[key]) for key in keys) + " |" for name, keys in split.items()]
-    front = yaml.safe_dump({"library_name": "transformers", "tags": ["tutorloop", config.method]}, sort_keys=False)
+    front = yaml.safe_dump(
+        {"library_name": "transformers", "tags": ["tutorloop", *(stage.method for stage in config.plan)]},
+        sort_keys=False,
+    )
     path.write_text(
         f"""---
 {front}---
 # {Path(config.student.model).name or config.student.model}, distilled
 
-Trained by tutorloop {__version__} with `{config.method}`, {summary["steps"]} steps, seed {config.seed}.
-Student: `{config.student.model}`. Teacher: `{teachers}`. Data: `{config.data.path}`.
+Trained by tutorloop {__version__} with `{summary["method"]}`, {summary["steps"]} steps, seed {config.seed}.
+Student: `{config.student.model}`. Teacher: {teachers}. Data: `{config.data.path}`.
 
 avg@{config.eval.samples} at temperature {config.eval.temperature}, first {config.eval.problems} problems of each set:
 
@@ -34,7 +41,7 @@ avg@{config.eval.samples} at temperature {config.eval.temperature}, first {confi
 |---|---|---|---|
 {chr(10).join(rows)}
 
-## Recipe
+{ADAPTERS if config.student.lora else ""}## Recipe
 
 ```yaml
 {recipe}```

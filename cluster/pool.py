@@ -7,7 +7,7 @@ tokens and busy seconds come with the receipts.
 
 import resource
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +74,11 @@ class Pool:
     def broadcast(self, method: str, *args: Any) -> None:
         """Call every replica, after what it has in flight and before anything submitted later."""
         self._acks |= {getattr(replica, method).remote(*args) for replica in self.replicas}
+
+    def call(self, replicas: Sequence[Any], method: str, *args: Any) -> None:
+        """Call some replicas, behind what they have in flight, and wait for them."""
+        calls = [getattr(replica, method).remote(*args) for replica in replicas]
+        get(calls, self.boundary, f"{self.name} pool")
 
     @property
     def settled(self) -> bool:

@@ -1,13 +1,19 @@
 """What can be checked before any actor starts: models, tokenizers, data, contexts, teachers' names, resources."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from ..contracts.config import Config, Pool, Teacher
+from ..contracts.config import REFERENCE, Config, Pool, Teacher
 from ..contracts.errors import ConfigError, DataError, ModelError, TokenizerMismatch
-from ..contracts.records import Prompt, ScoreRequest
+from ..contracts.records import Prompt
+from ..models.contexts import check_templates, fields_of
 from ..models.loading import check_weights, load_config, load_tokenizer, tokenizer_hash
+from ..models.lora import check_targets
 from .data import check_context, load_prompts
+from .methods.composition import Composition
+
+SHOWN = {"answer": "data.answer_field", "solution": "data.solution_field"}  # fields of templates that rows must have
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,19 +25,32 @@ class Inputs:
     out_of_distribution: list[Prompt]
 
 
-def check_inputs(config: Config, scoring: ScoreRequest) -> Inputs:
-    """Load tokenizers and data and check that they and what teachers are asked fit together. Raises an InputError."""
+def check_inputs(config: Config, compositions: Sequence[Composition]) -> Inputs:
+    """Load tokenizers and data and check that they and what the stages ask fit together. Raises an InputError."""
+    check_templates(config.templates)
+    evaluation, verified = config.eval, config.verifier.kind != "none"
+    if (evaluation.path or evaluation.ood_path) and not verified:
+        raise ConfigError("an evaluation needs a verifier", "verifier.kind=none", "set eval.path= or choose a verifier")
     tokenizer = load_tokenizer(config.student.model)
-    for model in {config.student.model, *(teacher.model for teacher in config.named_teachers.values())}:
+    scorers = {name: teacher.model for name, teacher in config.named_teachers.items()}
+    if config.reference:
+        scorers[REFERENCE] = config.reference.model
+    for model in {config.student.model, *scorers.values()}:
         check_weights(model)
+    if config.student.lora:
+        check_targets(config.student.model, config.student.lora)
     contexts = {"student": context_length(config.student.model)}
+    for name, model in scorers.items():
+        _check_same_tokenizer(config.student.model, tokenizer, name, model)
+        contexts[f"teacher {name}"] = context_length(model)
     for name, teacher in config.named_teachers.items():
-        _check_same_tokenizer(config.student.model, tokenizer, name, teacher.model)
-        _check_vocabularies(config.student.model, name, teacher, scoring)
-        contexts[f"teacher {name}"] = context_length(teacher.model)
+        _check_vocabularies(config.student.model, name, teacher, compositions)
+        if teacher.follows and teacher.dtype != config.learner.dtype:
+            found = f"{name}: {teacher.dtype}; learner: {config.learner.dtype}"
+            raise ConfigError("a teacher that follows the student has the learner's dtype", found, "set both alike")
 
-    data, evaluation = config.data, config.eval
-    train = load_prompts(data, data.path, data.split, tokenizer)
+    data = config.data
+    train = load_prompts(data, data.path, data.split, tokenizer, need_answer=verified)
     held_out = [
         load_prompts(data, path, evaluation.split, tokenizer, evaluation.problems) if path else []
         for path in (evaluation.path, evaluation.ood_path)
@@ -41,8 +60,27 @@ def check_inputs(config: Config, scoring: ScoreRequest) -> Inputs:
         for prompts, path in zip(held_out, (evaluation.path, evaluation.ood_path), strict=True):
             if prompts:
                 check_context(prompts, evaluation.max_new_tokens or config.rollout.max_new_tokens, context, path, who)
-    _check_teacher_names(config, train)
+    _check_shown(config, compositions, train)
+    train = _with_teachers(config, compositions, train)
     return Inputs(train=train, in_distribution=held_out[0], out_of_distribution=held_out[1])
+
+
+def _check_shown(config: Config, compositions: Iterable[Composition], prompts: Sequence[Prompt]) -> None:
+    """Every row has what the templates and the learner are shown of it."""
+    needed: set[str] = set()
+    for composition in compositions:
+        scoring = composition.scoring
+        contexts = [scoring.context] if scoring else []
+        contexts += [ask.context for ask in composition.asks(0, 0)]
+        for context in contexts:
+            needed |= fields_of(context, config.templates) & SHOWN.keys()
+        if "dataset" in composition.generators:
+            needed.add("solution")
+    for field in sorted(needed):
+        for prompt in prompts:
+            if not getattr(prompt, field).strip():
+                found = f"row {prompt.prompt_id} of {config.data.path} has none"
+                raise DataError(f"the method shows each row's {field}", found, f"name its field with {SHOWN[field]}=…")
 
 
 def context_length(model: str) -> int:
@@ -60,39 +98,42 @@ def _check_same_tokenizer(student: str, tokenizer: Any, name: str, teacher: str)
         raise TokenizerMismatch("student and teacher share one tokenizer", found, remedy)
 
 
-def _check_vocabularies(student: str, name: str, teacher: Teacher, scoring: ScoreRequest) -> None:
+def _check_vocabularies(student: str, name: str, teacher: Teacher, compositions: Iterable[Composition]) -> None:
     """Models of one tokenizer may still pad their vocabulary to different sizes; a divergence needs one size."""
     ours, theirs = (int(load_config(model).vocab_size) for model in (student, teacher.model))
-    if teacher.signal != "sampled" and ours != theirs:
-        rule = f"student and teacher have one vocabulary size where teacher.signal is {teacher.signal}"
-        raise ModelError(rule, f"student {ours}, teacher {name} {theirs}", "use teacher.signal=sampled")
-    if scoring.top_k > theirs:
-        rule = "method_options.top_k is at most the vocabulary size"
-        raise ConfigError(rule, f"{scoring.top_k}; teacher {name} has {theirs}")
+    for scoring in (composition.scoring for composition in compositions if composition.scoring):
+        if scoring.signal != "sampled" and ours != theirs:
+            rule = f"student and teacher have one vocabulary size where teacher.signal is {teacher.signal}"
+            raise ModelError(rule, f"student {ours}, teacher {name} {theirs}", "use teacher.signal=sampled")
+        if scoring.top_k > theirs:
+            rule = "method_options.top_k is at most the vocabulary size"
+            raise ConfigError(rule, f"{scoring.top_k}; teacher {name} has {theirs}")
 
 
-def _check_teacher_names(config: Config, prompts: list[Prompt]) -> None:
-    names = config.named_teachers
+def _with_teachers(config: Config, compositions: Iterable[Composition], prompts: list[Prompt]) -> list[Prompt]:
+    """Each row with the name of the teacher that it asks: its own, or the only one. Raises DataError, ConfigError."""
+    names = list(config.named_teachers)
+    if not names:
+        return prompts
+    routed = any(c.scoring and not c.scoring.everyone for c in compositions)
     for prompt in prompts:
         if prompt.teacher and prompt.teacher not in names:
             found = f"row {prompt.prompt_id} names {prompt.teacher!r}; the recipe has {', '.join(names)}"
             raise DataError("a row's `teacher` is one of the recipe's", found)
-        if not prompt.teacher and len(names) > 1:
-            rule = "with several teachers every row says in `teacher` which to ask"
-            raise ConfigError(
-                rule, f"row {prompt.prompt_id} of {config.data.path} does not", "or configure one teacher"
-            )
+        if not prompt.teacher and len(names) > 1 and routed:
+            found = f"row {prompt.prompt_id} of {config.data.path} does not"
+            remedy = "or configure one teacher, or let all score each rollout (method_options.teachers=combined)"
+            raise ConfigError("with several teachers every row says in `teacher` which to ask", found, remedy)
+    return [replace(prompt, teacher=prompt.teacher or names[0]) for prompt in prompts]
 
 
-def teacher_names(config: Config, prompts: list[Prompt]) -> list[str]:
-    """The teacher of each row."""
-    only = next(iter(config.named_teachers))
-    return [prompt.teacher or only for prompt in prompts]
-
-
-def resources_needed(config: Config) -> dict[str, float]:
+def resources_needed(config: Config, compositions: Iterable[Composition]) -> dict[str, float]:
     """Sum of what the pools and the learner take, by Ray's names."""
     pools: list[Pool] = [config.rollout, config.verifier, *config.named_teachers.values()]
+    if config.reference:
+        pools.append(config.reference)
+    if any("teacher" in composition.generators for composition in compositions):
+        pools.append(config.teacher_rollout)
     learner = config.learner
     return {
         "CPU": sum(p.replicas * p.num_cpus for p in pools) + learner.ranks * learner.num_cpus,

@@ -77,7 +77,7 @@ class RunFolder:
     # ---- checkpoints ----
 
     def save_checkpoint(self, step: int, state: dict[str, Any], write: Callable[[Path], None], keep: int) -> Path:
-        """`write(folder)` puts the learner's files in; then the state, the manifest, and the rename."""
+        """`write(folder)` puts the actors' files in; then the state, the manifest, and the rename."""
         final = self.checkpoints / f"step-{step:06d}"
         aside = self.checkpoints / f".{final.name}.tmp"
         shutil.rmtree(aside, ignore_errors=True)
@@ -100,7 +100,7 @@ class RunFolder:
 
     def _write_checkpoint(self, aside: Path, state: dict[str, Any], write: Callable[[Path], None]) -> None:
         aside.mkdir(parents=True)
-        write(aside / "learner")
+        write(aside)
         (aside / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
         files = sorted(file for file in aside.rglob("*") if file.is_file())
         manifest = {str(file.relative_to(aside)): [file.stat().st_size, _digest(file)] for file in files}

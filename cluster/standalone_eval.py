@@ -9,8 +9,9 @@ from .evaluation import ProblemSet, evaluate
 from .interrupt import Interrupt, Interrupted
 from .metrics import EvalRow
 from .preflight import context_length
-from .run import eval_plan, start_generators, start_verifiers
+from .run import eval_plan
 from .runtime import check_resources, cluster
+from .services import start_generators, start_verifiers
 
 
 def evaluate_model(config: Config, address: str | None) -> EvalRow:

@@ -8,7 +8,9 @@ from typing import Any
 
 from ..contracts.records import StepReport
 from .flow import Flow, Shard
+from .methods.composition import Facts
 from .metrics import EvalRow, PoolRow, StepRow
+from .pool import Pool
 
 
 @dataclass(slots=True)
@@ -27,7 +29,7 @@ class Tally:
     before: float = 0.0
     evals: list[EvalRow] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
-    _seen: dict[str, tuple[int, float, Counter[str]]] = field(default_factory=dict)  # pool → its counters last time
+    _seen: dict[Pool, tuple[int, float, Counter[str]]] = field(default_factory=dict)  # pool → its counters last time
 
     @property
     def wall_seconds(self) -> float:
@@ -52,10 +54,10 @@ class Tally:
 
     def count(self, flow: Flow) -> dict[str, tuple[int, float]]:
         """Take over what the flow and its pools have counted since the last time: tokens and busy seconds by pool."""
-        done = {pool.name: self._advance(pool.name, pool.tokens, pool.busy_seconds, pool.errors) for pool in flow.pools}
+        done = {pool.name: self._advance(pool) for pool in flow.pools}
         for name, (tokens, _) in done.items():
-            if name != "verifier":
-                self.tokens["generated" if name == "rollout" else "scored"] += tokens
+            if name != "verifier":  # its work is rollouts
+                self.tokens[TOKENS_OF.get(name, "scored")] += tokens
         self.dropped.update(flow.dropped)
         flow.dropped.clear()
         return done
@@ -67,6 +69,7 @@ class Tally:
         total = seconds["total"] - seconds.get("evaluate", 0.0) - seconds.get("checkpoint", 0.0)
         self.training_seconds += total
         before = Counter(self.tokens)
+        flow.dropped.update(report.dropped)
         done = self.count(flow)
         self.tokens["trained"] += report.tokens
         self.busy["learner"] = self.busy.get("learner", 0.0) + report.seconds
@@ -93,22 +96,24 @@ class Tally:
             seconds=dict(seconds),
             loss=report.loss,
             learner=report.metrics,
-            tokens={name: self.tokens[name] - before[name] for name in ("generated", "scored", "trained")},
+            rollouts={"taken": sum(len(shard.requests) for shard in shards), "trained": report.rollouts},
+            tokens={name: self.tokens[name] - before[name] for name in TOKENS},
             pools=pools,
             dropped=dict(self.dropped),
             failed=dict(self.failed),
             **self._rollout_figures(step - 1, shards),
         )
 
-    def _advance(self, pool: str, tokens: int, busy: float, errors: Counter[str]) -> tuple[int, float]:
-        """What a pool did since it was last asked."""
+    def _advance(self, pool: Pool) -> tuple[int, float]:
+        """What a pool did since it was last asked; a later stage's pools of the same name add to the same counts."""
         old_tokens, old_busy, old_errors = self._seen.get(pool, (0, 0.0, Counter()))
-        self._seen[pool] = (tokens, busy, Counter(errors))
-        self.busy[pool] = self.busy.get(pool, 0.0) + busy - old_busy
-        self.pool_tokens[pool] += tokens - old_tokens
-        for error, count in (errors - old_errors).items():
-            self.failed[f"{pool}:{error}"] += count
-        return tokens - old_tokens, busy - old_busy
+        self._seen[pool] = (pool.tokens, pool.busy_seconds, Counter(pool.errors))
+        tokens, busy = pool.tokens - old_tokens, pool.busy_seconds - old_busy
+        self.busy[pool.name] = self.busy.get(pool.name, 0.0) + busy
+        self.pool_tokens[pool.name] += tokens
+        for error, count in (pool.errors - old_errors).items():
+            self.failed[f"{pool.name}:{error}"] += count
+        return tokens, busy
 
     def _rollout_figures(self, step: int, shards: Sequence[Shard]) -> dict[str, Any]:
         generated = [shard.generated for shard in shards if shard.generated]
@@ -117,19 +122,19 @@ class Tally:
         lengths = [length for receipt in generated for length in receipt.response_lengths]
         rewards = [reward for receipt in judged for reward in receipt.rewards]
         abstained = sum(count for receipt in judged for count in receipt.errors.values())
-        counted = max(1, len(rewards) - abstained)
         stale = [(shard.staleness(step), shard.generated.rows) for shard in shards if shard.generated]
         self.staleness_sum += sum(age * count for age, count in stale)
         self.staleness_rows += rows
         self.staleness_max = max([self.staleness_max, *(age for age, _ in stale)])
         return {
-            "reward": sum(rewards) / counted,
-            "pass_rate": sum(passed for receipt in judged for passed in receipt.passed) / counted,
+            "reward": sum(rewards) / max(1, len(rewards) - abstained),
+            "pass_rate": pass_rate(shards),
             "abstained": abstained,
             "response_length": sum(lengths) / max(1, len(lengths)),
             "truncated_share": sum(receipt.truncated for receipt in generated) / max(1, rows),
             "staleness_mean": sum(age * count for age, count in stale) / max(1, rows),
             "staleness_max": max([0, *(age for age, _ in stale)]),
+            "groups": group_shares([fact for shard in shards for fact in shard.facts()]),
         }
 
     def summary(self) -> dict[str, Any]:
@@ -145,7 +150,7 @@ class Tally:
                 "ood_after": self._accuracy("out_of_distribution", "student", last=True),
                 "ood_teacher": self._accuracy("out_of_distribution", "teacher"),
             },
-            "tokens": {name: self.tokens[name] for name in ("generated", "scored", "trained")},
+            "tokens": {name: self.tokens[name] for name in TOKENS},
             "pools": {
                 name: {"tokens_per_second": self.pool_tokens[name] / seconds, "busy_fraction": busy / seconds}
                 for name, busy in self.busy.items()
@@ -166,5 +171,34 @@ class Tally:
         return rows[-1 if last else 0].stats["avg_at_k"]["value"] if rows else None
 
 
+def pass_rate(shards: Sequence[Shard]) -> float:
+    """Share of the judged rollouts that passed; 0 where none was judged."""
+    judged = [shard.judged for shard in shards if shard.judged]
+    counted = sum(not abstained for receipt in judged for abstained in receipt.abstained)
+    return sum(passed for receipt in judged for passed in receipt.passed) / max(1, counted)
+
+
+def group_shares(facts: Sequence[Facts]) -> dict[str, float]:
+    """Of the student's judged prompt groups those all right, all wrong and mixed; distinct answers and paths a rollout;
+    and the share of all rollouts that the student did not sample."""
+    groups: dict[str, list[Facts]] = {}
+    for fact in facts:
+        if fact.source == "student" and not fact.abstained:
+            groups.setdefault(fact.group_id, []).append(fact)
+    count, rollouts = max(1, len(groups)), max(1, sum(map(len, groups.values())))
+    right = sum(all(fact.passed for fact in group) for group in groups.values())
+    wrong = sum(not any(fact.passed for fact in group) for group in groups.values())
+    return {
+        "all_right": right / count,
+        "all_wrong": wrong / count,
+        "mixed": (len(groups) - right - wrong) / count,
+        "distinct_answers": sum(len({fact.answer for fact in group}) for group in groups.values()) / rollouts,
+        "distinct_paths": sum(len({fact.path for fact in group}) for group in groups.values()) / rollouts,
+        "given_share": sum(fact.source != "student" for fact in facts) / max(1, len(facts)),
+    }
+
+
+TOKENS = ("generated", "teacher_generated", "scored", "trained")
+TOKENS_OF = {"rollout": "generated", "teacher_rollout": "teacher_generated"}  # by pool; the teachers' are scored
 COUNTERS = ("tokens", "dropped", "failed", "pool_tokens")
 PLAIN = ("busy", "staleness_sum", "staleness_rows", "staleness_max", "training_seconds")

@@ -29,10 +29,21 @@ class Pool(Section):
     num_gpus: float = Field(default=0, ge=0, description="GPUs of each; more than 0 runs the model on CUDA")
 
 
+class Lora(Section):
+    """Low-rank adapters (peft) on the student: only they are trained, published and saved."""
+
+    rank: int = Field(default=32, ge=1, description="of the update of each matrix")
+    alpha: float = Field(default=64.0, gt=0, description="the update is scaled by alpha / rank")
+    targets: tuple[str, ...] | Literal["all-linear"] = Field(
+        default="all-linear", description="names of the matrices that get one; all-linear is every one but the head"
+    )
+
+
 class Student(Section):
     """The model to train."""
 
     model: str = Field(description="local folder, hub id, or `lab:student`")
+    lora: Lora | None = Field(default=None, description="train adapters instead of the weights: rank, alpha, targets")
 
 
 class Teacher(Pool):
@@ -41,6 +52,19 @@ class Teacher(Pool):
     model: str = Field(description="local folder, hub id, or `lab:teacher`; shares the student's tokenizer")
     engine: Literal["transformers"] = Field(default="transformers", description="what runs the model")
     signal: Literal["sampled", "topk", "exact"] = Field(default="exact", description="what it returns for each token")
+    dtype: Literal["fp32", "bf16"] = Field(default="fp32", description="of its weights")
+    tokens_per_batch: int = Field(default=8192, ge=1, description="most tokens in one forward pass")
+    follows: Literal["", "live", "ema"] = Field(
+        default="", description="a self-teacher takes the student's published weights: as they are, or their average"
+    )
+    ema_decay: float = Field(default=0.95, ge=0, lt=1, description="of `ema`: share of the old average kept a version")
+    weight: float = Field(default=1.0, gt=0, description="of its loss, where several teachers score one rollout")
+
+
+class Reference(Pool):
+    """A frozen model beside the teacher, asked for sampled tokens: the student as it began, or the teacher's base."""
+
+    model: str = Field(description="local folder or hub id; shares the student's tokenizer")
     dtype: Literal["fp32", "bf16"] = Field(default="fp32", description="of its weights")
     tokens_per_batch: int = Field(default=8192, ge=1, description="most tokens in one forward pass")
 
@@ -59,7 +83,7 @@ class Verifier(Pool):
     """The verifier pool."""
 
     num_cpus: float = Field(default=0.1, ge=0, description="CPUs of each replica")
-    kind: Literal["math", "exact"] = Field(default="math", description="how an answer is judged")
+    kind: Literal["math", "exact", "none"] = Field(default="math", description="how an answer is judged")
     timeout_seconds: float = Field(default=5.0, gt=0, description="budget of a sample; beyond it, killed and abstained")
 
 
@@ -79,6 +103,75 @@ class Learner(Section):
     betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW's")
     max_grad_norm: float = Field(default=1.0, gt=0, description="gradients are clipped to this global norm")
     tokens_per_batch: int = Field(default=4096, ge=1, description="most tokens in one packed micro-batch of a rank")
+    updates_per_step: int = Field(default=1, ge=1, description="optimizer updates on a step's rollouts, a part each")
+
+
+class OffPolicy(Section):
+    """Corrections for rollouts of another policy than the one that trains; ρ is π_old/μ (docs/methods.md)."""
+
+    kind: Literal["auto", "none", "truncated", "masked"] = Field(
+        default="auto", description="weight min(ρ, high), or ρ inside [low, high] only; auto: by the method's estimator"
+    )
+    low: float = Field(default=0.5, ge=0, description="masked: below it a token or sequence is rejected")
+    high: float = Field(default=2.0, gt=0, description="truncated: largest weight; masked: above it, rejected")
+    level: Literal["token", "sequence", "geometric"] = Field(
+        default="token", description="ρ of the token, of the whole response, or its geometric mean (masked only)"
+    )
+    veto: float = Field(default=0.0, ge=0, lt=1, description="a response with any token's ρ below it is rejected")
+    probability_gap: float = Field(default=0.0, ge=0, lt=1, description="tokens with |π_old − μ| above it are rejected")
+    normalise: bool = Field(default=False, description="divide the weights by their mean over the batch")
+    proximal: Literal["recompute", "behaviour", "interpolate"] = Field(
+        default="recompute", description="the π_old of clipped ratios: recomputed, the sampler's, or between them"
+    )
+
+    @model_validator(mode="after")
+    def _possible(self) -> "OffPolicy":
+        if self.kind == "masked" and self.low >= self.high:
+            raise ValueError("off_policy.low is below off_policy.high")
+        if self.kind != "masked" and self.level == "geometric":
+            raise ValueError("off_policy.level=geometric is for off_policy.kind=masked: it rejects, and is no weight")
+        return self
+
+
+class Until(Section):
+    """A stage's measured end: the student's entropy has collapsed and its pass rate has stopped rising.
+
+    Checked every `every` steps: the moving average of the entropy is below max(`floor`, `share` · its mean over the
+    first `warmup` checks) for `patience` checks in a row, and the pass rate rose by less than `slope` points a check.
+    Rule: ours (shared by no paper); it never switches back.
+    """
+
+    trigger: Literal["entropy_collapse"] = Field(description="what is measured")
+    every: int = Field(default=5, ge=1, description="steps between two checks")
+    warmup: int = Field(default=2, ge=1, description="checks whose mean is the entropy at the start")
+    smoothing: float = Field(default=0.3, gt=0, le=1, description="weight of the newest check in the moving average")
+    share: float = Field(default=0.45, ge=0, lt=1, description="of the entropy at the start")
+    floor: float = Field(default=0.05, ge=0, description="nats")
+    patience: int = Field(default=2, ge=1, description="checks in a row")
+    slope: float = Field(default=0.2, description="points of pass rate a check")
+
+
+class Stage(Section):
+    """One part of a run: a method until its steps are done or its trigger fires."""
+
+    method: str = Field(description="a composition of cluster/methods/")
+    method_options: dict[str, Any] = Field(default_factory=dict, description="the method's own options")
+    steps: int = Field(ge=1, description="optimizer steps, or the most where `until` may end it before")
+    until: Until | None = Field(default=None, description="a measured end")
+    learning_rate: float | None = Field(default=None, gt=0, description="peak; none: learner.learning_rate")
+
+    @model_validator(mode="after")
+    def _can_fire(self) -> "Stage":
+        if self.until:
+            need = self.until.every * (self.until.warmup + self.until.patience)
+            if need > self.steps:
+                raise ValueError(
+                    f"a stage's trigger must be able to fire: {self.method} has {self.steps} steps, and until needs "
+                    f"every · (warmup + patience) = {need}"
+                )
+            if self.until.share == 0 and self.until.floor == 0:
+                raise ValueError("a stage's trigger must be able to fire: until.share and until.floor are both 0")
+        return self
 
 
 class Data(Section):
@@ -89,6 +182,7 @@ class Data(Section):
     split: str = Field(default="train", description="a hub dataset's split")
     prompt_field: str = Field(default="prompt", description="field of the problem")
     answer_field: str = Field(default="answer", description="field of the gold answer; of `… #### 42`, the 42")
+    solution_field: str = Field(default="solution", description="field of a worked solution, for methods that show it")
     prompt_suffix: str = Field(default="", description="text after every problem")
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, description="e.g. {enable_thinking: false}")
 
@@ -123,28 +217,43 @@ class Metrics(Section):
 class Config(Section):
     """A run. `teacher` is the one teacher; `teachers` names several, and rows of the data say which to ask."""
 
-    method: str = Field(description="a composition of cluster/methods/")
+    method: str = Field(default="", description="a composition of cluster/methods/, or one's own: FILE.py or MODULE")
     method_options: dict[str, Any] = Field(default_factory=dict, description="the method's own options")
     seed: int = Field(default=0, ge=0, description="of everything that is drawn")
     output_dir: str = Field(description="the run's folder, new or empty")
-    steps: int = Field(ge=1, description="optimizer steps")
+    steps: int = Field(default=0, ge=0, description="optimizer steps")
+    stages: tuple[Stage, ...] = Field(default=(), description="in place of method and steps: one after the other")
     prompts_per_step: int = Field(ge=1, description="prompt groups that a step trains")
     max_staleness: int = Field(default=0, ge=0, description="steps that rollouts may be behind; 0 is synchronous")
+    templates: dict[str, str] = Field(
+        default_factory=dict, description="prompt templates of one's own, by NAME@VERSION"
+    )
     student: Student
     teacher: Teacher | None = None
     teachers: dict[str, Teacher] = Field(default_factory=dict, description="several by name, each with teacher's keys")
+    reference: Reference | None = None
     data: Data
     rollout: Rollout = Rollout()
+    teacher_rollout: Pool = Field(default=Pool(), description="the teacher as a generator, for methods that ask for it")
     verifier: Verifier = Verifier()
     learner: Learner = Learner()
+    off_policy: OffPolicy = OffPolicy()
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
     metrics: Metrics = Metrics()
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
-        if (self.teacher is None) == (not self.teachers):
+        if self.stages and (self.method or self.steps or self.method_options):
+            raise ValueError("give either stages, or method, method_options and steps")
+        if not self.stages and not self.method:
+            raise ValueError("method: required, and not given (or give stages)")
+        if not self.stages and not self.steps:
+            raise ValueError("steps: required, at least 1")
+        if self.teacher and self.teachers:
             raise ValueError("give either teacher.model or teachers.NAME.model")
+        if REFERENCE in self.teachers:
+            raise ValueError(f"a teacher cannot be called {REFERENCE!r}: that is the reference model's name")
         if self.learner.min_learning_rate > self.learner.learning_rate:
             raise ValueError("learner.min_learning_rate must not exceed learner.learning_rate")
         return self
@@ -153,6 +262,28 @@ class Config(Section):
     def named_teachers(self) -> dict[str, Teacher]:
         """All teachers by name; the single one is called `teacher`."""
         return {"teacher": self.teacher} if self.teacher else self.teachers
+
+    @property
+    def plan(self) -> tuple[Stage, ...]:
+        """The run's stages; a run without any is one."""
+        one = Stage.model_construct(method=self.method, method_options=self.method_options, steps=self.steps)
+        return self.stages or (one,)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of all stages, none of them ended by its trigger."""
+        return sum(stage.steps for stage in self.plan)
+
+    def of_stage(self, stage: Stage) -> "Config":
+        """The configuration of one stage alone, as methods read it."""
+        rate = stage.learning_rate or self.learner.learning_rate
+        floor = min(rate, self.learner.min_learning_rate)
+        learner = self.learner.model_copy(update={"learning_rate": rate, "min_learning_rate": floor})
+        own = {"method": stage.method, "method_options": stage.method_options, "steps": stage.steps, "stages": ()}
+        return self.model_copy(update={**own, "learner": learner})
+
+
+REFERENCE = "reference"  # the reference model's place among the teachers
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -229,16 +360,23 @@ def _known_keys(place: Sequence[str]) -> list[str]:
     """Keys of the section at `place`; below `teachers` every name holds a Teacher."""
     if not place:
         return list(Config.model_fields)
+    if place[0] == "stages":
+        return list((Until if place[-1] == "until" else Stage).model_fields)
+    if place == ["student", "lora"]:
+        return list(Lora.model_fields)
     return list(SECTIONS.get(place[0], Teacher).model_fields)
 
 
 SECTIONS: dict[str, type[Section]] = {
     "student": Student,
     "teacher": Teacher,
+    "reference": Reference,
     "data": Data,
     "rollout": Rollout,
+    "teacher_rollout": Pool,
     "verifier": Verifier,
     "learner": Learner,
+    "off_policy": OffPolicy,
     "eval": Eval,
     "checkpoint": Checkpoint,
     "metrics": Metrics,

@@ -1,22 +1,22 @@
 """Everything that crosses a process: frozen dataclasses, and the Arrow schemas they travel in.
 
-Payload (rollouts, teacher scores, verdicts, prompts) is an Arrow `RecordBatch` in Ray's object store; the driver holds
-references and small receipts, never token data. `encode` turns records into a batch, `decode` reads them back as
-zero-copy views. Lengths are checked where a record is made: a shift by one token is the classic silent bug here.
+Payload (rollouts, teacher scores, verdicts, prompts) is an Arrow `RecordBatch` in Ray's object store, made and read by
+arrow.py; the driver holds references and small receipts, never token data. Lengths are checked where a record is made:
+a shift by one token is the classic silent bug here.
 
 Shapes: L tokens of prompt and response, R = L - prompt_length response tokens, K top-k ids, D hidden size.
 """
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 
 from .errors import RecordError
 
+EMPTY_I = np.zeros(0, np.int32)
 EMPTY_F = np.zeros(0, np.float32)
 EMPTY_FF = np.zeros((0, 0), np.float32)
 EMPTY_II = np.zeros((0, 0), np.int32)
@@ -38,8 +38,10 @@ class Prompt:
     text: str  # the user's turn, before the chat template
     token_ids: np.ndarray  # int32 [P], chat template and generation prompt applied
     answer: str  # gold answer for the verifier; "" where the dataset has none
+    solution: str = ""  # a worked solution in words; "" where the dataset has none
+    solution_ids: np.ndarray = field(default_factory=lambda: EMPTY_I)  # int32 [R], the solution as a response, with EOS
     tags: str = ""  # free label of the row: the family, the source
-    teacher: str = ""  # name of the teacher to ask; "" is the only one
+    teacher: str = ""  # name of the teacher to ask; "" asks none
 
     SCHEMA: ClassVar[pa.Schema] = pa.schema(
         {
@@ -47,6 +49,8 @@ class Prompt:
             "text": pa.string(),
             "token_ids": INTS,
             "answer": pa.string(),
+            "solution": pa.string(),
+            "solution_ids": INTS,
             "tags": pa.string(),
             "teacher": pa.string(),
         }
@@ -62,11 +66,11 @@ class Rollout:
     group_id: str  # all samples of one prompt in one pass over the data
     sample_index: int
     source: str = "student"  # student | teacher | dataset
-    context: str = "plain"  # the prompt template that the generator was shown
+    context: str = "plain"  # the template of the prompt that the generator was shown; `token_ids` hold the plain one
     token_ids: np.ndarray  # int32 [L], prompt then response
     prompt_length: int
     text: str  # the decoded response, special tokens left out
-    logprobs: np.ndarray  # float32 [R], of the sampler as it sampled
+    logprobs: np.ndarray  # float32 [R], of the sampler as it sampled; 0 where the response was given
     loss_mask: np.ndarray  # bool [R]
     topk_ids: np.ndarray = field(default_factory=lambda: EMPTY_II)  # int32 [R,K], the sampler's own support, if asked
     weight_version_min: int = 0
@@ -125,6 +129,7 @@ class TeacherScores:
     logprobs: np.ndarray = field(default_factory=lambda: EMPTY_F)  # float32 [R], of the sampled tokens
     topk_ids: np.ndarray = field(default_factory=lambda: EMPTY_II)  # int32 [R,K]
     topk_logprobs: np.ndarray = field(default_factory=lambda: EMPTY_FF)  # float32 [R,K]; tail = log(1 - Σ exp)
+    entropy: np.ndarray = field(default_factory=lambda: EMPTY_F)  # float32 [R], nats, over the whole vocabulary
     hidden: np.ndarray = field(default_factory=lambda: EMPTY_FF)  # [R,D] last hidden states, the head's input
     error_class: str = ""
 
@@ -138,6 +143,7 @@ class TeacherScores:
             "logprobs": FLOATS,
             "topk_ids": INTS,
             "topk_logprobs": FLOATS,
+            "entropy": FLOATS,
             "hidden": pa.large_binary(),
             "error_class": pa.string(),
         }
@@ -145,7 +151,7 @@ class TeacherScores:
 
     def __post_init__(self) -> None:
         rows = len(self.logprobs)
-        for name in ("topk_ids", "topk_logprobs", "hidden"):
+        for name in ("topk_ids", "topk_logprobs", "entropy", "hidden"):
             if getattr(self, name).size:
                 _aligned(self, name, getattr(self, name), rows)
         if self.topk_ids.shape != self.topk_logprobs.shape:
@@ -162,6 +168,7 @@ class Verdict:
     score: float  # reward; 0 where abstained
     passed: bool
     answer: str = ""  # the parsed answer, canonical; "" where none was found
+    path: str = ""  # a digest of the reasoning path: equal for two responses that take the same steps
     abstained: bool = False
     error_class: str = ""  # timeout | no_gold | memory | crash | an exception's name
     seconds: float = 0.0
@@ -172,86 +179,12 @@ class Verdict:
             "score": pa.float64(),
             "passed": pa.bool_(),
             "answer": pa.string(),
+            "path": pa.string(),
             "abstained": pa.bool_(),
             "error_class": pa.string(),
             "seconds": pa.float64(),
         }
     )
-
-
-Record = TypeVar("Record", Prompt, Rollout, TeacherScores, Verdict)
-
-MATRIX_COLUMNS = ("topk_ids", "topk_logprobs")  # [R,K], stored flat; R is the length of the row's `logprobs`
-HIDDEN_DTYPE = b"hidden_dtype"
-
-
-def encode(kind: type[Record], records: Sequence[Record]) -> pa.RecordBatch:
-    """Records of one kind as one RecordBatch with that kind's schema."""
-    schema: pa.Schema = kind.SCHEMA
-    columns = []
-    for column in schema:
-        values = [getattr(record, column.name) for record in records]
-        if pa.types.is_list(column.type):
-            columns.append(_ragged(values, column.type))
-        elif pa.types.is_large_binary(column.type):
-            columns.append(_binary(values))
-            dtypes = {str(v.dtype) for v in values if v.size} or {"float32"}
-            if len(dtypes) > 1:
-                raise RecordError("hidden states of one batch share a dtype", str(sorted(dtypes)))
-            schema = schema.with_metadata({HIDDEN_DTYPE: dtypes.pop().encode()})
-        else:
-            columns.append(pa.array(values, column.type))
-    return pa.RecordBatch.from_arrays(columns, schema=schema)
-
-
-def _ragged(values: Sequence[np.ndarray], kind: pa.ListType) -> pa.ListArray:
-    offsets = np.zeros(len(values) + 1, np.int32)
-    np.cumsum([v.size for v in values], out=offsets[1:])
-    flat = np.concatenate([v.reshape(-1) for v in values]) if values else np.zeros(0)
-    return pa.ListArray.from_arrays(
-        pa.array(offsets), pa.array(flat.astype(kind.value_type.to_pandas_dtype(), copy=False))
-    )
-
-
-def _binary(values: Sequence[np.ndarray]) -> pa.Array:
-    offsets = np.zeros(len(values) + 1, np.int64)
-    np.cumsum([v.nbytes for v in values], out=offsets[1:])
-    flat = [np.ascontiguousarray(v).reshape(-1).view(np.uint8) for v in values if v.size]
-    data = np.concatenate(flat) if flat else np.zeros(0, np.uint8)
-    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(data)]
-    return pa.Array.from_buffers(pa.large_binary(), len(values), buffers)
-
-
-def decode(kind: type[Record], batch: pa.RecordBatch, rows: Sequence[int] | None = None) -> list[Record]:
-    """The records of `batch` (those at `rows`, if given). Arrays are read-only views of the batch's buffers."""
-    if not batch.schema.equals(kind.SCHEMA):
-        raise RecordError(f"a batch of {kind.__name__} has its schema", str(batch.schema.names))
-    wanted = range(batch.num_rows) if rows is None else rows
-    columns = {f.name: _column(batch, f.name, wanted) for f in fields(kind)}
-    records = []
-    for i in range(len(wanted)):
-        row = {name: values[i] for name, values in columns.items()}
-        for name in MATRIX_COLUMNS:
-            if name in row:
-                row[name] = row[name].reshape(len(row["logprobs"]), -1) if row[name].size else row[name].reshape(0, 0)
-        if "hidden" in row:
-            row["hidden"] = row["hidden"].reshape(len(row["logprobs"]), -1) if row["hidden"].size else EMPTY_FF
-        records.append(kind(**row))
-    return records
-
-
-def _column(batch: pa.RecordBatch, name: str, rows: Sequence[int]) -> list[Any]:
-    column = batch.column(name)
-    if pa.types.is_list(column.type):
-        offsets = column.offsets.to_numpy()
-        flat = column.values.to_numpy(zero_copy_only=not pa.types.is_boolean(column.type.value_type))
-        return [flat[offsets[i] : offsets[i + 1]] for i in rows]
-    if pa.types.is_large_binary(column.type):
-        dtype = np.dtype(batch.schema.metadata[HIDDEN_DTYPE].decode())
-        return [np.frombuffer(column[i].as_buffer(), dtype) for i in rows]
-    if isinstance(rows, range) and len(rows) == len(column):
-        return column.to_pylist()
-    return [column[i].as_py() for i in rows]
 
 
 # ---- requests and receipts: small, and the driver reads them -------------------------------------------------------
@@ -266,6 +199,8 @@ class SampleRequest:
     sample_index: int
     row: int  # of the prompt batch
     seed: int
+    source: str = "student"  # who answers: student | teacher | dataset (the row's own solution)
+    context: str = "plain"  # the template of the prompt to show
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -279,30 +214,83 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreRequest:
-    """What a teacher returns: `sampled` logprobs; `topk` of its own; `given` ids (the rollout's); `hidden` states."""
+    """What a teacher returns: `sampled` logprobs; `topk` of its own; `given` ids (the rollout's); `hidden` states.
+
+    `context` names the template of its prompt (models/contexts.py). `everyone`: each teacher scores every rollout, and
+    not only those that name it.
+    """
 
     signal: str = "sampled"
     top_k: int = 0
     context: str = "plain"
+    everyone: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Term:
-    """One named loss term with its weight and options; the learner sums these and knows no method's name."""
+    """One named loss term; the learner sums weight · Σ loss / count of these and knows no method's name.
+
+    `reduction` says what is counted: "tokens" (their mean), "sequences" (the mean of each sequence's mean), or
+    "length" (Σ / (`length` · sequences), Dr. GRPO's constant).
+    """
 
     name: str
     weight: float = 1.0
     options: dict[str, Any] = field(default_factory=dict)
+    teacher: str = ""  # whose scores it reads; "" the teacher that the rollout names
+    reference: bool = False  # it also reads the reference model's
+    sources: tuple[str, ...] = ("student",)  # the rollouts that it trains on
+    reduction: str = "tokens"
+    length: int = 0
+    of_batch: bool = False  # count the tokens that any term trains, and not its own alone
+    label: str = ""  # its name in the metrics, where one term is summed twice
+    loss: Any = None  # a `learner.terms.LossTerm` of one's own, in place of the one called `name`
+
+    @property
+    def key(self) -> str:
+        return self.label or (f"{self.name}.{self.teacher}" if self.teacher else self.name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Correction:
+    """How the learner corrects for rollouts of another policy μ; ρ = π_old/μ. Rejected tokens leave the denominators.
+
+    kind: "none"; "truncated", weight min(ρ, high); "masked", weight ρ where low ≤ ρ ≤ high and rejected elsewhere.
+    level: "token"; "sequence", the product over the response; "geometric", its geometric mean (masks only).
+    proximal: π_old is "recompute"d before the step's first update, is the "behaviour" policy μ, or is "interpolate"d.
+    """
+
+    kind: str = "none"
+    low: float = 0.5
+    high: float = 2.0
+    level: str = "token"
+    veto: float = 0.0  # a sequence with any ρ below this is rejected
+    probability_gap: float = 0.0  # tokens with |π_old − μ| above this are rejected; 0 rejects none
+    normalise: bool = False  # divide the weights by their mean over the batch
+    proximal: str = "recompute"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainRow:
+    """A row to train: where it is, and what the verdicts on its group made of it."""
+
+    batch: int
+    row: int
+    advantage: float = 0.0
+    weight: float = 1.0  # multiplies its token losses, not the denominators
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepPlan:
-    """One rank's share of one learner step, over the batches beside it: rollouts, then scores, then verdicts."""
+    """One rank's share of one learner step, over the batches beside it: rollouts, then scores."""
 
-    step: int  # from 0; decides the learning rate
+    step: int  # from 0 in its stage; decides the learning rate
+    version: int  # of the weights that it starts from
     rollout_batches: int
     score_batches: int
-    micro_batches: tuple[tuple[tuple[int, int], ...], ...]  # (rollout batch, row); every rank has equally many
+    updates: tuple[
+        tuple[tuple[TrainRow, ...], ...], ...
+    ]  # optimizer updates → micro-batches → rows, as many on any rank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -311,8 +299,10 @@ class StepReport:
 
     loss: float
     tokens: int  # response tokens trained
+    rollouts: int  # that trained in a term
     seconds: float
     metrics: dict[str, float]
+    dropped: dict[str, int] = field(default_factory=dict)  # reason → rollouts that trained in no term
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -326,9 +316,13 @@ class Receipt:
     response_lengths: tuple[int, ...] = ()
     rollout_ids: tuple[str, ...] = ()  # of the rows that were served; a teacher's leaves out what it refused
     weight_version: int = 0  # the oldest in the batch
+    finish_reasons: tuple[str, ...] = ()  # a generator's, a row each
+    refused: dict[str, str] = field(default_factory=dict)  # a teacher's: rollout id → error class
     truncated: int = 0
     rewards: tuple[float, ...] = ()  # the verifier's, a row each
     answers: tuple[str, ...] = ()  # the verifier's parsed answers, a row each
+    paths: tuple[str, ...] = ()  # the verifier's digests of the reasoning paths, a row each
+    abstained: tuple[bool, ...] = ()
     passed: tuple[bool, ...] = ()
     errors: dict[str, int] = field(default_factory=dict)  # error class → count
 

@@ -1,13 +1,17 @@
 """Writes docs/configuration.md from the configuration's own classes: `.venv/bin/python docs/write_configuration.py`."""
 
+import sys
 import typing
+from collections.abc import Callable
 from pathlib import Path
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from tutorloop.contracts.config import SECTIONS, Config
+from tutorloop.cluster.methods import METHODS
+from tutorloop.cluster.methods.composition import Composition
+from tutorloop.contracts.config import SECTIONS, Config, Section
 
 PAGE = Path(__file__).parent / "configuration.md"
 
@@ -15,24 +19,45 @@ HEAD = """# Configuration
 
 A recipe is one YAML file; any key can be overridden on the command line as `key.path=value`, the value being YAML. An
 unknown key is refused with the nearest known one. Written by `docs/write_configuration.py`.
-
-## Options of the methods (`method_options`)
-
-| method | option | default | used with | meaning |
-|---|---|---|---|---|
-| opd | `direction` | reverse | topk, exact | reverse is KL(student‖teacher), forward KL(teacher‖student) |
-| opd | `top_k` | 16 | topk | ids per token; the rest of the mass is one tail bucket |
-| opd | `support` | teacher | topk | whose top-k ids: the teacher's, or the sampler's |
-| opd | `importance_clip` | 2.0 | sampled | upper bound of the importance weight π_now/μ |
 """
 
 
 def page() -> str:
     """The whole page."""
     top = {name: field for name, field in Config.model_fields.items() if name not in SECTIONS}
-    parts = [HEAD, _table("The run", "", top)]
+    parts = [HEAD, _methods(), _table("The run", "", top)]
     parts += [_table(model.__doc__ or "", f"{name}.", model.model_fields) for name, model in SECTIONS.items()]
     return "\n".join(parts)
+
+
+def _methods() -> str:
+    """An option that means the same in several methods has one row."""
+    rows: dict[str, list[str]] = {}
+    bare = []
+    for method, compose in METHODS.items():
+        fields = options_of(compose).model_fields
+        for name, field in fields.items():
+            meaning = (field.description or "").replace("|", "\\|")
+            rows.setdefault(f"`{name}` | {_type(field)} | {_default(field)} | {meaning}", []).append(method)
+        if not fields:
+            bare.append(method)
+    table = [f"| {row} | {', '.join(methods)} |" for row, methods in sorted(rows.items())]
+    head = ["| option | type | default | meaning | methods |", "|---|---|---|---|---|"]
+    title = f"## Options of the methods (`method_options`)\n\nWithout any: {', '.join(bare)}.\n"
+    return "\n".join([title, *head, *table]) + "\n"
+
+
+def options_of(compose: Callable[[Config], Composition]) -> type[Section]:
+    """The options' model of a method: the one that its module defines, or else the one that it imports."""
+    module = sys.modules[compose.__module__]
+    models = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Section) and value.__module__ != Section.__module__
+    ]
+    own = [model for model in models if model.__module__ == module.__name__] or models
+    assert len(own) == 1, f"{module.__name__} has one model of options, found {own}"
+    return own[0]
 
 
 def _table(title: str, prefix: str, fields: dict[str, FieldInfo]) -> str:

@@ -43,11 +43,15 @@ def join_group(rank: int, world_size: int, master_addr: str, master_port: int, d
 
 
 def build_engine(module: nn.Module, config: Learner, whole_below: int) -> Any:
-    """A DeepSpeed engine around `module` with torch's AdamW. ZeRO-3 leaves parameters of up to `whole_below` whole."""
+    """A DeepSpeed engine around `module` with torch's AdamW. ZeRO-3 leaves parameters of up to `whole_below` whole.
+
+    Frozen parameters stay out of the optimizer.
+    """
     import deepspeed
 
+    trained = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        module.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
+        trained, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
     )
     zero = {
         "stage": config.zero_stage,

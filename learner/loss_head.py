@@ -27,8 +27,10 @@ class ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, chunk_loss: ChunkLoss) -> Tensor:
         grad_hidden = torch.zeros_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-        total = hidden.new_zeros((), dtype=grad_weight.dtype)
+        trains_head = ctx.needs_input_grad[1]
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        grad_weight = torch.zeros_like(weight, dtype=wide) if trains_head else weight.new_zeros(0)
+        total = hidden.new_zeros((), dtype=wide)
         for rows, logits in logit_chunks(hidden, weight):
             with torch.enable_grad():
                 leaf = logits.requires_grad_()
@@ -36,16 +38,17 @@ class ChunkedLoss(torch.autograd.Function):
             (grad_logits,) = torch.autograd.grad(loss, leaf)
             grad_logits = grad_logits.to(weight.dtype)
             grad_hidden[rows] = grad_logits @ weight
-            grad_weight += grad_logits.T @ hidden[rows]
+            if trains_head:
+                grad_weight += grad_logits.T @ hidden[rows]
             total += loss.detach()
         ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor | None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         (scale,) = grad_outputs
-        return grad_hidden * scale, grad_weight * scale, None
+        return grad_hidden * scale, grad_weight * scale if ctx.needs_input_grad[1] else None, None
 
 
 class LossHead(torch.nn.Module):

@@ -1,19 +1,78 @@
 """One packed forward and backward: sequences end to end, and for each trained token what the terms need.
 
 Row n of the N trained tokens reads hidden row `rows[n]`, the one *before* the token: position t's hidden state predicts
-token t + 1. Sequences without a trained token are left out; a micro-batch with none becomes one dummy token with every
-mask false, so that its rank still takes part in the collectives.
+token t + 1. Sequences without a trained token are left out; a micro-batch with none becomes one dummy token that no
+term counts, so that its rank still takes part in the collectives.
+
+Shapes: T packed tokens, B sequences, N trained tokens, M of them by one teacher, K ids of top-k, D hidden size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .examples import Example
-from .terms.base import Signal, TokenRows
+from ..contracts.config import REFERENCE
+from ..contracts.records import TeacherScores
+from .examples import Example, Foreseen
+from .terms.base import BoundTerm
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The examples of a micro-batch that train at all, in which terms, and which of their tokens; before any tensor."""
+
+    examples: tuple[Example, ...]
+    members: tuple[frozenset[str], ...]  # keys of the terms that each example counts in
+    masks: tuple[np.ndarray, ...]  # bool [R] of each example: its trained tokens
+    foreseen: tuple[Foreseen | None, ...]
+
+    @classmethod
+    def of(
+        cls, examples: Sequence[Example], terms: Sequence[BoundTerm], foreseen: Mapping[str, Foreseen] | None = None
+    ) -> "Selection":
+        """Keep the examples that count in a term with at least one token; tokens that were rejected are out."""
+        kept = []
+        for example in examples:
+            known = (foreseen or {}).get(example.rollout.rollout_id)
+            mask = example.rollout.loss_mask & known.keep if known else example.rollout.loss_mask
+            members = frozenset(term.key for term in terms if example.asked_by(term) and example.has(term))
+            if members and mask.any():
+                kept.append((example, members, mask, known))
+        return cls(*map(tuple, zip(*kept, strict=True))) if kept else cls((), (), (), ())
+
+    @property
+    def counts(self) -> list[int]:
+        """Trained tokens of each example."""
+        return [int(np.count_nonzero(mask)) for mask in self.masks]
+
+    def tokens_and_sequences(self, key: str) -> tuple[int, int]:
+        """How many tokens and examples count in a term."""
+        counts = [count for count, members in zip(self.counts, self.members, strict=True) if key in members]
+        return sum(counts), len(counts)
+
+    def flat(self, arrays: Sequence[np.ndarray | None], filler: float, width: tuple[int, ...] = ()) -> np.ndarray:
+        """The trained tokens' entries `[N, *width]` of arrays `[R, *width]`, with `filler` for a missing array."""
+        parts = [
+            np.full((count, *width), filler) if array is None else array[mask]
+            for array, mask, count in zip(arrays, self.masks, self.counts, strict=True)
+        ]
+        return np.concatenate(parts)
+
+    def repeat(self, values: Sequence[float]) -> np.ndarray:
+        """One value an example, repeated over its trained tokens `[N]`."""
+        return np.repeat(np.asarray(values), self.counts)
+
+    def split(self, tokens_N: np.ndarray, filler: float) -> list[np.ndarray]:
+        """`flat` backwards: an array `[R]` for each example, `filler` where a token is not trained."""
+        arrays = []
+        for mask, part in zip(self.masks, np.split(tokens_N, np.cumsum(self.counts)[:-1]), strict=True):
+            array = np.full(len(mask), filler, tokens_N.dtype)
+            array[mask] = part
+            arrays.append(array)
+        return arrays
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,120 +85,125 @@ class TeacherHidden:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherTokens:
+    """What one teacher (or each rollout's own) said about the N tokens; finite filler where it said nothing."""
+
+    sampled_N: Tensor
+    topk_ids_NK: Tensor
+    topk_logprobs_NK: Tensor
+    entropy_N: Tensor
+    hidden: tuple[TeacherHidden, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
-    """T packed tokens in B sequences, N trained tokens; K ids of top-k (1 where no term asks)."""
+    """Tensors of one forward and backward."""
 
     token_ids: Tensor  # int64 [T]
     lengths: Tensor  # int64 [B]
     rows: Tensor  # int64 [N], the hidden row that predicts the token
-    tokens: TokenRows  # [N]; without the teacher's distribution, which is made chunk by chunk
-    masks: dict[Signal, Tensor]  # bool [N]: the token counts in terms of that signal
-    hidden: tuple[TeacherHidden, ...]
-
-    def chunk(self, at: slice, teacher_logprobs_CV: Tensor | None) -> TokenRows:
-        """Its tokens `at`, with the teacher's distribution."""
-        tokens = self.tokens
-        return TokenRows(
-            targets_C=tokens.targets_C[at],
-            behaviour_C=tokens.behaviour_C[at],
-            teacher_C=tokens.teacher_C[at],
-            topk_ids_CK=tokens.topk_ids_CK[at],
-            topk_logprobs_CK=tokens.topk_logprobs_CK[at],
-            teacher_logprobs_CV=teacher_logprobs_CV,
-        )
+    targets_N: Tensor  # int64
+    behaviour_N: Tensor  # log μ, the sampler's as it sampled
+    sampled_N: Tensor  # bool: the student sampled it, so that μ is a policy to correct for
+    current_share_N: Tensor  # log π_old = log μ + share · (log π_θ − log μ), where it was not foreseen
+    old_N: Tensor | None  # foreseen log π_old
+    weights_N: Tensor  # of the row, times the foreseen correction
+    advantage_N: Tensor
+    reference_N: Tensor
+    teachers: dict[str, TeacherTokens]  # by the name that terms use
+    masks: dict[str, Tensor]  # bool [N] by term: the token counts in it
+    scales: dict[str, Tensor]  # [N] by term: what its reduction makes of one token
+    gates: dict[str, Tensor]  # [N] by term
 
 
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """The examples of a micro-batch that train at all, and which of their tokens; made before any tensor."""
-
-    examples: tuple[Example, ...]
-    present: tuple[frozenset[Signal], ...]  # the signals that each example has
-    masks: tuple[np.ndarray, ...]  # bool [R] of each example: its trained tokens
-
-    @classmethod
-    def of(cls, examples: Sequence[Example], signals: Sequence[Signal]) -> "Selection":
-        """Keep the examples with a trained token and at least one of `signals`."""
-        kept = []
-        for example in examples:
-            present = frozenset(signal for signal in signals if example.has(signal))
-            if present and example.rollout.loss_mask.any():
-                kept.append((example, present, example.rollout.loss_mask))
-        chosen, present_of, masks = zip(*kept, strict=True) if kept else ((), (), ())
-        return cls(tuple(chosen), tuple(present_of), tuple(masks))
-
-    @property
-    def counts(self) -> list[int]:
-        """Trained tokens of each example."""
-        return [int(np.count_nonzero(mask)) for mask in self.masks]
-
-    def tokens_with(self, signal: Signal) -> int:
-        """Tokens that count in terms of that signal."""
-        return sum(n for n, present in zip(self.counts, self.present, strict=True) if signal in present)
-
-    def scores(self, field: str, signal: Signal) -> list[np.ndarray | None]:
-        """A field of each example's scores; None where it lacks the signal."""
-        pairs = zip(self.examples, self.present, strict=True)
-        return [getattr(example.scores, field) if signal in present else None for example, present in pairs]
-
-    def flat(self, arrays: Sequence[np.ndarray | None], filler: float, width: tuple[int, ...] = ()) -> np.ndarray:
-        """The trained tokens' entries `[N, *width]` of arrays `[R, *width]`, with `filler` for a missing array."""
-        parts = [
-            np.full((count, *width), filler) if array is None else array[mask]
-            for array, mask, count in zip(arrays, self.masks, self.counts, strict=True)
-        ]
-        return np.concatenate(parts)
-
-
-def collate(selection: Selection, signals: Sequence[Signal], device: str) -> MicroBatch:
+def collate(
+    selection: Selection, terms: Sequence[BoundTerm], device: str, current_share: Callable[[Example], float]
+) -> MicroBatch:
     """Pack a selection into tensors on `device`."""
     if not selection.examples:
-        return _dummy(signals, device)
-    rollouts = [example.rollout for example in selection.examples]
+        return _dummy(terms, device)
+    examples = selection.examples
+    rollouts = [example.rollout for example in examples]
     lengths = np.array([len(rollout.token_ids) for rollout in rollouts])
     first = np.cumsum(lengths) - lengths + [rollout.prompt_length for rollout in rollouts]  # response tokens, packed
     at = np.concatenate([start + np.flatnonzero(mask) for start, mask in zip(first, selection.masks, strict=True)])
     token_ids = np.concatenate([rollout.token_ids for rollout in rollouts])
-    masks: dict[Signal, Tensor] = {}
-    for signal in signals:
-        present = np.repeat([signal in present for present in selection.present], selection.counts)
-        masks[signal] = torch.from_numpy(present).to(device)
+
+    def floats(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(device, torch.float32)
+
+    seen = [known for known in selection.foreseen if known]
+    corrected = selection.flat([known.weights if known else None for known in selection.foreseen], 1.0)
+    reference = [example.scores[REFERENCE].logprobs if REFERENCE in example.scores else None for example in examples]
     return MicroBatch(
         token_ids=torch.from_numpy(token_ids).to(device, torch.int64),
         lengths=torch.from_numpy(lengths).to(device),
         rows=torch.from_numpy(at - 1).to(device),
-        tokens=_tokens(selection, token_ids[at], device),
-        masks=masks,
-        hidden=_hidden(selection, device),
+        targets_N=torch.from_numpy(token_ids[at]).to(device, torch.int64),
+        behaviour_N=floats(selection.flat([rollout.logprobs for rollout in rollouts], 0.0)),
+        sampled_N=torch.from_numpy(selection.repeat([r.source == "student" for r in rollouts])).to(device),
+        current_share_N=floats(selection.repeat([current_share(example) for example in examples])),
+        old_N=floats(selection.flat([known.old for known in seen], 0.0)) if len(seen) == len(examples) else None,
+        weights_N=floats(selection.repeat([example.weight for example in examples]) * corrected),
+        advantage_N=floats(selection.repeat([example.advantage for example in examples])),
+        reference_N=floats(selection.flat(reference, 0.0)),
+        teachers={name: _teacher(selection, terms, name, device) for name in {term.teacher for term in terms}},
+        masks={
+            t.key: torch.from_numpy(selection.repeat([t.key in m for m in selection.members])).to(device) for t in terms
+        },
+        scales={term.key: floats(_scale(selection, term)) for term in terms},
+        gates={t.key: floats(_gate(selection, t.key)) for t in terms if t.loss.gate},
     )
 
 
-def _tokens(selection: Selection, targets: np.ndarray, device: str) -> TokenRows:
-    ids = selection.scores("topk_ids", "topk")
+def _scale(selection: Selection, term: BoundTerm) -> np.ndarray:
+    """Σ of these over a sequence is 1 where a term averages over sequences; elsewhere a token counts 1."""
+    counts = selection.counts
+    return selection.repeat([1 / count if term.reduction == "sequences" else 1.0 for count in counts])
+
+
+def _gate(selection: Selection, key: str) -> np.ndarray:
+    return selection.flat([known.gates.get(key) if known else None for known in selection.foreseen], 1.0)
+
+
+def _teacher(selection: Selection, terms: Sequence[BoundTerm], name: str, device: str) -> TeacherTokens:
+    """The scores of teacher `name`, as far as the terms that read them need."""
+    read = [term for term in terms if term.teacher == name]
+
+    def known(signal: str, field: str) -> list[np.ndarray | None]:
+        """A field of each example's scores; None where none of the terms of that signal counts it."""
+        keys = {term.key for term in read if term.loss.signal == signal}
+        pairs = zip(selection.examples, selection.members, strict=True)
+        return [getattr(e.of(name), field) if keys & members else None for e, members in pairs]
+
+    def floats(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(device, torch.float32)
+
+    ids = known("topk", "topk_ids")
     k = next((array.shape[1] for array in ids if array is not None), 1)
-    behaviour = selection.flat([example.rollout.logprobs for example in selection.examples], 0.0)
-    sampled = selection.flat(selection.scores("logprobs", "sampled"), 0.0)
-    topk = selection.flat(selection.scores("topk_logprobs", "topk"), -np.log(2.0 * k), (k,))
-    return TokenRows(
-        targets_C=torch.from_numpy(targets).to(device, torch.int64),
-        behaviour_C=torch.from_numpy(behaviour).to(device, torch.float32),
-        teacher_C=torch.from_numpy(sampled).to(device, torch.float32),
-        topk_ids_CK=torch.from_numpy(selection.flat(ids, 0, (k,))).to(device, torch.int64),
-        topk_logprobs_CK=torch.from_numpy(topk).to(device, torch.float32),
+    return TeacherTokens(
+        sampled_N=floats(selection.flat(known("sampled", "logprobs"), 0.0)),
+        topk_ids_NK=torch.from_numpy(selection.flat(ids, 0, (k,))).to(device, torch.int64),
+        topk_logprobs_NK=floats(selection.flat(known("topk", "topk_logprobs"), -np.log(2.0 * k), (k,))),
+        entropy_N=floats(
+            selection.flat([a if a is not None and a.size else None for a in known("topk", "entropy")], 0.0)
+        ),
+        hidden=_hidden(selection, {term.key for term in read if term.loss.signal == "exact"}, name, device),
     )
 
 
-def _hidden(selection: Selection, device: str) -> tuple[TeacherHidden, ...]:
+def _hidden(selection: Selection, keys: set[str], name: str, device: str) -> tuple[TeacherHidden, ...]:
     """The hidden states of the trained tokens, teacher by teacher."""
     counts = selection.counts
     starts = np.cumsum(counts) - counts
     groups: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
-    for example, present, mask, start, count in zip(
-        selection.examples, selection.present, selection.masks, starts, counts, strict=True
+    for example, members, mask, start, count in zip(
+        selection.examples, selection.members, selection.masks, starts, counts, strict=True
     ):
-        if "exact" in present and example.scores is not None:
+        scores: TeacherScores | None = example.of(name)
+        if keys & members and scores is not None:
             at = np.arange(start, start + count)
-            groups.setdefault(example.scores.teacher_id, []).append((at, example.scores.hidden[mask]))
+            groups.setdefault(scores.teacher_id, []).append((at, scores.hidden[mask]))
     return tuple(
         TeacherHidden(
             teacher_id=teacher_id,
@@ -157,20 +221,27 @@ def _as_float(hidden: np.ndarray) -> Tensor:
     return torch.from_numpy(hidden)
 
 
-def _dummy(signals: Sequence[Signal], device: str) -> MicroBatch:
-    one = torch.zeros(1, dtype=torch.int64, device=device)
+def _dummy(terms: Sequence[BoundTerm], device: str) -> MicroBatch:
+    index = torch.zeros(1, dtype=torch.int64, device=device)
     zero = torch.zeros(1, device=device)
+    never = torch.zeros(1, dtype=torch.bool, device=device)
+    silent = TeacherTokens(
+        sampled_N=zero, topk_ids_NK=index[:, None], topk_logprobs_NK=zero[:, None] - 1, entropy_N=zero, hidden=()
+    )
     return MicroBatch(
-        token_ids=one,
-        lengths=one + 1,
-        rows=one,
-        tokens=TokenRows(
-            targets_C=one,
-            behaviour_C=zero,
-            teacher_C=zero,
-            topk_ids_CK=one[:, None],
-            topk_logprobs_CK=zero[:, None] - 1,
-        ),
-        masks={signal: torch.zeros(1, dtype=torch.bool, device=device) for signal in signals},
-        hidden=(),
+        token_ids=index,
+        lengths=index + 1,
+        rows=index,
+        targets_N=index,
+        behaviour_N=zero,
+        sampled_N=never,
+        current_share_N=zero + 1,
+        old_N=None,
+        weights_N=zero,
+        advantage_N=zero,
+        reference_N=zero,
+        teachers={term.teacher: silent for term in terms},
+        masks={term.key: never for term in terms},
+        scales={term.key: zero for term in terms},
+        gates={term.key: zero for term in terms if term.loss.gate},
     )

@@ -1,7 +1,8 @@
 """The sum of a step's loss terms over one micro-batch, and the metrics seen on the way.
 
-Each term is divided by its own count of tokens over all ranks and micro-batches, so the loss depends neither on how the
-batch was cut nor on who holds which part of it.
+Each term is divided by its own count over all ranks and micro-batches, so the loss depends neither on how the batch was
+cut nor on who holds which part of it. A token that the off-policy correction rejected counts nowhere; what is weighed
+(by the correction, or by its row) is weighed in the sum and not in the count.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,81 +10,137 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .micro_batch import MicroBatch
-from .terms.base import SIGNALS, BoundTerm, Signal, StudentChunk
+from ..contracts.records import Correction
+from .corrections import mismatch, needs_rollout, token_weights
+from .micro_batch import MicroBatch, TeacherTokens
+from .terms.base import SIGNALS, BoundTerm, StudentChunk, TokenRows
 
 
 class Objective:
-    """Called with the logits of each chunk of one micro-batch; returns that chunk's share of the step's loss.
+    """Called with the logits of each chunk of one micro-batch; returns that chunk's share of the update's loss.
 
-    `counts`: tokens of each signal over all ranks and micro-batches. `sums` collects, by metric, Σ over this rank's
-    tokens and the signal whose count makes it a mean.
+    `divisors`: what each term's sum is divided by. `sums` collects the metrics.
     """
 
     def __init__(
         self,
         terms: Sequence[BoundTerm],
         micro_batch: MicroBatch,
-        counts: Mapping[Signal, int],
+        divisors: Mapping[str, float],
         heads: Mapping[str, Tensor],
+        correction: Correction,
         sums: "Sums",
     ) -> None:
-        self.terms = sorted(terms, key=lambda term: SIGNALS.index(term.signal))
-        self.micro_batch, self.counts, self.heads, self.sums = micro_batch, counts, heads, sums
+        self.terms = sorted(terms, key=lambda term: SIGNALS.index(term.loss.signal))
+        self.micro_batch, self.divisors, self.heads, self.sums = micro_batch, divisors, heads, sums
+        weighs = correction.kind != "none" and micro_batch.old_N is None and not needs_rollout(correction)
+        self.correction = correction if weighs else None
 
     def __call__(self, logits_CV: Tensor, at: slice) -> Tensor:
-        exact = any(term.signal == "exact" for term in self.terms)
-        teacher = self._teacher_logprobs(logits_CV, at) if exact else None
-        rows = self.micro_batch.chunk(at, teacher)
         logprobs = logits_CV.log_softmax(1)
-        student = StudentChunk(logprobs_CV=logprobs, sampled_C=logprobs.gather(1, rows.targets_C[:, None]).squeeze(1))
+        targets = self.micro_batch.targets_N[at]
+        student = StudentChunk(logprobs_CV=logprobs, sampled_C=logprobs.gather(1, targets[:, None]).squeeze(1))
+        old, weights = self._old_and_weights(student.sampled_C.detach(), at)
+        exact: dict[str, Tensor] = {}
         loss = logits_CV.new_zeros(())
         for term in self.terms:
-            mask = self.micro_batch.masks[term.signal][at]
-            output = term(student, rows)
-            total = torch.where(mask, output.loss_C, 0.0).sum()
-            if self.counts[term.signal]:
-                loss = loss + total * (term.weight / self.counts[term.signal])
-            for name, values in {**output.metrics, f"loss_{term.name}": output.loss_C.detach()}.items():
-                self.sums.add(name, torch.where(mask, values, 0.0), term.signal)
-        self._measure_student(student, rows.behaviour_C, at)
+            teacher = self.micro_batch.teachers[term.teacher]
+            if term.loss.signal == "exact" and term.teacher not in exact:
+                exact[term.teacher] = self._teacher_logprobs(teacher, logits_CV, at)
+            output = term(student, self._rows(term, at, old, exact.get(term.teacher)))
+            mask = self.micro_batch.masks[term.key][at]
+            scaled = torch.where(mask, output.loss_C, 0.0) * (weights * self.micro_batch.scales[term.key][at])
+            if self.divisors[term.key]:
+                loss = loss + scaled.sum() * (term.weight / self.divisors[term.key])
+                self.sums.add(f"loss_{term.key}", scaled, divisor_of(term.key))
+            suffix = f".{term.teacher}" if term.teacher else ""
+            for name, values in output.metrics.items():
+                self.sums.add(name + suffix, torch.where(mask, values, 0.0), term.key)
+        self._measure_student(student, weights, at)
         return loss
 
-    @torch.no_grad()
-    def _measure_student(self, student: StudentChunk, behaviour_C: Tensor, at: slice) -> None:
-        trained = torch.stack([mask[at] for mask in self.micro_batch.masks.values()]).any(0)
-        entropy = -(student.logprobs_CV.exp() * student.logprobs_CV).sum(1)
-        self.sums.add("entropy", torch.where(trained, entropy, 0.0), None)
-        self.sums.add("mismatch", torch.where(trained, student.sampled_C - behaviour_C, 0.0), None)
+    def _old_and_weights(self, current_C: Tensor, at: slice) -> tuple[Tensor, Tensor]:
+        """log π_old, and the weight of each token's losses: the row's, times the correction."""
+        batch = self.micro_batch
+        if batch.old_N is not None:
+            return batch.old_N[at], batch.weights_N[at]
+        behaviour = batch.behaviour_N[at]
+        old = torch.lerp(behaviour, current_C, batch.current_share_N[at].to(current_C.dtype))
+        old = torch.where(batch.current_share_N[at] == 1, current_C, old)
+        weights = batch.weights_N[at]
+        if self.correction:
+            weights = weights * torch.where(batch.sampled_N[at], token_weights(old, behaviour, self.correction), 1.0)
+        return old, weights
+
+    def _rows(self, term: BoundTerm, at: slice, old_C: Tensor, teacher_logprobs_CV: Tensor | None) -> TokenRows:
+        batch, teacher = self.micro_batch, self.micro_batch.teachers[term.teacher]
+        gate = batch.gates.get(term.key)
+        return TokenRows(
+            targets_C=batch.targets_N[at],
+            old_C=old_C,
+            advantage_C=batch.advantage_N[at],
+            teacher_C=teacher.sampled_N[at],
+            reference_C=batch.reference_N[at],
+            gate_C=torch.ones_like(old_C) if gate is None else gate[at],
+            topk_ids_CK=teacher.topk_ids_NK[at],
+            topk_logprobs_CK=teacher.topk_logprobs_NK[at],
+            teacher_entropy_C=teacher.entropy_N[at],
+            teacher_logprobs_CV=teacher_logprobs_CV,
+        )
 
     @torch.no_grad()
-    def _teacher_logprobs(self, logits_CV: Tensor, at: slice) -> Tensor:
+    def _measure_student(self, student: StudentChunk, weights_C: Tensor, at: slice) -> None:
+        """Entropy over all trained tokens; over those that the student sampled, what stands between it and the sampler.
+
+        `mismatch` is the k1 estimate of KL(μ‖π_θ) and `mismatch_k3` the k3 one, which is never negative.
+        """
+        trained = torch.stack([mask[at] for mask in self.micro_batch.masks.values()]).any(0)
+        entropy = -(student.logprobs_CV.exp() * student.logprobs_CV).sum(1)
+        self.sums.add("entropy", torch.where(trained, entropy, 0.0), "trained")
+        sampled = trained & self.micro_batch.sampled_N[at]
+        k1, k3 = mismatch(student.sampled_C, self.micro_batch.behaviour_N[at])
+        squared = weights_C**2
+        figures = {"mismatch": k1, "mismatch_k3": k3, "importance_weight": weights_C, "weight_squared": squared}
+        for name, values in figures.items():
+            self.sums.add(name, torch.where(sampled, values, 0.0), "sampled")
+
+    @torch.no_grad()
+    def _teacher_logprobs(self, teacher: TeacherTokens, logits_CV: Tensor, at: slice) -> Tensor:
         """log π_T `[C, V]` of the chunk's tokens, each by its own teacher's head; uniform where a token has none."""
         out = None
-        for teacher in self.micro_batch.hidden:
-            lo, hi = (int(i) for i in torch.searchsorted(teacher.at, teacher.at.new_tensor([at.start, at.stop])))
-            head = self.heads[teacher.teacher_id]
-            logits = (teacher.hidden[lo:hi].to(head.dtype) @ head.T).to(logits_CV.dtype)
+        for part in teacher.hidden:
+            lo, hi = (int(i) for i in torch.searchsorted(part.at, part.at.new_tensor([at.start, at.stop])))
+            head = self.heads[part.teacher_id]
+            logits = (part.hidden[lo:hi].to(head.dtype) @ head.T).to(logits_CV.dtype)
             if hi - lo == at.stop - at.start:
                 return logits.log_softmax(1)
             if out is None:
                 out = torch.zeros_like(logits_CV)
-            out[teacher.at[lo:hi] - at.start] = logits
+            out[part.at[lo:hi] - at.start] = logits
         return (torch.zeros_like(logits_CV) if out is None else out).log_softmax(1)
 
 
+def divisor_of(key: str) -> str:
+    """The name of what a term's sum is divided by, among the counts."""
+    return f"divisor of {key}"
+
+
 class Sums:
-    """Σ of each metric over this rank's tokens. A stronger signal's figure replaces a weaker one's of the same name."""
+    """Σ of each metric over this rank's tokens, and the name of the count that makes it a mean.
+
+    A stronger signal's figure replaces a weaker one's of the same name. Counts: a term's key (its tokens), its divisor,
+    "trained" (tokens of any term), or "sampled" (those that the student sampled).
+    """
 
     def __init__(self) -> None:
-        self.totals: dict[tuple[str, Signal | None], Tensor] = {}
+        self.totals: dict[tuple[str, str], Tensor] = {}
 
-    def add(self, name: str, values_C: Tensor, signal: Signal | None) -> None:
-        total = values_C.detach().sum(dtype=torch.float64)
-        before = self.totals.get((name, signal))
-        self.totals[(name, signal)] = total if before is None else before + total
+    def add(self, name: str, values: Tensor, count: str) -> None:
+        total = values.detach().sum(dtype=torch.float64)
+        before = self.totals.get((name, count))
+        self.totals[(name, count)] = total if before is None else before + total
 
-    def means(self, totals: Sequence[float], counts: Mapping[Signal | None, int]) -> dict[str, float]:
-        """Means by name of `totals`, these sums over all ranks in order; left out where no token counted."""
+    def means(self, totals: Sequence[float], counts: Mapping[str, float]) -> dict[str, float]:
+        """Means by name of `totals`, these sums over all ranks in order; left out where nothing counted."""
         pairs = zip(self.totals, totals, strict=True)
-        return {name: total / counts[signal] for (name, signal), total in pairs if counts[signal]}
+        return {name: total / counts[count] for (name, count), total in pairs if counts[count]}

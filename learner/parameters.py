@@ -1,9 +1,10 @@
-"""Whole parameters out of a sharded engine: published as buckets, or exported as a model folder.
+"""Whole parameters out of a sharded engine: those that train published as buckets, all exported as a model folder.
 
 Every rank walks the parameters in the same order. Under ZeRO-3 that gathers them group by group, so the whole model is
 never in memory at once; under the other stages each rank has them whole.
 """
 
+import copy
 import json
 import shutil
 from collections.abc import Iterator
@@ -16,17 +17,23 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..contracts.config import Lora
 from ..contracts.records import WeightBucket, WeightManifest
 from ..models.logits import token_logprobs
+from ..models.lora import merged_weights, peft_weights, run_merged
 from ..models.weights import BUCKET_BYTES, BucketWriter
 
 CANARY_TOKENS = 32
 CANARY_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}  # nats
 
 
-def whole_parameters(engine: Any) -> Iterator[tuple[str, Tensor]]:
-    """Each parameter once, whole, by the name that the plain transformers model gives it. All ranks must iterate."""
-    named = [(name.removeprefix("model."), p) for name, p in engine.module.named_parameters()]
+def whole_parameters(engine: Any, trained_only: bool) -> Iterator[tuple[str, Tensor]]:
+    """Each parameter once, whole, by the name that the transformers model gives it. All ranks must iterate."""
+    named = [
+        (name.removeprefix("model."), p)
+        for name, p in engine.module.named_parameters()
+        if p.requires_grad or not trained_only
+    ]
     for group in _groups(named):
         with _gathered(engine, [p for _, p in group]):
             for name, p in group:
@@ -58,7 +65,7 @@ def publish_weights(engine: Any, version: int, rank: int, dtype: str) -> Iterato
     """Rank 0 yields buckets and then their manifest; the others take part and yield nothing."""
     canary_ids, canary_logprobs = _canary(engine)
     writer = BucketWriter(version)
-    for name, parameter in whole_parameters(engine):
+    for name, parameter in whole_parameters(engine, trained_only=True):
         if rank == 0:
             yield from writer.add(name, parameter)
     if rank != 0:
@@ -81,16 +88,24 @@ def _canary(engine: Any) -> tuple[np.ndarray, np.ndarray]:
     ids = torch.arange(CANARY_TOKENS, device=engine.device) * 7919 % vocab
     rows = torch.arange(CANARY_TOKENS - 1, device=engine.device)
     lengths = torch.tensor([CANARY_TOKENS], device=engine.device)
-    logprobs = engine(ids, lengths, rows, lambda hidden, head: token_logprobs(hidden, head, ids[1:]))
+    with run_merged(engine.module):
+        logprobs = engine(ids, lengths, rows, lambda hidden, head: token_logprobs(hidden, head, ids[1:]))
     return ids.int().cpu().numpy(), logprobs.float().cpu().numpy()
 
 
-def export_model(engine: Any, student: Path, folder: Path, rank: int) -> None:
-    """A folder that transformers loads as it is; the configuration and the tokenizer come from `student`."""
-    tensors = {name: p.detach().cpu().clone() for name, p in whole_parameters(engine) if rank == 0}
+def export_model(engine: Any, student: Path, folder: Path, rank: int, lora: Lora | None) -> None:
+    """A folder that transformers loads as it is; the configuration and the tokenizer come from `student`.
+
+    With adapters they are merged into it, and `folder`/adapter holds them alone, as peft loads them on `student`.
+    """
+    whole = whole_parameters(engine, trained_only=False)
+    tensors = {name: p.detach().cpu().clone() for name, p in whole if rank == 0}
     if rank != 0:
         return
     folder.mkdir(parents=True, exist_ok=True)
+    if lora:
+        _export_adapter(engine.module.model.peft_config["default"], tensors, folder / "adapter")
+        tensors = merged_weights(tensors, lora)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     for pattern in ("*.json", "*.jinja", "*.txt", "*.model"):
         for source in student.glob(pattern):
@@ -99,3 +114,11 @@ def export_model(engine: Any, student: Path, folder: Path, rank: int) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _export_adapter(settings: Any, tensors: dict[str, Tensor], folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    save_file(peft_weights(tensors), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    written = copy.copy(settings)
+    written.inference_mode = True
+    written.save_pretrained(str(folder))

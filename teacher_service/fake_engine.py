@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from ..contracts.errors import RecordError
-from ..contracts.records import EMPTY_FF, EMPTY_II, Rollout, ScoreRequest, TeacherScores
+from ..contracts.records import EMPTY_F, EMPTY_FF, EMPTY_II, Rollout, ScoreRequest, TeacherScores
 from .requests import check_request, refusal
 
 VOCAB, CONTEXT, HIDDEN = 256, 4096, 8
@@ -40,12 +40,15 @@ class FakeTeacher:
         rows = rollout.response_length
         random = np.random.Generator(np.random.Philox(key=int(rollout.token_ids.astype(np.int64).sum())))
         logprobs = -random.random(rows, np.float32)
-        ids, id_logprobs, hidden = EMPTY_II, EMPTY_FF, EMPTY_FF
+        ids, id_logprobs, entropy, hidden = EMPTY_II, EMPTY_FF, EMPTY_F, EMPTY_FF
         if request.signal in ("topk", "given"):
             own = np.argsort(random.random((rows, VOCAB)), 1)[:, : request.top_k].astype(np.int32)
             ids = own if request.signal == "topk" else rollout.topk_ids
             id_logprobs = np.log(random.dirichlet(np.ones(ids.shape[1] + 1), rows)[:, 1:]).astype(np.float32)
+            entropy = random.random(rows, np.float32)
         if request.signal == "hidden":
             hidden = random.standard_normal((rows, HIDDEN), np.float32)
             hidden = hidden if self.dtype == "fp32" else (hidden.view(np.uint32) >> 16).astype(np.uint16)
-        return replace(scores, logprobs=logprobs, topk_ids=ids, topk_logprobs=id_logprobs, hidden=hidden)
+        return replace(
+            scores, logprobs=logprobs, topk_ids=ids, topk_logprobs=id_logprobs, entropy=entropy, hidden=hidden
+        )

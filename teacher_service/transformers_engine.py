@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..contracts.errors import ModelError
-from ..contracts.records import Rollout, ScoreRequest, TeacherScores
+from ..contracts.records import EMPTY_F, Rollout, ScoreRequest, TeacherScores
 from ..models.loading import load_causal_lm
 from ..models.logits import logit_chunks
 from ..models.packing import Packing, packed_hidden_states
@@ -57,10 +57,16 @@ class TransformersTeacher:
         if request.signal == "given":
             given = self._tensor(np.concatenate([r.topk_ids for r in rollouts]))
         top_k = request.top_k if request.signal == "topk" else 0
-        logprobs, ids, id_logprobs = read_logprobs(hidden, self.head, targets, given, top_k)
+        logprobs, ids, id_logprobs, entropy = read_logprobs(hidden, self.head, targets, given, top_k)
         returned = _to_numpy(hidden) if request.signal == "hidden" else np.zeros((len(hidden), 0), np.float32)
+        columns = (
+            logprobs.cpu().numpy(),
+            ids.int().cpu().numpy(),
+            id_logprobs.cpu().numpy(),
+            entropy.cpu().numpy(),
+            returned,
+        )
         ends = np.cumsum([rollout.response_length for rollout in rollouts])[:-1]
-        columns = (logprobs.cpu().numpy(), ids.int().cpu().numpy(), id_logprobs.cpu().numpy(), returned)
         return [
             TeacherScores(
                 rollout_id=rollout.rollout_id,
@@ -69,9 +75,10 @@ class TransformersTeacher:
                 logprobs=own,
                 topk_ids=own_ids,
                 topk_logprobs=own_id_logprobs,
+                entropy=own_entropy if own_ids.size else EMPTY_F,
                 hidden=own_hidden,
             )
-            for rollout, own, own_ids, own_id_logprobs, own_hidden in zip(
+            for rollout, own, own_ids, own_id_logprobs, own_entropy, own_hidden in zip(
                 rollouts, *(np.split(column, ends) for column in columns), strict=True
             )
         ]
@@ -113,18 +120,26 @@ def _head(model: Any, name: str) -> torch.Tensor:
 
 def read_logprobs(
     hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, given: torch.Tensor | None, top_k: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logprobs `[R]` of `targets`, and ids with their logprobs `[R, K]`: those `given`, else the `top_k` likeliest.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logprobs `[R]` of `targets`, ids with their logprobs `[R, K]` (those `given`, else the `top_k` likeliest), and
+    the entropy `[R]` in nats, left 0 where there are no ids.
 
-    All are normalised over the whole vocabulary. hidden `[R, D]`, head `[V, D]`, targets int64 `[R]`.
+    All are of the whole vocabulary. hidden `[R, D]`, head `[V, D]`, targets int64 `[R]`.
     """
-    logprobs, ids, id_logprobs = [], [], []
+    logprobs, ids, id_logprobs, entropy = [], [], [], []
     for rows, logits in logit_chunks(hidden, head):
         total = logits.logsumexp(1, keepdim=True)
         logprobs.append((logits.gather(1, targets[rows, None]) - total).squeeze(1))
         ids.append(logits.topk(top_k, 1).indices if given is None else given[rows])
         id_logprobs.append(logits.gather(1, ids[-1]) - total)
-    return torch.cat(logprobs), torch.cat(ids), torch.cat(id_logprobs)
+        entropy.append(_entropy(logits, total) if ids[-1].shape[1] else torch.zeros_like(logprobs[-1]))
+    return torch.cat(logprobs), torch.cat(ids), torch.cat(id_logprobs), torch.cat(entropy)
+
+
+def _entropy(logits: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    """-Σ p log p `[C]` of logits `[C, V]` whose logsumexp is `total` `[C, 1]`; `logits` are overwritten."""
+    logprobs = logits.sub_(total)
+    return torch.special.entr(logprobs.exp()).sum(1)
 
 
 def _to_numpy(hidden: torch.Tensor) -> np.ndarray:

@@ -2,15 +2,31 @@
 
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
 
 import pyarrow as pa
 
-from ..contracts.records import Receipt, Rollout, ScoreRequest, TeacherScores, decode, encode
+from ..contracts.arrow import decode, encode
+from ..contracts.config import Lora
+from ..contracts.errors import TeacherError
+from ..contracts.records import Receipt, Rollout, ScoreRequest, TeacherScores, WeightBucket, WeightManifest
+from ..models.contexts import PLAIN, Prompter
+from ..models.loading import load_tokenizer
+from .contexts import in_context
 from .engines import make_engine
+from .follower import Follower
 
 
 class TeacherWorker:
-    """One replica of the teacher `teacher_id`."""
+    """One replica of the teacher `teacher_id`.
+
+    `follows` ("live", "ema") makes it a self-teacher that takes the student's published weights, as they are or as an
+    average with `ema_decay`; of a student with `lora` they are adapters of `model`. `templates` are the recipe's own
+    (models/contexts.py), `template_kwargs` the chat template's.
+    """
 
     def __init__(
         self,
@@ -22,8 +38,14 @@ class TeacherWorker:
         device: str = "cpu",
         threads: int = 1,
         tokens_per_batch: int = 8192,
+        follows: str = "",
+        ema_decay: float = 0.95,
+        templates: Mapping[str, str] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        lora: Lora | None = None,
     ) -> None:
-        self.teacher_id = teacher_id
+        self.teacher_id, self.model = teacher_id, model
+        self.templates, self.template_kwargs = templates, template_kwargs
         self.engine = make_engine(
             engine,
             model,
@@ -33,18 +55,39 @@ class TeacherWorker:
             threads=threads,
             tokens_per_batch=tokens_per_batch,
         )
+        self.follower = Follower(self.engine, follows, ema_decay, lora) if follows else None
 
-    def score(self, rollouts: pa.RecordBatch, request: ScoreRequest) -> tuple[pa.RecordBatch, Receipt]:
+    @cached_property
+    def prompter(self) -> Prompter:
+        """Builds the prompts of contexts; its tokenizer is loaded at the first one. Raises ConfigError, ModelError."""
+        return Prompter(load_tokenizer(self.model), self.template_kwargs, self.templates)
+
+    def score(
+        self,
+        rollouts: pa.RecordBatch,
+        request: ScoreRequest,
+        prompts: pa.RecordBatch | None = None,
+        verdicts: pa.RecordBatch | None = None,
+    ) -> tuple[pa.RecordBatch, Receipt]:
         """Scores of the rows that ask for this teacher or for none by name, in their order; a refused one is a row too.
 
-        The receipt's ids, lengths and tokens are those of the rows really scored.
+        With `request.everyone` of all rows. In a context other than "plain" each response is scored after the prompt
+        that the context builds from its row of `prompts` and, for peers and feedback, from the same batch's `verdicts`;
+        a row for which it cannot be built is refused as "no_context". The receipt's ids, lengths and tokens are those
+        of the rows really scored, as they were scored.
         """
         start = time.perf_counter()
+        if self.follower:
+            self.follower.check()
         asked = rollouts.column("teacher").to_pylist()
-        mine = decode(Rollout, rollouts, [i for i, name in enumerate(asked) if name in ("", self.teacher_id)])
-        scores = self.engine.score(mine, request)
-        batch = encode(TeacherScores, scores)
-        served = [rollout for rollout, score in zip(mine, scores, strict=True) if not score.error_class]
+        rows = [i for i, name in enumerate(asked) if request.everyone or name in ("", self.teacher_id)]
+        mine: Sequence[Rollout] = decode(Rollout, rollouts, rows)
+        shown: Sequence[Rollout | None] = mine
+        if request.context != PLAIN:
+            shown = in_context(request.context, mine, self.prompter, rollouts, prompts, verdicts)
+        scores = self._scores(mine, shown, request)
+        served = [rollout for rollout, score in zip(shown, scores, strict=True) if rollout and not score.error_class]
+        refused = {score.rollout_id: score.error_class for score in scores if score.error_class}
         receipt = Receipt(
             rows=len(mine),
             tokens=sum(len(rollout.token_ids) for rollout in served),
@@ -53,6 +96,46 @@ class TeacherWorker:
             response_lengths=tuple(rollout.response_length for rollout in served),
             rollout_ids=tuple(rollout.rollout_id for rollout in served),
             weight_version=min((rollout.weight_version_min for rollout in served), default=0),
-            errors=dict(Counter(score.error_class for score in scores if score.error_class)),
+            refused=refused,
+            errors=dict(Counter(refused.values())),
         )
-        return batch, receipt
+        return encode(TeacherScores, scores), receipt
+
+    def _scores(
+        self, mine: Sequence[Rollout], shown: Sequence[Rollout | None], request: ScoreRequest
+    ) -> list[TeacherScores]:
+        """Scores in the order of `mine`, each of the rollout as it is shown, or refused for want of a context."""
+        found = iter(self.engine.score([rollout for rollout in shown if rollout], request))
+        scores = [
+            next(found)
+            if seen
+            else TeacherScores(
+                rollout_id=rollout.rollout_id,
+                teacher_id=self.teacher_id,
+                context=request.context,
+                error_class="no_context",
+            )
+            for rollout, seen in zip(mine, shown, strict=True)
+        ]
+        version = self.follower.version if self.follower else 0
+        return [replace(score, teacher_version=version) for score in scores] if version else scores
+
+    def load_weights(self, manifest: WeightManifest, *buckets: WeightBucket) -> float:
+        """Take a published version of the student; the seconds it took. Raises WeightsMismatch, TeacherError."""
+        start = time.perf_counter()
+        self._following.take(buckets, manifest)
+        return time.perf_counter() - start
+
+    def save_average(self, path: str) -> None:
+        """Write an ema teacher's average, for a checkpoint. Raises TeacherError."""
+        self._following.save(path)
+
+    def load_average(self, path: str) -> None:
+        """Go on from a checkpoint's average. Raises CheckpointError, TeacherError."""
+        self._following.load(path)
+
+    @property
+    def _following(self) -> Follower:
+        if self.follower is None:
+            raise TeacherError("a frozen teacher takes no weights", self.teacher_id, "set its `follows` to live or ema")
+        return self.follower

@@ -5,7 +5,9 @@ from collections import Counter
 
 import pyarrow as pa
 
-from ..contracts.records import Receipt, Verdict, encode
+from ..contracts.arrow import encode
+from ..contracts.records import Receipt, Verdict
+from .paths import reasoning_path
 from .pool import Outcome, VerifierPool
 from .verifiers import make_verifier
 
@@ -22,8 +24,9 @@ class VerifierWorker:
         """A verdict for every rollout, in order: passed (score 1), failed (0), or abstained (0, with the reason)."""
         start = time.perf_counter()
         ids = rollouts.column("rollout_id").to_pylist()
-        outcomes = self.pool.judge(rollouts.column("text").to_pylist(), rollouts.column("answer").to_pylist())
-        verdicts = [_verdict(i, outcome) for i, outcome in zip(ids, outcomes, strict=True)]
+        texts = rollouts.column("text").to_pylist()
+        outcomes = self.pool.judge(texts, rollouts.column("answer").to_pylist())
+        verdicts = [_verdict(*row) for row in zip(ids, texts, outcomes, strict=True)]
         receipt = Receipt(
             rows=len(verdicts),
             tokens=0,
@@ -31,6 +34,8 @@ class VerifierWorker:
             rollout_ids=tuple(ids),
             rewards=tuple(verdict.score for verdict in verdicts),
             answers=tuple(verdict.answer for verdict in verdicts),
+            paths=tuple(verdict.path for verdict in verdicts),
+            abstained=tuple(verdict.abstained for verdict in verdicts),
             passed=tuple(verdict.passed for verdict in verdicts),
             errors=dict(Counter(verdict.error_class for verdict in verdicts if verdict.abstained)),
         )
@@ -41,12 +46,13 @@ class VerifierWorker:
         self.pool.close()
 
 
-def _verdict(rollout_id: str, outcome: Outcome) -> Verdict:
+def _verdict(rollout_id: str, text: str, outcome: Outcome) -> Verdict:
     return Verdict(
         rollout_id=rollout_id,
         score=float(outcome.passed),
         passed=outcome.passed,
         answer=outcome.answer[:ANSWER_CHARACTERS],
+        path=reasoning_path(text),
         abstained=bool(outcome.error_class),
         error_class=outcome.error_class,
         seconds=outcome.seconds,

@@ -1,25 +1,136 @@
 """Methods are compositions: who generates, what the teachers return, which loss terms the learner sums.
 
-A new method is one file with a function `compose(config) -> Composition`, and one line in METHODS.
+A new method is one file with a function `compose(config) -> Composition`, and one line in METHODS; or a file or module
+of one's own that `method` names (docs/methods.md). Imports neither torch nor Ray, so a wrong option costs a second.
 """
 
 import difflib
+import hashlib
+import importlib
+import importlib.util
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 
 from ...contracts.config import Config
 from ...contracts.errors import ConfigError
-from . import opd
+from . import (
+    constant_advantage,
+    dapo,
+    dr_grpo,
+    eopd,
+    g_opd,
+    gkd,
+    grpo,
+    kd,
+    kdrl,
+    opd,
+    opsd,
+    raft,
+    raft_pp,
+    reinforce_pp,
+    reinforce_rej,
+    rest,
+    rft,
+    rloo,
+    sdft,
+    sdpo,
+    seqkd,
+    sft,
+    sg_opd,
+    star,
+)
+from .checks import check_needs, check_used
 from .composition import Composition
 
 METHODS: dict[str, Callable[[Config], Composition]] = {
+    "sft": sft.compose,
+    "seqkd": seqkd.compose,
+    "kd": kd.compose,
+    "gkd": gkd.compose,
     "opd": opd.compose,
+    "eopd": eopd.compose,
+    "g_opd": g_opd.compose,
+    "exopd": g_opd.compose,
+    "constant_advantage": constant_advantage.compose,
+    "sg_opd": sg_opd.compose,
+    "opsd": opsd.compose,
+    "sdft": sdft.compose,
+    "sdpo": sdpo.compose,
+    "kdrl": kdrl.compose,
+    "grpo": grpo.compose,
+    "dr_grpo": dr_grpo.compose,
+    "dapo": dapo.compose,
+    "rloo": rloo.compose,
+    "reinforce_pp": reinforce_pp.compose,
+    "raft": raft.compose,
+    "raft_pp": raft_pp.compose,
+    "reinforce_rej": reinforce_rej.compose,
+    "rft": rft.compose,
+    "rest": rest.compose,
+    "star": star.compose,
 }
 
 
 def compose(config: Config) -> Composition:
-    """The composition that `config.method` names. Raises ConfigError."""
-    if config.method not in METHODS:
+    """The composition that the `config` of one stage names, with all that it needs. Raises ConfigError."""
+    module = own_module(config.method)
+    if module is None and config.method not in METHODS:
         near = difflib.get_close_matches(config.method, METHODS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known methods: {', '.join(sorted(METHODS))}"
-        raise ConfigError("method names a known method", f"method: {config.method}", hint)
-    return METHODS[config.method](config)
+        raise ConfigError("method names a known method, a FILE.py or a MODULE", f"method: {config.method}", hint)
+    composition = (module.compose if module else METHODS[config.method])(config)
+    if not isinstance(composition, Composition):
+        raise ConfigError("compose(config) returns a Composition", f"{type(composition).__name__} from {config.method}")
+    check_needs(config, composition)
+    return composition
+
+
+def compose_stages(config: Config) -> list[Composition]:
+    """One composition for each stage of the run, in which all that the recipe gives is used. Raises ConfigError."""
+    compositions = [compose(config.of_stage(stage)) for stage in config.plan]
+    check_used(config, compositions)
+    return compositions
+
+
+def own_module(method: str) -> ModuleType | None:
+    """The user's module that `method` names: `path/to/file.py`, or a dotted and importable name; None for one of ours.
+
+    A file is read anew at each call, under a name made of its path. To send its functions to other processes, register
+    the module by value with cloudpickle. Raises ConfigError where it is absent or has no `compose`; what its own code
+    raises goes through.
+    """
+    if "/" in method or method.endswith(".py"):
+        module = _from_file(Path(method))
+    elif "." in method:
+        module = _from_name(method)
+    else:
+        return None
+    if not callable(getattr(module, "compose", None)):
+        rule = "a method of one's own defines compose(config) -> Composition"
+        raise ConfigError(rule, f"method: {method}", "docs/methods.md has an example")
+    return module
+
+
+def _from_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise ConfigError("a method of one's own is a Python file that exists", f"method: {path}", "check the path")
+    name = f"own_method_{path.stem}_{hashlib.blake2b(str(path.resolve()).encode(), digest_size=4).hexdigest()}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError("a method of one's own is a Python file", f"method: {path}", "name it FILE.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickle look a class's module up here
+    spec.loader.exec_module(module)
+    return module
+
+
+def _from_name(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise
+        rule = "a method of one's own is a module that can be imported"
+        raise ConfigError(rule, f"method: {name}: {error}", "install it, set PYTHONPATH, or give FILE.py") from error

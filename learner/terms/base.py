@@ -1,19 +1,21 @@
 """What a loss term is given, and what it returns.
 
 A term is a pure, differentiable function of one chunk of response tokens: `term(student, rows, **options)`. It never
-sees rollouts, ranks or the batch: the learner weighs its token losses by the term's own global token count.
+sees rollouts, ranks or the batch: the learner weighs its token losses and divides by the term's own global count.
 
-Shape suffixes: C tokens of a chunk, V vocabulary, K top-k ids. Every log is natural; floats are float32 or wider.
+Shape suffixes: C tokens of a chunk, R response tokens of one rollout, V vocabulary, K top-k ids. Every log is natural;
+floats are float32 or wider.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 from torch import Tensor
 
-Signal = Literal["sampled", "topk", "exact"]
-SIGNALS: tuple[Signal, ...] = ("sampled", "topk", "exact")  # from the weakest to the strongest
+Signal = Literal["none", "sampled", "topk", "exact"]
+SIGNALS: tuple[Signal, ...] = ("none", "sampled", "topk", "exact")  # from the weakest to the strongest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,10 +34,14 @@ class TokenRows:
     """
 
     targets_C: Tensor  # int64, y_t
-    behaviour_C: Tensor  # log μ(y_t), the sampler's as it sampled
+    old_C: Tensor  # log π_old(y_t), the proximal policy of clipped ratios
+    advantage_C: Tensor  # the rollout's advantage, or the verifier's sign: one value for all its tokens
     teacher_C: Tensor  # log π_T(y_t)
+    reference_C: Tensor  # log π_ref(y_t), where the term asks for a reference
+    gate_C: Tensor  # what the term's own `gate` said of the token, 1 without one
     topk_ids_CK: Tensor  # int64, the support that came with the scores
     topk_logprobs_CK: Tensor  # log π_T on that support
+    teacher_entropy_C: Tensor  # H(π_T) in nats over the whole vocabulary; of the topk signal
     teacher_logprobs_CV: Tensor | None = None  # log π_T, of the exact signal only
 
 
@@ -48,25 +54,36 @@ class TermOutput:
 
 
 TokenLoss = Callable[..., TermOutput]
+RowGate = Callable[..., np.ndarray]
 
 
 @dataclass(frozen=True, slots=True)
 class LossTerm:
-    """A term's function and the teacher's signal that a token must have to count in it."""
+    """A term's function, the teacher's signal that a token must have to count in it, and maybe a gate by rollout.
+
+    `gate(d_R, advantage, **options)` → `[R]`, from d = log π_T − log π_old of a whole rollout, before the gradient; the
+    learner then makes one pass more over the batch. It is called with the term's options.
+    """
 
     function: TokenLoss
     signal: Signal
+    gate: RowGate | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BoundTerm:
     """A term with its weight and options, as a run uses it."""
 
-    name: str
+    key: str  # its name in the metrics
     weight: float
-    signal: Signal
-    function: TokenLoss
+    loss: LossTerm
     options: dict[str, Any]
+    teacher: str  # whose scores; "" the teacher that the rollout names
+    reference: bool  # it also needs the reference's scores
+    sources: tuple[str, ...]
+    reduction: Literal["tokens", "sequences", "length"]
+    length: int
+    of_batch: bool
 
     def __call__(self, student: StudentChunk, rows: TokenRows) -> TermOutput:
-        return self.function(student, rows, **self.options)
+        return self.loss.function(student, rows, **self.options)

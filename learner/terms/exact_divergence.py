@@ -4,22 +4,63 @@ The teacher sends its last hidden states and the learner holds its frozen head, 
 chunk of tokens at a time.
 """
 
-from typing import Literal
+import torch
+from torch import Tensor
 
 from .base import StudentChunk, TermOutput, TokenRows
-from .topk_divergence import divergence
+from .divergence import Buckets, Direction, divergence, entropy
 
 
 def exact_divergence(
-    student: StudentChunk, rows: TokenRows, *, direction: Literal["reverse", "forward"] = "reverse"
+    student: StudentChunk,
+    rows: TokenRows,
+    *,
+    direction: Direction = "reverse",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    hinton: bool = False,
+    entry_clip: float = 0.0,
+    teacher_entropy_above: float = 0.0,
 ) -> TermOutput:
-    """KL(π_θ‖π_T) (`reverse`) or KL(π_T‖π_θ) (`forward`) of each token. Source: GKD, arXiv:2306.13649, β = 1 and 0.
+    """A divergence of each token from its teacher (divergence.py has the kinds, `beta` and `entry_clip`).
 
-    Metrics: the reverse KL whatever the direction, and whether both would choose the same token.
+    `temperature` τ divides both models' logits; `hinton` multiplies the loss with τ². Sources: GKD's temperature (no
+    τ²); Hinton et al., arXiv:1503.02531, section 2 (τ²).
+    `teacher_entropy_above` h > 0: the loss is 0 where H(π_T) ≤ h, and the token still counts in the mean. Source: EOPD,
+    arXiv:2603.07079, at second hand; there it gates a forward term beside a reverse one.
+
+    Metrics, all at temperature 1: the reverse KL whatever the direction; whether both prefer the same token, and the
+    teacher's probability of the student's; the teacher's entropy and |H(π_θ) − H(π_T)|; the total variation (1 minus
+    the chance that speculative decoding would accept); with a gate, the share of tokens that it lets through.
     """
-    p, q = student.logprobs_CV, rows.teacher_logprobs_CV
-    assert q is not None, "the exact signal comes with the teacher's logprobs"
-    loss = divergence(p, q) if direction == "reverse" else divergence(q, p)
-    reverse = loss if direction == "reverse" else divergence(p.detach(), q)
-    agreement = (p.detach().argmax(1) == q.argmax(1)).to(loss.dtype)
-    return TermOutput(loss_C=loss, metrics={"reverse_kl": reverse.detach(), "top1_agreement": agreement})
+    assert rows.teacher_logprobs_CV is not None, "the exact signal comes with the teacher's logprobs"
+    p, q = Buckets.of(student.logprobs_CV), Buckets.of(rows.teacher_logprobs_CV)
+    if temperature == 1.0:
+        loss = divergence(p, q, direction, beta, entry_clip)
+    else:
+        cool_p, cool_q = (Buckets.of((x.log_CB / temperature).log_softmax(1)) for x in (p, q))
+        loss = divergence(cool_p, cool_q, direction, beta, entry_clip) * (temperature**2 if hinton else 1.0)
+    metrics = _metrics(p, q)
+    if direction == "reverse" and temperature == 1.0 and not entry_clip:
+        metrics["reverse_kl"] = loss.detach()
+    else:
+        with torch.no_grad():
+            metrics["reverse_kl"] = divergence(p, q, "reverse")
+    if teacher_entropy_above:
+        gate = (metrics["teacher_entropy"] > teacher_entropy_above).to(loss.dtype)
+        loss = loss * gate
+        metrics["gate_share"] = gate
+    return TermOutput(loss_C=loss, metrics=metrics)
+
+
+@torch.no_grad()
+def _metrics(p: Buckets, q: Buckets) -> dict[str, Tensor]:
+    teacher_entropy = entropy(q)
+    best_C1, teacher_best_C1 = p.log_CB.argmax(1, keepdim=True), q.log_CB.argmax(1, keepdim=True)
+    return {
+        "top1_agreement": (best_C1 == teacher_best_C1).squeeze(1).to(teacher_entropy.dtype),
+        "teacher_prob_of_student_argmax": q.mass_CB.gather(1, best_C1).squeeze(1),
+        "teacher_entropy": teacher_entropy,
+        "entropy_gap": (entropy(p) - teacher_entropy).abs(),
+        "total_variation": (p.mass_CB - q.mass_CB).abs_().sum(1) / 2,
+    }

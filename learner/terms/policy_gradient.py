@@ -1,27 +1,38 @@
 """Sampled-token reverse KL as a policy gradient: the teacher need only say log π_T(y_t).
 
-The advantage uses the student's current logprobs, recomputed here; the sampler's serve the importance weight alone.
-With the sampler's inside the advantage, a stale policy would add +∇KL(π_θ‖μ) and push away from itself.
+The advantage uses the student's current logprobs, recomputed here; the sampler's serve the importance weight alone
+(learner/corrections.py). With the sampler's inside the advantage, a stale policy would add +∇KL(π_θ‖μ) and push away
+from itself. The loss is always −sg(A) log π_θ: back-propagating the log-ratio itself would give a gradient that the
+teacher is not in.
 """
 
 import torch
+from torch import Tensor
 
 from .base import StudentChunk, TermOutput, TokenRows
 
 
-def policy_gradient(student: StudentChunk, rows: TokenRows, *, importance_clip: float = 2.0) -> TermOutput:
-    """loss_t = −sg(w_t · A_t) · log π_θ(y_t), with A_t = log π_T − log π_θ and w_t = min(π_θ/μ, importance_clip).
+def policy_gradient(student: StudentChunk, rows: TokenRows, *, extrapolation: float = 1.0) -> TermOutput:
+    """loss = −sg(A) log π_θ(y_t), A = d + (λ − 1)(log π_T − log π_ref), d = log π_T − sg(log π_θ), λ `extrapolation`.
 
-    Source: Thinking Machines, "On-Policy Distillation" (2025), with the current policy in the advantage and a
-    truncated weight (ours). Metrics: k1 and k3 estimates of the reverse KL, the weight and the share clipped.
+    λ = 1 is on-policy distillation and reads no reference; λ > 1 goes past the teacher, away from the reference; λ < 1
+    stops between them. Sources: Thinking Machines, "On-Policy Distillation" (2025), with the current policy in d
+    (ours); G-OPD and ExOPD (λ = 1.25), arXiv:2602.12125, its code.
+    Metrics: those of `student_gap`, and |A|.
     """
-    log_ratio = rows.teacher_C - student.sampled_C.detach()
-    ratio = (student.sampled_C.detach() - rows.behaviour_C).exp()
-    weight = ratio.clamp(max=importance_clip)
-    metrics = {
-        "reverse_kl": -log_ratio,
-        "reverse_kl_k3": torch.expm1(log_ratio) - log_ratio,
-        "importance_weight": weight,
-        "clipped_share": (ratio > importance_clip).to(weight.dtype),
-    }
-    return TermOutput(loss_C=-(weight * log_ratio) * student.sampled_C, metrics=metrics)
+    gap, metrics = student_gap(student, rows)
+    advantage = gap
+    if extrapolation != 1.0:
+        advantage = gap + (extrapolation - 1.0) * (rows.teacher_C - rows.reference_C)
+    metrics["advantage_abs"] = advantage.abs()
+    return TermOutput(loss_C=-advantage * student.sampled_C, metrics=metrics)
+
+
+def student_gap(student: StudentChunk, rows: TokenRows) -> tuple[Tensor, dict[str, Tensor]]:
+    """d = log π_T − log π_θ `[C]` of the sampled tokens, detached, and the metrics that it gives.
+
+    `reverse_kl` is −d and `reverse_kl_k3` exp(d) − 1 − d: both have the reverse KL as their mean over the student's own
+    samples, the second with less noise and never below 0. Source: J. Schulman, "Approximating KL Divergence" (2020).
+    """
+    gap = rows.teacher_C - student.sampled_C.detach()
+    return gap, {"reverse_kl": -gap, "reverse_kl_k3": torch.expm1(gap) - gap}

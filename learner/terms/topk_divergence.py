@@ -1,7 +1,8 @@
-"""Divergence on K given ids plus one bucket for all the rest, differentiated directly.
+"""Divergence on K given ids and what is left outside them, differentiated directly.
 
 The tail bucket makes it a true divergence of two coarsened distributions: never negative, at most the divergence over
-the whole vocabulary, and equal to it at K = V − 1. Without it (or renormalised) mass outside the support goes unseen.
+the whole vocabulary, and equal to it at K = V − 1. Renormalised over the ids, mass outside them goes unseen. The bare
+partial sum over the ids, which can be negative, does not exist here.
 """
 
 from typing import Literal
@@ -10,40 +11,60 @@ import torch
 from torch import Tensor
 
 from .base import StudentChunk, TermOutput, TokenRows
+from .divergence import Buckets, Direction, divergence, floored
 
 
 def topk_divergence(
-    student: StudentChunk, rows: TokenRows, *, direction: Literal["reverse", "forward"] = "reverse"
+    student: StudentChunk,
+    rows: TokenRows,
+    *,
+    direction: Direction = "reverse",
+    beta: float = 0.5,
+    rest: Literal["tail", "renormalise"] = "tail",
+    entry_clip: float = 0.0,
+    teacher_entropy_above: float = 0.0,
 ) -> TermOutput:
-    """Σ_k p (log p − log q) + p̄ (log p̄ − log q̄), over the ids that came with the scores, whoever chose them.
+    """A divergence of each token over the ids that came with the scores, whoever chose them (divergence.py: the kinds).
 
-    `reverse`: p the student, q the teacher; `forward`: the other way round. Source: SDPO's `add_tail`.
-    Metrics: the reverse direction, a lower bound of the reverse KL, and agreement with the teacher's best id.
+    `rest`: "tail", one bucket for all other tokens (source: SDPO's code, `add_tail`, arXiv:2601.20802); "renormalise",
+    both distributions made to sum to 1 over the ids (source: revisiting_opd's code, arXiv:2603.25562).
+    `teacher_entropy_above`: as in exact_divergence; H(π_T) comes from the teacher.
+
+    Metrics: the reverse KL with its tail, a lower bound of the whole one; agreement with the teacher's best id; both
+    models' mass on the ids; the teacher's entropy; with a gate, the share of tokens that it lets through.
     """
-    p = coarsened(student.logprobs_CV, rows.topk_ids_CK)
-    q = with_tail(rows.topk_logprobs_CK)
-    reverse = divergence(p, q)
-    loss = reverse if direction == "reverse" else divergence(q, p)
-    best = rows.topk_ids_CK.gather(1, rows.topk_logprobs_CK.argmax(1, keepdim=True)).squeeze(1)
-    agreement = (student.logprobs_CV.detach().argmax(1) == best).to(loss.dtype)
-    return TermOutput(loss_C=loss, metrics={"reverse_kl": reverse.detach(), "top1_agreement": agreement})
-
-
-def divergence(p_CB: Tensor, q_CB: Tensor) -> Tensor:
-    """KL(p‖q) `[C]` of two sets of logprobs over the same buckets."""
-    return (p_CB.exp() * (p_CB - q_CB)).sum(1)
+    p, q = Buckets.of(coarsened(student.logprobs_CV, rows.topk_ids_CK)), Buckets.of(with_tail(rows.topk_logprobs_CK))
+    if rest == "tail":
+        loss = divergence(p, q, direction, beta, entry_clip)
+    else:
+        inside_p, inside_q = (Buckets.of(x.log_CB[:, :-1].log_softmax(1)) for x in (p, q))
+        loss = divergence(inside_p, inside_q, direction, beta, entry_clip)
+    with torch.no_grad():
+        best = rows.topk_ids_CK.gather(1, rows.topk_logprobs_CK.argmax(1, keepdim=True)).squeeze(1)
+        metrics = {
+            "reverse_kl": divergence(p, q, "reverse"),
+            "top1_agreement": (student.logprobs_CV.argmax(1) == best).to(loss.dtype),
+            "student_mass": p.mass_CB[:, :-1].sum(1),
+            "teacher_mass": q.mass_CB[:, :-1].sum(1),
+            "teacher_entropy": rows.teacher_entropy_C,
+        }
+    if teacher_entropy_above:
+        gate = (rows.teacher_entropy_C > teacher_entropy_above).to(loss.dtype)
+        loss = loss * gate
+        metrics["gate_share"] = gate
+    return TermOutput(loss_C=loss, metrics=metrics)
 
 
 def coarsened(logprobs_CV: Tensor, ids_CK: Tensor) -> Tensor:
-    """Logprobs `[C, K+1]` of the ids and of the rest together.
+    """Logprobs `[C, K+1]` of the ids and of the rest together, finite.
 
     The rest is summed where it lies instead of as 1 − Σ, which in float32 loses a tail below 1e-7 and its gradient.
     """
     rest = logprobs_CV.scatter(1, ids_CK, float("-inf")).logsumexp(1, keepdim=True)
-    return torch.cat([logprobs_CV.gather(1, ids_CK), rest], 1)
+    return floored(torch.cat([logprobs_CV.gather(1, ids_CK), rest], 1))
 
 
 def with_tail(logprobs_CK: Tensor) -> Tensor:
     """Logprobs `[C, K+1]`: the given ones and log(1 − Σ exp), at least log(machine epsilon). No gradient needed."""
     tail = 1 - logprobs_CK.exp().sum(1, keepdim=True)
-    return torch.cat([logprobs_CK, tail.clamp(min=torch.finfo(tail.dtype).eps).log()], 1)
+    return floored(torch.cat([logprobs_CK, tail.clamp(min=torch.finfo(tail.dtype).eps).log()], 1))

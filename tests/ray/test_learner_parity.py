@@ -1,11 +1,7 @@
-"""The learner against a plain PyTorch loop: real DeepSpeed ranks as Ray actors, ZeRO 0-3, one and two ranks.
-
-The reference below shares nothing with the learner but transformers and torch: one process, dense logits, one sequence
-at a time, torch's AdamW, its own clipping, schedule and formulas. Rollouts vary in length, have masked tokens, and some
-come back without scores.
+"""The learner against a plain PyTorch loop (parity_reference.py): real DeepSpeed ranks as Ray actors, ZeRO 0-3, one and
+two ranks.
 """
 
-import math
 import socket
 import sys
 
@@ -13,30 +9,31 @@ import numpy as np
 import pytest
 import ray
 import torch
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from parity_reference import (
+    MASKED,
+    OPTIONS,
+    SEED,
+    SHORT,
+    STEPS,
+    TERMS,
+    TRUNCATED,
+    VOCAB,
+    WEIGHTS,
+    decide,
+    make_item,
+    plain,
+    reference_losses,
+    reference_run,
+)
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from tutorloop.contracts.arrow import encode
 from tutorloop.contracts.config import Learner
 from tutorloop.contracts.errors import CheckpointError
-from tutorloop.contracts.records import Rollout, StepPlan, TeacherScores, Term, WeightManifest, encode
-from tutorloop.learner.packing import plan_micro_batches
+from tutorloop.contracts.records import Rollout, StepPlan, TeacherScores, TrainRow, WeightManifest
+from tutorloop.learner.packing import plan_updates
 from tutorloop.learner.worker import LearnerWorker
 from tutorloop.models.weights import fingerprint, read_bucket
-
-VOCAB, STEPS, SEED = 64, 20, 20261120
-TERMS = (
-    Term(name="exact_divergence", weight=0.5),
-    Term(name="topk_divergence", weight=0.3, options={"direction": "forward"}),
-    Term(name="policy_gradient", weight=0.2, options={"importance_clip": 1.5}),
-)
-OPTIONS = {
-    "learning_rate": 3e-3,
-    "warmup_steps": 4,
-    "decay": "cosine",
-    "min_learning_rate": 3e-4,
-    "weight_decay": 0.1,
-    "max_grad_norm": 0.3,
-    "tokens_per_batch": 48,
-}
 
 
 class Host(LearnerWorker):
@@ -90,98 +87,23 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(models):
-    """STEPS lists of (rollout, scores or None), scored by the teacher."""
+    """STEPS lists of items; the last two of each are of the dataset."""
     print("seed", SEED)
     rng = np.random.default_rng(SEED)
     teacher = plain(models["teacher"])
-    return [[make_pair(rng, teacher, f"{step}-{i}") for i in range(7)] for step in range(STEPS)]
+    sources = ["student"] * 6 + ["dataset"] * 2
+    return [
+        [make_item(rng, teacher, f"{step}-{i}", source) for i, source in enumerate(sources)] for step in range(STEPS)
+    ]
 
 
 @pytest.fixture(scope="module")
 def expected(models, data):
-    return reference_run(models["student"], models["teacher"], data)
-
-
-@torch.no_grad()
-def make_pair(rng, teacher, name):
-    prompt, response = int(rng.integers(1, 7)), int(rng.integers(1, 25))
-    ids = rng.integers(0, VOCAB, prompt + response).astype(np.int32)
-    rollout = Rollout(
-        rollout_id=name,
-        prompt_id=name,
-        group_id=name,
-        sample_index=0,
-        token_ids=ids,
-        prompt_length=prompt,
-        text="",
-        logprobs=(rng.normal(size=response) - math.log(VOCAB)).astype(np.float32),
-        loss_mask=rng.random(response) < 0.85,
-    )
-    if rng.random() < 0.15:
-        error = "too_long" if rng.random() < 0.5 else ""
-        return rollout, TeacherScores(rollout_id=name, teacher_id="teacher", error_class=error) if error else None
-    hidden = teacher.model(torch.from_numpy(ids).long()[None]).last_hidden_state[0, prompt - 1 : -1]
-    logprobs = (hidden @ teacher.lm_head.weight.T).log_softmax(1)
-    top = logprobs.topk(5, 1)
-    targets = torch.from_numpy(ids[prompt:]).long()
-    scores = TeacherScores(
-        rollout_id=name,
-        teacher_id="teacher",
-        logprobs=logprobs.gather(1, targets[:, None])[:, 0].numpy(),
-        topk_ids=top.indices.int().numpy(),
-        topk_logprobs=top.values.numpy(),
-        hidden=hidden.numpy(),
-    )
-    return rollout, scores
-
-
-# ---- the reference ---------------------------------------------------------------------------------------------------
-
-
-def reference_losses(model, head, pairs):
-    """Losses of the three terms of each usable token: [N, 3]."""
-    tokens = []
-    for rollout, scores in pairs:
-        if scores is None or scores.error_class:
-            continue
-        ids = torch.from_numpy(rollout.token_ids).long()
-        logp = model(ids[None]).logits[0].log_softmax(1)
-        teacher = (torch.from_numpy(scores.hidden).to(head.dtype) @ head.T).log_softmax(1)
-        for t in np.flatnonzero(rollout.loss_mask):
-            position = rollout.prompt_length + t
-            p, q, y = logp[position - 1], teacher[t], ids[position]
-            exact = (p.exp() * (p - q)).sum()
-            kept = torch.from_numpy(scores.topk_ids[t]).long()
-            q_top = torch.from_numpy(scores.topk_logprobs[t]).to(head.dtype).exp()
-            q_rest, p_rest = 1 - q_top.sum(), 1 - p[kept].exp().sum()
-            topk = (q_top * (q_top.log() - p[kept])).sum() + q_rest * (q_rest.log() - p_rest.log())
-            weight = min(math.exp(p[y].item() - rollout.logprobs[t]), 1.5)
-            advantage = float(scores.logprobs[t]) - p[y].item()
-            tokens.append(torch.stack([exact, topk, -weight * advantage * p[y]]))
-    return torch.stack(tokens)
-
-
-def reference_run(student, teacher, data):
-    """In float64: term losses and their means of magnitudes [STEPS, 3], token counts, gradient norms, final weights."""
-    torch.set_num_threads(1)
-    model = plain(student, torch.float64)
-    head = plain(teacher, torch.float64).lm_head.weight.detach()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, betas=(0.9, 0.95), weight_decay=0.1)
-    curve, scales, counts, norms = [], [], [], []
-    for step, pairs in enumerate(data):
-        tokens = reference_losses(model, head, pairs)
-        losses = tokens.mean(0)
-        optimizer.zero_grad()
-        (0.5 * losses[0] + 0.3 * losses[1] + 0.2 * losses[2]).backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.3)))
-        cosine = 3e-4 + (3e-3 - 3e-4) * 0.5 * (1 + math.cos(math.pi * (step - 4) / (STEPS - 4)))
-        optimizer.param_groups[0]["lr"] = 3e-3 * (step + 1) / 4 if step < 4 else cosine
-        optimizer.step()
-        curve.append(losses.detach().numpy())
-        scales.append(tokens.detach().abs().mean(0).numpy())
-        counts.append(len(tokens))
-    weights = {name: p.detach() for name, p in model.named_parameters()}
-    return np.array(curve), np.array(scales), counts, norms, weights
+    """The reference's runs: one update a step, and two of them under a correction that rejects tokens."""
+    return {
+        "truncated": reference_run(models, data, TRUNCATED, 1),
+        "masked": reference_run(models, data[:SHORT], MASKED, 2),
+    }
 
 
 # ---- the learner -----------------------------------------------------------------------------------------------------
@@ -205,7 +127,7 @@ def call(actors, method, *args):
 PORTS = {}
 
 
-def build(actors, models, student="student", **options):
+def build(actors, models, student="student", terms=TERMS, correction=TRUNCATED, **options):
     """A new learner in the group's processes; the group itself, once joined, stays."""
     port = PORTS.setdefault(tuple(actors), free_port())
     kwargs = {
@@ -214,16 +136,17 @@ def build(actors, models, student="student", **options):
         "student": models[student],
         "heads": {"teacher": (models["teacher"], "fp32")},
         "config": Learner(**(OPTIONS | options)),
-        "terms": TERMS,
+        "terms": terms,
+        "correction": correction,
         "steps": STEPS,
     }
     ray.get([actor.build.remote(rank=rank, **kwargs) for rank, actor in enumerate(actors)])
 
 
-def batches_of(pairs):
+def batches_of(items):
     """Two rollout batches and two score batches, cut elsewhere and in another order."""
-    rollouts = [rollout for rollout, _ in pairs]
-    scores = [scores for _, scores in reversed(pairs) if scores is not None]
+    rollouts = [item.rollout for item in items]
+    scores = [item.scores for item in reversed(items) if item.scores is not None]
     return [
         encode(Rollout, rollouts[:3]),
         encode(Rollout, rollouts[3:]),
@@ -232,13 +155,22 @@ def batches_of(pairs):
     ]
 
 
-def train(actors, data, steps=range(STEPS), tokens_per_batch=OPTIONS["tokens_per_batch"]):
+def rows_of(items):
+    """Tokens and credit of each item, in its place in `batches_of`."""
+    places = [(0, row) if row < 3 else (1, row - 3) for row in range(len(items))]
+    return [
+        (len(i.rollout.token_ids), TrainRow(batch=batch, row=row, advantage=i.advantage, weight=i.weight))
+        for i, (batch, row) in zip(items, places, strict=True)
+    ]
+
+
+def train(actors, data, steps=range(STEPS), tokens_per_batch=OPTIONS["tokens_per_batch"], updates=1):
     reports = []
     for step in steps:
         batches = [ray.put(batch) for batch in batches_of(data[step])]
-        lengths = [[len(r.token_ids) for r, _ in part] for part in (data[step][:3], data[step][3:])]
-        shares = plan_micro_batches(lengths, len(actors), tokens_per_batch)
-        plans = [StepPlan(step=step, rollout_batches=2, score_batches=2, micro_batches=share) for share in shares]
+        shares = plan_updates(rows_of(data[step]), len(actors), tokens_per_batch, updates)
+        common = {"step": step, "version": step, "rollout_batches": 2, "score_batches": 2}
+        plans = [StepPlan(updates=share, **common) for share in shares]
         of_ranks = ray.get([actor.step.remote(plan, *batches) for actor, plan in zip(actors, plans, strict=True)])
         assert all(report.metrics == of_ranks[0].metrics for report in of_ranks)
         reports.append(of_ranks[0])
@@ -258,8 +190,8 @@ def weights_of(actors):
 def deviation(reports, curve, scales):
     """Largest difference of each term's loss from the reference's, relative to its mean magnitude per token.
 
-    The divergences are positive, so that is the plain relative difference; the policy gradient's loss has either sign
-    and nearly cancels."""
+    The divergences are positive, so that is the plain relative difference; the policy gradients' losses have either
+    sign and nearly cancel."""
     found = np.array([[report.metrics[f"loss_{term.name}"] for term in TERMS] for report in reports])
     return (np.abs(found - curve) / scales).max(0)
 
@@ -271,18 +203,11 @@ def moved_apart(found, final, initial):
     return (apart / way) ** 0.5
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_the_loss_curve_is_that_of_a_plain_loop(hosts, models, data, expected, stage, ranks):
-    curve, scales, counts, norms, final = expected
-    build(hosts[ranks], models, zero_stage=stage)
-    initial, manifest = weights_of(hosts[ranks])
-    assert manifest.fingerprint == fingerprint(plain(models["student"]).named_parameters())
-    reports = train(hosts[ranks], data)
-    parameters, _ = weights_of(hosts[ranks])
-    off = deviation(reports, curve, scales)
-    apart = moved_apart(parameters, final, initial)
-    print(f"\nstage {stage}, ranks {ranks}: losses {off}, weights {apart:.1e}")
+def check_curve(found, run):
+    """Reports and final weights beside the reference's."""
+    (reports, parameters, initial), (curve, scales, counts, norms, final) = found, run
+    off, apart = deviation(reports, curve, scales), moved_apart(parameters, final, initial)
+    print(f"losses {off}, weights {apart:.1e}")
     assert list(parameters) == list(final)
     assert [report.tokens for report in reports] == counts
     assert all(off < 1e-5)
@@ -290,9 +215,28 @@ def test_the_loss_curve_is_that_of_a_plain_loop(hosts, models, data, expected, s
     assert apart < 1e-3
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_loss_curve_is_that_of_a_plain_loop(hosts, models, data, expected, stage, ranks):
+    """Several reductions, rows of the dataset and row weights; then two updates a step under a mask with a veto."""
+    print(f"\nstage {stage}, ranks {ranks}")
+    build(hosts[ranks], models, zero_stage=stage)
+    initial, manifest = weights_of(hosts[ranks])
+    assert manifest.fingerprint == fingerprint(plain(models["student"]).named_parameters())
+    reports = train(hosts[ranks], data)
+    check_curve((reports, weights_of(hosts[ranks])[0], initial), expected["truncated"])
+
+    build(hosts[ranks], models, zero_stage=stage, correction=MASKED, updates_per_step=2)
+    reports = train(hosts[ranks], data, range(SHORT), updates=2)
+    check_curve((reports, weights_of(hosts[ranks])[0], initial), expected["masked"])
+    assert all(report.metrics["rejected_tokens"] > 0 for report in reports)
+    assert any(report.metrics["rejected_sequences"] > 0 for report in reports)
+    assert any(report.metrics["clip_fraction"] > 0 for report in reports), "the second update is off π_old"
+
+
 @pytest.mark.parametrize("stage, ranks", [(0, 2), (1, 1), (2, 2), (3, 2)])
 def test_bf16_follows_the_same_curve(hosts, models, data, expected, stage, ranks):
-    curve, scales, _, _, _ = expected
+    curve, scales, *_ = expected["truncated"]
     build(hosts[ranks], models, zero_stage=stage, dtype="bf16")
     reports = train(hosts[ranks], data)
     off = deviation(reports, curve, scales)
@@ -302,10 +246,6 @@ def test_bf16_follows_the_same_curve(hosts, models, data, expected, stage, ranks
     copy = plain(models["student"], torch.bfloat16)
     copy.load_state_dict(parameters)
     check_canary(copy, manifest)
-
-
-def plain(name, dtype=torch.float32):
-    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
 
 
 @torch.no_grad()
@@ -342,8 +282,9 @@ def test_a_tied_model_is_trained_published_and_exported(hosts, models, data, tmp
     (report,) = train(hosts[ranks], data, range(1))
     reference = plain(models["tied"], torch.float64)
     head = plain(models["teacher"], torch.float64).lm_head.weight.detach()
-    losses = reference_losses(reference, head, data[0]).mean(0)
-    (0.5 * losses[0] + 0.3 * losses[1] + 0.2 * losses[2]).backward()
+    decided = [(item, *decide(reference, item, TRUNCATED)) for item in data[0]]
+    sums, _, divisors, _ = reference_losses(reference, head, decided)
+    sum(w * s / d for w, s, d in zip(WEIGHTS, sums, divisors, strict=True)).backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in reference.parameters()])
     np.testing.assert_allclose(report.metrics["grad_norm"], float(norm), rtol=1e-5)
 
@@ -369,13 +310,19 @@ def test_the_cut_into_micro_batches_changes_nothing(hosts, models, data):
 
 def test_what_cannot_be_trained_is_counted(hosts, models, data):
     """Refused and missing scores leave the terms and are counted; with none left the weights stay as they are."""
-    build(hosts[2], models)
+    build(hosts[2], models, terms=TERMS[:3])
     (report,) = train(hosts[2], data, range(1))
-    assert report.metrics["missing_scores"] == sum(s is None or bool(s.error_class) for _, s in data[0])
+    asked = [item for item in data[0] if item.rollout.source == "student"]
+    lacking = sum(item.scores is None or bool(item.scores.error_class) for item in asked)
+    assert report.metrics["missing_scores"] == lacking
+    assert report.dropped == {"teacher_refused": lacking + len(data[0]) - len(asked)}, "and what no term trains on"
     before = weights_of(hosts[2])[1].fingerprint
-    refused = [(r, TeacherScores(rollout_id=r.rollout_id, teacher_id="teacher", error_class="oom")) for r, _ in data[1]]
+    refused = [
+        item._replace(scores=TeacherScores(rollout_id=item.rollout.rollout_id, teacher_id="teacher", error_class="oom"))
+        for item in data[1]
+    ]
     (report,) = train(hosts[2], [refused], range(1))
-    assert report.tokens == 0 and report.metrics["missing_scores"] == len(refused)
+    assert report.tokens == 0 and report.metrics["missing_scores"] == len(asked)
     assert "reverse_kl" not in report.metrics, "a mean over nothing is no number"
     assert weights_of(hosts[2])[1].fingerprint == before
 

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from tutorloop.actors.worker import RolloutWorker
 from tutorloop.cli.main import app
-from tutorloop.cluster import run
+from tutorloop.cluster import run, services
 from tutorloop.contracts.config import Config, load_config, parse_config
 from tutorloop.contracts.errors import ResourceError, WeightsMismatch
 from tutorloop.contracts.records import WeightBucket, WeightManifest
@@ -181,7 +181,7 @@ def test_a_replica_with_other_weights_stops_the_run(
     models: Path, tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cloudpickle.register_pickle_by_value(importlib.import_module(__name__))
-    monkeypatch.setattr(run, "RolloutWorker", Deaf)
+    monkeypatch.setattr(services, "RolloutWorker", Deaf)
     with pytest.raises(WeightsMismatch, match="version 2"):
         train(recipe(models, tmp_path / "run"), address)
     cloudpickle.unregister_pickle_by_value(sys.modules[__name__])

@@ -6,18 +6,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from service_rows import CONTEXT, VOCAB, fresh_random, random_prompts, slow_rollout
 from tiny import EOS, save_tiny, tiny_model, tiny_qwen3
 
 from tutorloop.actors.engines import make_engine
 from tutorloop.actors.sampling import draw, uniforms
 from tutorloop.actors.transformers_engine import TransformersEngine
 from tutorloop.actors.worker import RolloutWorker
+from tutorloop.contracts.arrow import decode, encode
 from tutorloop.contracts.errors import ConfigError, RecordError, WeightsMismatch
-from tutorloop.contracts.records import Prompt, Rollout, SampleRequest, Sampling, WeightManifest, decode, encode
+from tutorloop.contracts.records import Prompt, Rollout, SampleRequest, Sampling, WeightManifest
 from tutorloop.models.loading import load_causal_lm
 from tutorloop.models.weights import BucketWriter
-
-CONTEXT, VOCAB = 128, 300
 
 
 @pytest.fixture(scope="module")
@@ -27,39 +27,6 @@ def qwen3(tmp_path_factory):
 
 def engine_of(name, kind="transformers", dtype="fp32"):
     return make_engine(kind, name, dtype=dtype, device="cpu", threads=1)
-
-
-def fresh_random():
-    seed = np.random.SeedSequence().entropy
-    print("seed", seed)
-    return np.random.default_rng(seed)
-
-
-def random_prompts(random, lengths):
-    return [random.integers(5, VOCAB, length).astype(np.int32) for length in lengths]
-
-
-@torch.no_grad()
-def slow_rollout(model, prompt, seed, sampling, eos_ids):
-    """One token at a time, the whole sequence read anew for each."""
-    ids, logprobs, support = prompt.tolist(), [], []
-    for uniform in np.random.Generator(np.random.Philox(key=seed)).random(sampling.max_new_tokens):
-        if len(ids) == CONTEXT:
-            break
-        logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].double()
-        scaled = (logits / (sampling.temperature or 1)).log_softmax(0).numpy()
-        token = int(scaled.argmax())
-        if sampling.temperature:
-            token, total = 0, np.exp(scaled[0])
-            while total <= uniform:
-                token += 1
-                total += np.exp(scaled[token])
-        ids.append(token)
-        logprobs.append(scaled[token])
-        support.append(np.argsort(-logits.numpy())[: sampling.topk_support])
-        if token in eos_ids:
-            break
-    return ids[len(prompt) :], logprobs, support
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "llama", "mistral"])
@@ -305,6 +272,7 @@ def test_the_worker_answers_every_request_in_order(engine, qwen3):
         assert rollout.text == worker.engine.decode(rollout.token_ids[rollout.prompt_length :])
     assert receipt.rollout_ids == tuple(r.rollout_id for r in requests) and receipt.rows == 15
     assert receipt.errors == {"prompt": 3}
+    assert receipt.finish_reasons == tuple(r.finish_reason for r in rollouts)
     assert receipt.truncated == sum(r.finish_reason == "length" for r in rollouts)
     assert receipt.tokens == sum(receipt.response_lengths) == sum(r.response_length for r in rollouts)
     assert receipt.lengths == tuple(len(r.token_ids) for r in rollouts)

@@ -20,6 +20,11 @@ SMALL = {
 }
 
 
+STAGED = {"method": None, "steps": None}
+COLLAPSE = {"trigger": "entropy_collapse"}
+NEVER = {**COLLAPSE, "share": 0, "floor": 0}
+
+
 @pytest.mark.parametrize("recipe", sorted(ROOT.glob("recipes/*.yaml")), ids=lambda path: path.name)
 def test_every_recipe_is_valid(recipe: Path) -> None:
     assert load_config(recipe).steps > 0
@@ -45,7 +50,19 @@ def test_overrides_are_yaml_values_at_dotted_paths() -> None:
         ({"student": {}}, "student.model: required"),
         ({"learner": {"zero_stage": 4}}, "learner.zero_stage"),
         ({"teachers": {"a": {"model": "t"}}}, "either teacher.model or teachers.NAME.model"),
-        ({"teacher": None}, "either teacher.model or teachers.NAME.model"),
+        ({"teacher": None, "teachers": {"reference": {"model": "t"}}}, "cannot be called 'reference'"),
+        ({"method": None}, "method: required"),
+        ({"steps": None}, "steps: required"),
+        ({"stages": [{"method": "opd", "steps": 1}]}, "either stages, or method"),
+        (
+            {**STAGED, "stages": [{"method": "opd", "step": 1}]},
+            "stages.0.step: unknown key; did you mean stages.0.steps",
+        ),
+        ({**STAGED, "stages": [{"method": "raft", "steps": 19, "until": COLLAPSE}]}, "able to fire: raft has 19 steps"),
+        ({**STAGED, "stages": [{"method": "raft", "steps": 20, "until": NEVER}]}, "share and until.floor are both 0"),
+        ({"off_policy": {"kind": "masked", "low": 3}}, "off_policy.low is below off_policy.high"),
+        ({"off_policy": {"kind": "truncated", "level": "geometric"}}, "level=geometric is for off_policy.kind=masked"),
+        ({"student": {"model": "s", "lora": {"rnak": 8}}}, "did you mean student.lora.rank"),
         ({"learner": {"learning_rate": 1e-5, "min_learning_rate": 1e-3}}, "min_learning_rate"),
         ({"student": "a/b"}, "student: "),
     ],

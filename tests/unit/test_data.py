@@ -11,14 +11,15 @@ import pytest
 from tutorloop.cluster.data import PromptOrder, check_context, gold_answer, load_prompts, read_rows
 from tutorloop.contracts.config import Data
 from tutorloop.contracts.errors import DataError
+from tutorloop.models.loading import load_tokenizer
 
 
 class Characters:
     """A tokenizer without a chat template: one id a character."""
 
-    chat_template = None
+    chat_template, eos_token_id = None, 0
 
-    def __call__(self, text: str) -> dict[str, list[int]]:
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
         return {"input_ids": [ord(c) for c in text]}
 
 
@@ -45,6 +46,39 @@ def test_fields_and_suffix_by_configuration(tmp_path: Path) -> None:
     (prompt,) = load(path, prompt_field="q", answer_field="a", prompt_suffix="?")
     assert (prompt.text, prompt.answer) == ("2+2?", "4")
     assert gold_answer(" 12 ") == "12"
+
+
+def test_solutions_become_responses(tmp_path: Path) -> None:
+    rows = [{"prompt": "x", "answer": "1", "solution": "so"}, {"prompt": "x", "answer": "1", "solution": None}]
+    rows += [{"prompt": "x", "answer": "steps #### 42"}, {"prompt": "x", "answer": "1", "s": "other"}]
+    path = jsonl(tmp_path / "d.jsonl", *rows)
+    prompts = load(path)
+    assert [p.solution for p in prompts] == ["so", "", "", ""]
+    assert [p.solution_ids.tolist() for p in prompts] == [[ord("s"), ord("o"), 0], [], [], []]
+    assert all(p.solution_ids.dtype == np.int32 for p in prompts)
+    assert [p.solution for p in load(path, solution_field="s")] == ["", "", "", "other"]
+
+
+def test_the_labs_solutions_are_turns_of_its_chat_template() -> None:
+    tokenizer = load_tokenizer("lab:student")
+    for prompt in load_prompts(Data(path="lab:train"), "lab:train", "train", tokenizer, 40):
+        turns = [{"role": "user", "content": prompt.text}, {"role": "assistant", "content": prompt.solution}]
+        whole = tokenizer.apply_chat_template(turns, return_dict=False)
+        ids = [*prompt.token_ids.tolist(), *prompt.solution_ids.tolist()]
+        assert ids == whole[: len(ids)] and ids[-1] == tokenizer.eos_token_id
+        assert tokenizer.decode(whole[len(ids) :]) == "\n"
+        assert tokenizer.decode(prompt.solution_ids, skip_special_tokens=True) == prompt.solution != ""
+
+
+def test_answers_may_be_missing_where_nothing_verifies(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "d.jsonl", {"prompt": "x"}, {"prompt": "y", "answer": None}, {"prompt": "z", "answer": 0})
+    prompts = load_prompts(Data(path=path), path, "train", Characters(), need_answer=False)
+    assert [p.answer for p in prompts] == ["", "", "0"]
+    with pytest.raises(DataError, match="`answer`"):
+        load(path)
+    with pytest.raises(DataError, match="`prompt`"):
+        bad = jsonl(tmp_path / "e.jsonl", {"answer": "1"})
+        load_prompts(Data(path=bad), bad, "train", Characters(), need_answer=False)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from tutorloop.contracts.arrow import encode
 from tutorloop.contracts.errors import LearnerError, ModelError, RecordError
-from tutorloop.contracts.records import Rollout, StepPlan, TeacherScores, Term, encode
+from tutorloop.contracts.records import Correction, Rollout, StepPlan, TeacherScores, Term, TrainRow
 from tutorloop.learner.examples import Example, join
 from tutorloop.learner.loss_head import ChunkedLoss, PackedStudent
 from tutorloop.learner.micro_batch import Selection, collate
@@ -74,21 +75,21 @@ def example(rng, teachers, name, k=3):
     )
 
 
-def run_objective(student, pairs, teachers, terms, cut=4):
-    """Loss and metric sums of `pairs`, in micro-batches of `cut` rows, through Arrow and the packed student."""
-    rows = [(0, r) for r in range(len(pairs))]
+def run_objective(student, pairs, teachers, terms, correction, cut=4):
+    """Loss, metric sums and each term's tokens of `pairs`, `cut` rows at a time, by Arrow and the packed student."""
+    rows = [TrainRow(batch=0, row=r) for r in range(len(pairs))]
     micro_batches = tuple(tuple(rows[i : i + cut]) for i in range(0, len(rows), cut))
-    plan = StepPlan(step=0, rollout_batches=1, score_batches=1, micro_batches=micro_batches)
+    plan = StepPlan(step=0, version=0, rollout_batches=1, score_batches=1, updates=(micro_batches,))
     batches = [encode(Rollout, [r for r, _ in pairs]), encode(TeacherScores, [s for _, s in reversed(pairs)])]
     bound = bind_terms(terms)
-    signals = sorted({term.signal for term in bound})
-    selections = [Selection.of(examples, signals) for examples in join(plan, batches)]
-    counts = {signal: sum(s.tokens_with(signal) for s in selections) for signal in signals}
+    (update,) = join(plan, batches)
+    selections = [Selection.of(examples, bound) for examples in update]
+    counts = {term.key: sum(s.tokens_and_sequences(term.key)[0] for s in selections) for term in bound}
     heads = {name: teacher.lm_head.weight.detach() for name, teacher in teachers.items()}
     sums, total = Sums(), 0.0
     for selection in selections:
-        batch = collate(selection, signals, "cpu")
-        objective = Objective(bound, batch, counts, heads, sums)
+        batch = collate(selection, bound, "cpu", lambda example: 1.0)
+        objective = Objective(bound, batch, counts, heads, correction, sums)
         loss = student(
             batch.token_ids,
             batch.lengths,
@@ -109,7 +110,8 @@ def test_several_teachers_in_small_chunks_match_dense_float64(seed, monkeypatch)
     pairs = [example(rng, teachers, f"r{i}") for i in range(13)]
     student = PackedStudent(tiny(1, attention="packed"))
     terms = (Term(name="exact_divergence", weight=0.7), Term(name="policy_gradient", weight=0.3))
-    total, sums, counts = run_objective(student, pairs, teachers, terms)
+    correction = Correction(kind="truncated", high=2.0)
+    total, sums, counts = run_objective(student, pairs, teachers, terms, correction)
 
     reference = tiny(1).double()
     tokens = []
@@ -124,14 +126,14 @@ def test_several_teachers_in_small_chunks_match_dense_float64(seed, monkeypatch)
             p = logp[rollout.prompt_length + t - 1]
             weight = (p[y].detach() - float(rollout.logprobs[t])).exp().clamp(max=2.0)
             advantage = float(scores.logprobs[t]) - p[y].detach()
-            tokens.append(0.7 * (p.exp() * (p - q[t])).sum() - 0.3 * weight * advantage * p[y])
+            tokens.append(weight * (0.7 * (p.exp() * (p - q[t])).sum() - 0.3 * advantage * p[y]))
     expected = torch.stack(tokens).mean()
     expected.backward()
-    assert counts["exact"] == counts["sampled"] == len(tokens)
+    assert counts["exact_divergence"] == counts["policy_gradient"] == len(tokens)
     assert total == pytest.approx(expected.item(), rel=1e-5)
     for (name, found), wanted in zip(student.model.named_parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(found.grad.double(), wanted.grad, rtol=1e-4, atol=2e-6, msg=name)
-    entropy = float(sums.totals[("entropy", None)]) / len(tokens)
+    entropy = float(sums.totals[("entropy", "trained")]) / len(tokens)
     assert 0 < entropy < np.log(VOCAB)
 
 
@@ -142,21 +144,21 @@ def shifted(scores):
     return TeacherScores(rollout_id=scores.rollout_id, teacher_id=scores.teacher_id, **rolled)
 
 
-@pytest.mark.parametrize("name", list(TERMS))
+@pytest.mark.parametrize("name", [name for name, loss in TERMS.items() if loss.signal != "none"])
 def test_a_student_that_is_its_own_teacher_has_no_divergence_unless_shifted_by_a_token(name):
     """The alignment: hidden state t − 1 of the student meets what the teacher said of the same token."""
     rng = np.random.default_rng(8)
     teachers = {"big": tiny(1), "small": tiny(1)}
     pairs = [pair for i in range(9) if not (pair := example(rng, teachers, f"r{i}"))[1].error_class]
     late = [(rollout, shifted(scores)) for rollout, scores in pairs]
-    metric = "reverse_kl_k3" if name == "policy_gradient" else "reverse_kl"
+    metric = "reverse_kl_k3" if TERMS[name].signal == "sampled" else "reverse_kl"
     found = []
     for case in (pairs, late):
         student = PackedStudent(tiny(1, attention="packed"))
-        _, sums, counts = run_objective(student, case, teachers, (Term(name=name),))
-        ((signal, count),) = counts.items()
+        _, sums, counts = run_objective(student, case, teachers, (Term(name=name),), Correction())
+        ((key, count),) = counts.items()
         largest = max(float(p.grad.abs().max()) for p in student.parameters())
-        found.append((float(sums.totals[(metric, signal)]) / count, largest))
+        found.append((float(sums.totals[(metric, key)]) / count, largest))
     (right, right_gradient), (wrong, wrong_gradient) = found
     assert abs(right) < 1e-6 and right_gradient < 1e-5
     assert wrong > 0.1 and wrong_gradient > 1e-2
@@ -166,7 +168,10 @@ def test_scores_of_another_length_are_refused():
     rollout, _ = example(np.random.default_rng(9), {name: tiny(1) for name in TEACHERS}, "r")
     short = TeacherScores(rollout_id="r", teacher_id="big", logprobs=rollout.logprobs[1:])
     with pytest.raises(RecordError, match="align"):
-        Example(rollout=rollout, scores=short)
+        Example(rollout=rollout, scores={"big": short})
+
+
+DISTILLING = ("policy_gradient", "topk_divergence", "exact_divergence")
 
 
 def test_a_teacher_that_sends_another_signal_is_named():
@@ -174,9 +179,12 @@ def test_a_teacher_that_sends_another_signal_is_named():
     teachers = {name: tiny(10 + i, hidden) for i, (name, hidden) in enumerate(TEACHERS.items())}
     rollout, scores = next(pair for i in range(20) if not (pair := example(rng, teachers, f"r{i}"))[1].error_class)
     bare = TeacherScores(rollout_id=rollout.rollout_id, teacher_id="big", logprobs=scores.logprobs)
-    assert Example(rollout=rollout, scores=bare).has("sampled")
-    with pytest.raises(LearnerError, match="big"):
-        Example(rollout=rollout, scores=bare).has("exact")
+    lone = Example(rollout=rollout, scores={"big": bare})
+    sampled, topk, exact = bind_terms([Term(name=name) for name in DISTILLING])
+    assert lone.has(sampled)
+    for term in (topk, exact):
+        with pytest.raises(LearnerError, match="big"):
+            lone.has(term)
 
 
 def test_models_that_change_their_logits_are_refused():
@@ -220,8 +228,10 @@ def test_no_tensor_of_tokens_by_vocabulary_is_ever_made():
         rollout_id="r", teacher_id="t", logprobs=np.zeros(tokens, np.float32), hidden=teacher_hidden.numpy()
     )
     bound = bind_terms((Term(name="exact_divergence"),))
-    batch = collate(Selection.of([Example(rollout=rollout, scores=scores)], ["exact"]), ["exact"], "cpu")
-    objective = Objective(bound, batch, {"exact": tokens}, {"t": torch.randn(vocab, dim, generator=generator)}, Sums())
+    selection = Selection.of([Example(rollout=rollout, scores={"t": scores})], bound)
+    batch = collate(selection, bound, "cpu", lambda example: 1.0)
+    heads = {"t": torch.randn(vocab, dim, generator=generator)}
+    objective = Objective(bound, batch, {"exact_divergence": tokens}, heads, Correction(), Sums())
     hidden = torch.randn(tokens, dim, generator=generator, requires_grad=True)
     weight = torch.randn(vocab, dim, generator=generator, requires_grad=True)
     with LargestTensor() as seen:

@@ -6,16 +6,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from tutorloop.contracts.arrow import decode, encode
 from tutorloop.contracts.errors import RecordError
-from tutorloop.contracts.records import (
-    Prompt,
-    Rollout,
-    TeacherScores,
-    Verdict,
-    decode,
-    encode,
-    seed_of,
-)
+from tutorloop.contracts.records import Prompt, Rollout, TeacherScores, Verdict, seed_of
 
 KINDS = (Prompt, Rollout, TeacherScores, Verdict)
 
@@ -46,6 +39,8 @@ def random_rollout(random, number, responses=6, support=3):
         finish_reason="stop" if rows else "error",
         answer=random_text(random),
         teacher=random_text(random),
+        source=str(random.choice(["student", "teacher", "dataset"])),
+        context=random_text(random),
     )
 
 
@@ -57,6 +52,9 @@ def random_scores(random, number, dtype=np.float32):
     return TeacherScores(
         rollout_id=f"r{number}",
         teacher_id=random_text(random),
+        teacher_version=int(random.integers(0, 2**60)),
+        context=random_text(random),
+        entropy=random.random(rows, np.float32) if random.random() < 0.5 else np.zeros(0, np.float32),
         logprobs=-random.random(rows, np.float32),
         topk_ids=random_ids(random, rows, support),
         topk_logprobs=-random.random((rows, support), np.float32),
@@ -66,11 +64,21 @@ def random_scores(random, number, dtype=np.float32):
 
 def random_prompt(random, number):
     ids = random_ids(random, random.integers(0, 5))
-    return Prompt(prompt_id=f"p{number}", text=random_text(random), token_ids=ids, answer=random_text(random))
+    return Prompt(
+        prompt_id=f"p{number}",
+        text=random_text(random),
+        token_ids=ids,
+        answer=random_text(random),
+        solution=random_text(random),
+        solution_ids=random_ids(random, random.integers(0, 5)),
+        tags=random_text(random),
+        teacher=random_text(random),
+    )
 
 
 def random_verdict(random, number):
-    return Verdict(rollout_id=f"r{number}", score=random.random(), passed=bool(random.random() < 0.5), answer="½")
+    passed, path = bool(random.random() < 0.5), random_text(random)
+    return Verdict(rollout_id=f"r{number}", score=random.random(), passed=passed, answer="½", path=path)
 
 
 MAKERS = dict(zip(KINDS, (random_prompt, random_rollout, random_scores, random_verdict), strict=True))
@@ -165,7 +173,7 @@ def test_a_rollout_off_by_one_token_cannot_be_made(name, change):
             replace(good, prompt_length=length)
 
 
-@pytest.mark.parametrize("name", ["topk_ids", "topk_logprobs", "hidden"])
+@pytest.mark.parametrize("name", ["topk_ids", "topk_logprobs", "entropy", "hidden"])
 def test_scores_off_by_one_token_cannot_be_made(name):
     good = TeacherScores(
         rollout_id="r",
@@ -173,6 +181,7 @@ def test_scores_off_by_one_token_cannot_be_made(name):
         logprobs=np.zeros(4, np.float32),
         topk_ids=np.zeros((4, 2), np.int32),
         topk_logprobs=np.zeros((4, 2), np.float32),
+        entropy=np.zeros(4, np.float32),
         hidden=np.zeros((4, 3), np.float32),
     )
     with pytest.raises(RecordError, match=name):

@@ -23,8 +23,8 @@ def config(**changes: object) -> Config:
 
 
 def write_learner(folder: Path) -> None:
-    folder.mkdir()
-    (folder / "weights").write_bytes(bytes(range(256)) * 40)
+    (folder / "learner").mkdir()
+    (folder / "learner" / "weights").write_bytes(bytes(range(256)) * 40)
 
 
 def saved(tmp_path: Path, *steps: int, keep: int = 2) -> RunFolder:

@@ -5,10 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from service_rows import CONTEXT, SUPPORT, VOCAB, dense, fresh_random, random_rollout, random_rollouts
 from tiny import save_tiny, tiny_model, tiny_qwen3, tiny_tokenizer
 
+from tutorloop.contracts.arrow import decode, encode
 from tutorloop.contracts.errors import ConfigError, ModelError, TeacherError
-from tutorloop.contracts.records import Rollout, ScoreRequest, TeacherScores, decode, encode
+from tutorloop.contracts.records import Rollout, ScoreRequest, TeacherScores
 from tutorloop.models import logits as logits_module
 from tutorloop.models.loading import load_causal_lm, load_lm_head
 from tutorloop.models.logits import token_logprobs
@@ -16,7 +18,6 @@ from tutorloop.teacher_service.engines import make_engine
 from tutorloop.teacher_service.requests import batches_of
 from tutorloop.teacher_service.worker import TeacherWorker
 
-CONTEXT, VOCAB, SUPPORT = 128, 300, 5
 SIGNALS = ("sampled", "topk", "given", "hidden")
 
 
@@ -35,41 +36,6 @@ def teacher_of(name, kind="transformers", dtype="fp32", tokens_per_batch=100):
         threads=1,
         tokens_per_batch=tokens_per_batch,
     )
-
-
-def fresh_random():
-    seed = np.random.SeedSequence().entropy
-    print("seed", seed)
-    return np.random.default_rng(seed)
-
-
-def random_rollout(random, number, prompt, response):
-    return Rollout(
-        rollout_id=f"r{number}",
-        prompt_id="p",
-        group_id="g",
-        sample_index=number,
-        token_ids=random.integers(0, VOCAB, prompt + response).astype(np.int32),
-        prompt_length=prompt,
-        text="",
-        logprobs=np.zeros(response, np.float32),
-        loss_mask=np.ones(response, bool),
-        topk_ids=random.integers(0, VOCAB, (response, SUPPORT)).astype(np.int32),
-    )
-
-
-def random_rollouts(random, count=12):
-    lengths = random.integers(1, 30, (count, 2)).tolist()
-    return [random_rollout(random, i, *pair) for i, pair in enumerate([*lengths, (1, 1), (1, 127), (127, 1)])]
-
-
-@torch.no_grad()
-def dense(model, rollout):
-    """Hidden states `[R, D]` and logprobs `[R, V]` that predict the response, by one forward of the rollout alone."""
-    ids = torch.from_numpy(rollout.token_ids.astype(np.int64))
-    out = model(input_ids=ids[None], output_hidden_states=True, use_cache=False)
-    predicting = slice(rollout.prompt_length - 1, len(ids) - 1)
-    return out.hidden_states[-1][0, predicting], out.logits[0, predicting].double().log_softmax(-1)
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "llama", "mistral"])
@@ -91,6 +57,10 @@ def test_scores_equal_dense_forwards(architecture, signal, tmp_path, monkeypatch
         assert bool(score.topk_ids.size) == (signal in ("topk", "given")) and bool(score.hidden.size) == (
             signal == "hidden"
         )
+        assert bool(score.entropy.size) == (signal in ("topk", "given"))
+        if score.entropy.size:
+            assert score.entropy.dtype == np.float32
+            np.testing.assert_allclose(score.entropy, -(logprobs.exp() * logprobs).sum(1), atol=1e-4)
         if signal == "topk":
             np.testing.assert_allclose(score.topk_logprobs, logprobs.topk(SUPPORT).values, atol=1e-4)
             np.testing.assert_allclose(score.topk_logprobs, logprobs.numpy()[rows[:, None], score.topk_ids], atol=1e-4)
@@ -159,6 +129,7 @@ def test_what_cannot_be_scored_is_refused_alone(engine, qwen3):
     assert not any(s.logprobs.size or s.topk_ids.size or s.hidden.size for s in scores[:-1])
     assert receipt.rollout_ids == ("r5",) and receipt.rows == 6 and receipt.tokens == 10
     assert receipt.errors == {"too_long": 1, "empty": 1, "bad_ids": 2, "no_support": 1}
+    assert receipt.refused == dict(zip([f"r{i}" for i in range(5)], [*bad, "bad_ids"], strict=True))
     assert len(scores[-1].logprobs) == 6
 
 
@@ -181,6 +152,8 @@ def test_a_teacher_scores_its_own_rows(engine, qwen3):
     assert [s.rollout_id for s in scores] == list(receipt.rollout_ids) == ["r0", "r2", "r3"]
     assert all(s.hidden.shape[0] == 4 == len(s.logprobs) for s in scores)
     assert receipt.lengths == (7, 7, 7) and receipt.response_lengths == (4, 4, 4) and receipt.tokens == 21
+    everyone, _ = worker.score(encode(Rollout, rollouts), ScoreRequest(everyone=True))
+    assert [s.rollout_id for s in decode(TeacherScores, everyone)] == ["r0", "r1", "r2", "r3"]
     none, receipt = worker.score(encode(Rollout, rollouts[1:2]), ScoreRequest())
     assert none.num_rows == 0 and receipt.rows == 0
 

@@ -1,227 +1,274 @@
-"""The loss terms, through the functions that training runs, against the golden numbers and against themselves."""
-
-import json
-from pathlib import Path
+"""The loss terms, as training binds them, against the golden numbers."""
 
 import numpy as np
 import pytest
 import torch
+from term_cases import PRECISIONS, apply, chunk_of, close, golden, rows_of, toy
 
-from tutorloop.contracts.errors import ConfigError
-from tutorloop.contracts.records import Term
-from tutorloop.learner.terms import TERMS, bind_terms
-from tutorloop.learner.terms.base import StudentChunk, TokenRows
+from tutorloop.contracts.records import Correction
+from tutorloop.learner.corrections import mismatch, token_weights
+from tutorloop.learner.terms.sign_gate import soft_gate
+from tutorloop.learner.terms.topk_divergence import coarsened, with_tail
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-PRECISIONS = [(torch.float64, None), (torch.float32, 1e-5)]
-
-
-def golden(name):
-    case = json.loads((GOLDEN / f"{name}.json").read_text())
-    return case["inputs"], case["expected"], case["tol"]
+precisions = pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
 
 
-def run(name, student_logits, rows, **options):
-    """Token losses of a term by its name, from logits that may need a gradient."""
-    (term,) = bind_terms((Term(name=name, options=options),))
-    logprobs = student_logits.log_softmax(1)
-    sampled = logprobs.gather(1, rows.targets_C[:, None]).squeeze(1)
-    return term(StudentChunk(logprobs_CV=logprobs, sampled_C=sampled), rows)
+def tensor(values, dtype):
+    return torch.tensor(values, dtype=dtype)
 
 
-def rows_of(teacher_logits, targets, behaviour=None, support=None):
-    """What a perfect teacher would send about `targets`; `support` int64 [C,K], by default its best two."""
-    teacher = teacher_logits.log_softmax(1)
-    ids = teacher.topk(2, 1).indices if support is None else support
-    sampled = teacher.gather(1, targets[:, None]).squeeze(1)
-    return TokenRows(
-        targets_C=targets,
-        behaviour_C=sampled if behaviour is None else behaviour,
-        teacher_C=sampled,
-        topk_ids_CK=ids,
-        topk_logprobs_CK=teacher.gather(1, ids),
-        teacher_logprobs_CV=teacher,
-    )
+@precisions
+def test_nll(dtype, tolerance):
+    inputs, expected = golden("sft_nll")
+    case = toy(inputs, dtype)
+    loss = case.run("nll").loss_C
+    close(loss, expected["per_token_nll"], tolerance)
+    mask = tensor(inputs["loss_mask"], dtype)
+    mean = (loss * mask).sum() / mask.sum()
+    close(mean, expected["loss_token_mean"], tolerance)
+    close(case.gradient(mean), expected["grad_student_logits"], tolerance)
+    inputs, expected = golden("sg_opd_gate")
+    cold = toy(inputs["shared_toy"], dtype).run("nll").loss_C.mean()
+    close(cold, expected["cold_start_teacher_nll_shared_toy"], tolerance)
 
 
-def random_case(seed, tokens=6, vocab=11, k=4):
-    print("seed", seed)
-    rng = np.random.default_rng(seed)
-    student, teacher = (torch.from_numpy(rng.normal(size=(tokens, vocab)) * 2) for _ in range(2))
-    targets = torch.from_numpy(rng.integers(0, vocab, tokens))
-    behaviour = torch.from_numpy(-rng.random(tokens) * 4)
-    support = torch.from_numpy(np.stack([rng.permutation(vocab)[:k] for _ in range(tokens)]))
-    return student, teacher, targets, behaviour, support
-
-
-def close(found, expected, tolerance):
-    torch.testing.assert_close(found.double(), torch.as_tensor(expected, dtype=torch.float64), rtol=0, atol=tolerance)
-
-
-@pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
-def test_policy_gradient_matches_golden(dtype, tolerance):
-    inputs, expected, tol = golden("opd_thinking_machines")
-    student = torch.tensor(inputs["student_logits"], dtype=dtype, requires_grad=True)
-    teacher = torch.tensor(inputs["teacher_logits"], dtype=dtype)
-    targets = torch.tensor(inputs["sampled_tokens"])
-    rows = rows_of(teacher, targets, torch.tensor(inputs["sampling_logprobs"], dtype=dtype))
-    output = run("policy_gradient", student, rows)
-    tolerance = tolerance or tol
-    close(output.loss_C.mean(), expected["recomputed_tis2_loss_token_mean"], tolerance)
-    close(output.metrics["importance_weight"], expected["tis2_weight"], tolerance)
-    close(-output.metrics["reverse_kl"], expected["advantages_recomputed_current_policy"], tolerance)
-    output.loss_C.sum().backward()
-    weighted = torch.tensor(expected["tis2_weight"]) * torch.tensor(expected["advantages_recomputed_current_policy"])
-    onehot = torch.nn.functional.one_hot(targets, student.shape[1])
-    gradient = -weighted[:, None] * (onehot - student.detach().softmax(1))  # −w A ∇log π
-    close(student.grad, gradient.double(), max(tolerance, 1e-7))
-
-
-@pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
-def test_estimators_match_golden(dtype, tolerance):
-    inputs, expected, tol = golden("reverse_kl")
-    student = torch.tensor(inputs["student_logits"], dtype=dtype)
-    rows = rows_of(torch.tensor(inputs["teacher_logits"], dtype=dtype), torch.tensor(inputs["sampled_tokens"]))
-    metrics = run("policy_gradient", student, rows).metrics
-    close(metrics["reverse_kl"], expected["k1"], tolerance or tol)
-    close(metrics["reverse_kl_k3"], expected["k3"], tolerance or tol)
-
-
-@pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
+@precisions
 @pytest.mark.parametrize(
     "direction, name, key", [("reverse", "reverse_kl", "per_token_rkl"), ("forward", "forward_kl", "per_token_fkl")]
 )
-def test_exact_divergence_matches_golden_with_its_gradient(dtype, tolerance, direction, name, key):
-    inputs, expected, tol = golden(name)
-    student = torch.tensor(inputs["student_logits"], dtype=dtype, requires_grad=True)
-    rows = rows_of(torch.tensor(inputs["teacher_logits"], dtype=dtype), torch.tensor(inputs["sampled_tokens"]))
-    output = run("exact_divergence", student, rows, direction=direction)
-    close(output.loss_C, expected[key], tolerance or tol)
-    close(output.metrics["reverse_kl"], golden("reverse_kl")[1]["per_token_rkl"], tolerance or tol)
-    output.loss_C.sum().backward()
-    close(student.grad, expected["grad_sum_wrt_student_logits"], tolerance or tol)
+def test_exact_divergence_with_its_gradient(dtype, tolerance, direction, name, key):
+    inputs, expected = golden(name)
+    case = toy(inputs, dtype)
+    output = case.run("exact_divergence", direction=direction)
+    close(output.loss_C, expected[key], tolerance)
+    close(output.loss_C.mean(), expected["mean"], tolerance)
+    close(output.metrics["reverse_kl"], golden("reverse_kl")[1]["per_token_rkl"], tolerance)
+    close(case.gradient(output.loss_C), expected["grad_sum_wrt_student_logits"], tolerance)
 
 
-@pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
+@precisions
+def test_the_temperature_divides_both_models_logits(dtype, tolerance):
+    inputs, expected = golden("forward_kl")
+    case, options = toy(inputs, dtype), {"direction": "forward", "temperature": expected["temperature"]}
+    close(case.run("exact_divergence", **options).loss_C, expected["per_token_fkl_at_temperature"], tolerance)
+    output = case.run("exact_divergence", hinton=True, **options)
+    close(output.loss_C, expected["hinton_scaled_tau2"], tolerance)
+    close(output.metrics["teacher_entropy"], expected["teacher_entropy"], tolerance)
+    plain = case.run("exact_divergence", direction="forward")
+    close(plain.loss_C + plain.metrics["teacher_entropy"], expected["cross_entropy_teacher_student"], tolerance)
+
+
+@precisions
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 0.9, 1.0])
+def test_jensen_shannon(dtype, tolerance, beta):
+    inputs, expected = golden("gkd_jsd")
+    case, options = toy(inputs, dtype), {"direction": "jsd", "beta": beta}
+    output = case.run("exact_divergence", **options)
+    close(output.loss_C, expected[f"beta_{beta}"], tolerance)
+    cooled = case.run("exact_divergence", temperature=0.9, **options)
+    close(cooled.loss_C, expected[f"beta_{beta}_temp0.9"], tolerance)
+    if beta == 0.5:
+        close(case.gradient(output.loss_C), expected["grad_beta0_5_sum_wrt_student_logits"], tolerance)
+    if beta in (0.0, 1.0):
+        special = case.run("exact_divergence", direction="reverse" if beta else "forward")
+        assert output.loss_C.equal(special.loss_C)
+
+
+@precisions
+def test_on_policy_distillation(dtype, tolerance):
+    """The form that recomputes d, weighed by the corrections; and the blog's, with an importance-sampled advantage."""
+    inputs, expected = golden("opd_thinking_machines")
+    case, behaviour = toy(inputs, dtype), tensor(inputs["sampling_logprobs"], dtype)
+    current = case.chunk().sampled_C.detach()
+    output = case.run("policy_gradient")
+    advantage = expected["advantages_recomputed_current_policy"]
+    close(-output.metrics["reverse_kl"], advantage, tolerance)
+    close(output.metrics["advantage_abs"], np.abs(advantage), tolerance)
+    weights = token_weights(current, behaviour, Correction(kind="truncated", high=2.0))
+    close(weights, expected["tis2_weight"], tolerance)
+    close((weights * output.loss_C).mean(), expected["recomputed_tis2_loss_token_mean"], tolerance)
+    close(mismatch(current, behaviour)[0], expected["stale_bias_term"], tolerance)
+    given = rows_of(current, old=behaviour, advantage=expected["advantages_gamma0"])
+    published = apply("clipped_policy_gradient", case.chunk(), given, {"clip": False})
+    close(published.loss_C.sum(), expected["importance_sampling_loss_sum"], tolerance)
+    close(published.metrics["ratio"], expected["ratio"], tolerance)
+    close(case.gradient(published.loss_C), expected["grad_wrt_student_logits"], tolerance)
+
+
+@precisions
+def test_estimators_of_the_reverse_kl(dtype, tolerance):
+    inputs, expected = golden("reverse_kl")
+    case = toy(inputs, dtype)
+    metrics = case.run("policy_gradient").metrics
+    close(metrics["reverse_kl"], expected["k1"], tolerance)
+    close(-metrics["reverse_kl"], expected["advantage_neg_k1"], tolerance)
+    close(metrics["reverse_kl_k3"], expected["k3"], tolerance)
+    close(-case.run("nll").loss_C, expected["student_logp_sampled"], tolerance)
+
+
+@precisions
 @pytest.mark.parametrize("owner", ["teacher", "student"])
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
-def test_topk_divergence_matches_golden(dtype, tolerance, owner, k):
-    inputs, expected, tol = golden("topk_reverse_kl")
-    student, teacher = (torch.tensor(inputs[f"{who}_logits"], dtype=dtype) for who in ("student", "teacher"))
-    support = torch.tensor(expected[f"{owner}_top{k}_idx"])
-    rows = rows_of(teacher, torch.zeros(len(student), dtype=torch.int64), support=support)
+def test_topk_divergence(dtype, tolerance, owner, k):
+    inputs, expected = golden("topk_reverse_kl")
+    case = toy(inputs, dtype, support=expected[f"{owner}_top{k}_idx"])
     for direction, short in (("reverse", "rkl"), ("forward", "fkl")):
-        output = run("topk_divergence", student, rows, direction=direction)
-        close(output.loss_C, expected[f"{owner}_top{k}_tail_{short}"], tolerance or tol)
-        if k == student.shape[1] - 1:
-            close(output.loss_C, expected[f"full_{short}"], tolerance or tol)
+        output = case.run("topk_divergence", direction=direction)
+        close(output.loss_C, expected[f"{owner}_top{k}_tail_{short}"], tolerance)
+        close(output.metrics["reverse_kl"], expected[f"{owner}_top{k}_tail_rkl"], tolerance)
+        if k == 4:
+            close(output.loss_C, expected[f"full_{short}"], tolerance)
+    renormalised = case.run("topk_divergence", rest="renormalise")
+    close(renormalised.loss_C, expected[f"{owner}_top{k}_renorm_rkl"], tolerance)
+    close(renormalised.metrics["reverse_kl"], expected[f"{owner}_top{k}_tail_rkl"], tolerance)
+    for who in ("student", "teacher"):
+        close(renormalised.metrics[f"{who}_mass"], expected[f"{owner}_top{k}_{who}_mass"], tolerance)
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize(
-    "name, options",
-    [
-        ("exact_divergence", {"direction": "reverse"}),
-        ("exact_divergence", {"direction": "forward"}),
-        ("topk_divergence", {"direction": "reverse"}),
-        ("topk_divergence", {"direction": "forward"}),
-    ],
-)
-def test_gradients_match_finite_differences(name, options, seed):
-    student, teacher, targets, behaviour, support = random_case(seed)
-    rows = rows_of(teacher, targets, behaviour, support)
-    student.requires_grad_()
-    assert torch.autograd.gradcheck(lambda logits: run(name, logits, rows, **options).loss_C.sum(), student)
+@precisions
+def test_eopd_is_a_reverse_term_and_a_gated_forward_one(dtype, tolerance):
+    inputs, expected = golden("eopd")
+    case = toy(inputs, dtype)
+    reverse = case.run("exact_divergence")
+    forward = case.run("exact_divergence", direction="forward", teacher_entropy_above=inputs["tau"])
+    close(reverse.loss_C + inputs["coef"] * forward.loss_C, expected["per_token_loss_fullvocab"], tolerance)
+    close(forward.metrics["gate_share"], expected["gate"], 0)
+    close(forward.metrics["teacher_entropy"], expected["teacher_entropy"], tolerance)
+    whole = toy(inputs, dtype, support=[[0, 1, 2]] * 3)  # K = V − 1: with its tail, the whole vocabulary
+    topk = whole.run("topk_divergence", direction="forward", teacher_entropy_above=inputs["tau"])
+    close(reverse.loss_C + topk.loss_C, expected["per_token_loss_fullvocab"], tolerance)
+    close(topk.metrics["gate_share"], expected["gate"], 0)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_policy_gradient_descends_the_reverse_kl_on_policy(seed):
-    """Summed over y ~ π_θ, −w A ∇log π is ∇KL(π_θ‖π_T), taken here by finite differences."""
-    student, teacher, *_ = random_case(seed, tokens=1)
-    vocab = student.shape[1]
-    logits = student.repeat(vocab, 1).requires_grad_()
-    targets = torch.arange(vocab)
-    logprobs = student.log_softmax(1)[0]
-    loss = run("policy_gradient", logits, rows_of(teacher.repeat(vocab, 1), targets, logprobs)).loss_C
-    (loss * logprobs.exp()).sum().backward()
-
-    def kl(x):
-        return (x.softmax(1) * (x.log_softmax(1) - teacher.log_softmax(1))).sum()
-
-    step = 1e-5
-    bumps = torch.eye(vocab, dtype=torch.float64) * step
-    expected = torch.stack([(kl(student + bump) - kl(student - bump)) / (2 * step) for bump in bumps])
-    close(logits.grad.sum(0), expected, 1e-8)
+@precisions
+@pytest.mark.parametrize("extrapolation", [0.0, 0.5, 1.0, 1.25, 1.8])
+def test_extrapolated_distillation(dtype, tolerance, extrapolation):
+    inputs, expected = golden("gopd_exopd")
+    case = toy(inputs, dtype)
+    output = case.run("policy_gradient", extrapolation=extrapolation)
+    advantage = expected[f"advantage_lambda_{extrapolation}"]
+    close(output.metrics["advantage_abs"], np.abs(advantage), tolerance)
+    close(-output.loss_C / case.chunk().sampled_C, advantage, tolerance)
 
 
-def test_the_weight_is_truncated_and_carries_no_gradient():
-    student = torch.tensor([[2.0, 0.0]], dtype=torch.float64, requires_grad=True)
-    rows = rows_of(torch.zeros(1, 2, dtype=torch.float64), torch.tensor([0]), torch.tensor([-5.0]).double())
-    output = run("policy_gradient", student, rows, importance_clip=3.0)
-    assert output.metrics["importance_weight"].item() == 3.0
-    assert output.metrics["clipped_share"].item() == 1.0
-    output.loss_C.sum().backward()
-    p = student.detach().softmax(1)
-    advantage = np.log(0.5) - p[0, 0].log()
-    close(student.grad[0, 0], -3.0 * advantage * (1 - p[0, 0]), 1e-12)
+GATES = {"paper_1.8_1.0": (1.8, 1.0), "damped_1.8_0.5": (1.8, 0.5), "opdvr_1.0_0.0": (1.0, 0.0)}
 
 
-@pytest.mark.parametrize("name", list(TERMS))
-def test_the_gradient_depends_on_the_teacher(name):
-    student, teacher, targets, behaviour, support = random_case(5)
-    gradients = []
-    for logits in (teacher, teacher.roll(1, 0)):
-        leaf = student.clone().requires_grad_()
-        run(name, leaf, rows_of(logits, targets, behaviour, support)).loss_C.sum().backward()
-        gradients.append(leaf.grad)
-    assert (gradients[0] - gradients[1]).abs().max() > 1e-2
+def gated(dtype, mode, **options):
+    """Golden d and Δref as rows; returns A [2, 4] and the metrics."""
+    inputs, _ = golden("sg_opd_gate")
+    d, delta = (tensor(inputs[name], dtype) for name in ("d", "delta_ref"))
+    sign = tensor(inputs["verifier_sign"], dtype).expand_as(d)
+    current = torch.full_like(d, -2.0).flatten()  # a power of two: the loss over it is A, exactly
+    teacher = current + d.flatten()
+    rows = rows_of(current, teacher=teacher, reference=teacher - delta.flatten(), advantage=sign.flatten())
+    output = apply("sign_gate", chunk_of(current), rows, {"mode": mode, **options})
+    return (-output.loss_C / current).reshape(d.shape), output.metrics
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_the_tail_bucket_counts_mass_outside_the_support(seed):
-    """Never negative, never above the full divergence; it sees a student that agrees on the support alone."""
-    student, teacher, targets, behaviour, support = random_case(seed, tokens=20)
-    rows = rows_of(teacher, targets, behaviour, support)
-    for direction in ("reverse", "forward"):
-        coarse = run("topk_divergence", student, rows, direction=direction).loss_C
-        full = run("exact_divergence", student, rows, direction=direction).loss_C
-        assert (coarse >= -1e-12).all() and (coarse <= full + 1e-12).all()
-    agreeing = teacher.clone()
-    agreeing += 3.0
-    agreeing.scatter_(1, support, teacher.gather(1, support))  # the same ratios inside, more mass outside
-    assert (run("topk_divergence", agreeing, rows).loss_C > 1e-3).all()
+@precisions
+@pytest.mark.parametrize("mode", ["live_ref", "frozen_ref"])
+@pytest.mark.parametrize("name", GATES)
+def test_sign_gate(dtype, tolerance, mode, name):
+    agree, conflict = GATES[name]
+    _, expected = golden("sg_opd_gate")
+    advantage, metrics = gated(dtype, mode, agree=agree, conflict=conflict, guard=False)
+    close(advantage, expected[f"{name}_{mode}_advantage"], tolerance)
+    assert metrics["gate_agree"].mean().item() == expected["gate_agree_rate"]
+    assert metrics["gate_conflict"].mean().item() == expected["gate_conflict_rate"]
+    assert metrics["gate_neutral"].mean().item() == 1 - expected["gate_agree_rate"] - expected["gate_conflict_rate"]
+    assert not metrics["gate_guard"].any()
 
 
-@pytest.mark.parametrize("direction", ["reverse", "forward"])
-def test_a_vanishing_tail_keeps_its_gradient(direction):
-    """K = V − 1 in float32 with the tail far below machine epsilon, on the student's side, the teacher's, and both:
-    the gradient is the exact one in float64 for a teacher whose tail is machine epsilon."""
-    ids = torch.arange(7)[None]
-    epsilon = np.log(torch.finfo(torch.float32).eps)
-    flat, peaked = torch.zeros(1, 8), torch.tensor([[0.0] * 7 + [-40.0]])
-    for student_logits, teacher_logits in ((flat, peaked), (peaked, flat), (peaked, peaked)):
-        student = student_logits.clone().requires_grad_()
-        rows = rows_of(teacher_logits, torch.zeros(1, dtype=torch.int64), support=ids)
-        run("topk_divergence", student, rows, direction=direction).loss_C.sum().backward()
-
-        reference = student_logits.double().requires_grad_()
-        p, q = reference.log_softmax(1), teacher_logits.double().log_softmax(1).clamp(min=epsilon)
-        p, q = (p, q) if direction == "reverse" else (q, p)
-        (p.exp() * (p - q)).sum().backward()
-        assert reference.grad[0, 7] != 0
-        torch.testing.assert_close(student.grad[0, 7].double(), reference.grad[0, 7], rtol=1e-5, atol=0)
-        close(student.grad, reference.grad, 1e-6)
+@precisions
+def test_soft_gate(dtype, tolerance):
+    inputs, expected = golden("sg_opd_gate")
+    for d, sign, advantage in zip(inputs["d"], inputs["verifier_sign"], expected["r2opd_beta1_advantage"], strict=True):
+        gap, current = tensor(d, dtype), torch.full((len(d),), -2.0, dtype=dtype)
+        gate = soft_gate(gap.numpy(), sign[0], softness=1.0)
+        rows = rows_of(current, teacher=current + gap, gate=torch.from_numpy(gate))
+        output = apply("soft_gate", chunk_of(current), rows, {"softness": 1.0})
+        close(-output.loss_C / current, advantage, tolerance)
 
 
-def test_terms_are_bound_by_name_and_their_options_checked():
-    for bad in (
-        (Term(name="reverse_kl"),),
-        (),
-        (Term(name="exact_divergence"), Term(name="exact_divergence", weight=2.0)),
-        (Term(name="exact_divergence", options={"beta": 0.5}),),
-        (Term(name="topk_divergence", options={"direction": "backward"}),),
-    ):
-        with pytest.raises(ConfigError):
-            bind_terms(bad)
-    with pytest.raises(ConfigError, match="policy_gradient, topk_divergence, exact_divergence"):
-        bind_terms((Term(name="nope"),))
+@precisions
+def test_self_distillation_with_a_solution(dtype, tolerance):
+    inputs, expected = golden("opsd")
+    case = toy(inputs, dtype)  # the support is the teacher's best two
+    jsd = {"direction": "jsd", "beta": 0.5}
+    close(case.run("exact_divergence", **jsd).loss_C, expected["jsd_beta0_5_full"], tolerance)
+    close(case.run("exact_divergence", temperature=1.1, **jsd).loss_C, expected["temp1_1_jsd"], tolerance)
+    top = case.run("topk_divergence", rest="renormalise", **jsd)
+    close(top.loss_C, expected["jsd_beta0_5_teacher_top2"], tolerance)
+    clipped = case.run("exact_divergence", direction="forward", entry_clip=0.05)
+    close(clipped.loss_C, expected["fkl_clipped_per_token"], tolerance)
+    entries = torch.tensor(expected["fkl_pointwise"], dtype=torch.float64)
+    close(entries.clamp(max=0.05).sum(1), clipped.loss_C, tolerance)
+
+
+@precisions
+def test_self_distillation_from_a_peer(dtype, tolerance):
+    inputs, expected = golden("sdpo")
+    case = toy(inputs, dtype, support=expected["topk_idx"])
+    chunk = case.chunk()
+    close(coarsened(chunk.logprobs_CV, case.rows.topk_ids_CK), expected["student_with_tail"], tolerance)
+    close(with_tail(case.rows.topk_logprobs_CK), expected["teacher_with_tail"], tolerance)
+    loss = case.run("topk_divergence", direction="jsd", beta=inputs["alpha"]).loss_C
+    close(loss, expected["per_token_jsd"], tolerance)
+    correction = Correction(kind="truncated", high=inputs["is_clip"])
+    weights = token_weights(chunk.sampled_C, tensor(inputs["old_logp"], dtype), correction)
+    close(weights, expected["is_weight"], tolerance)
+    close(weights * loss, expected["per_token_loss"], tolerance)
+    for alpha, key in ((1.0, "rkl_alpha1"), (0.0, "fkl_alpha0")):
+        close(case.run("topk_divergence", direction="jsd", beta=alpha).loss_C, expected[key], tolerance)
+
+
+@precisions
+def test_clipped_policy_gradient(dtype, tolerance):
+    inputs, expected = golden("grpo")
+    options = {"clip_low": inputs["eps_low"], "clip_high": inputs["eps_high"], "dual_clip": inputs["dual_clip_c"]}
+    losses = []
+    for i, advantage in enumerate(inputs["advantages_for_clip"]):
+        new, old = (tensor(inputs[name][i], dtype) for name in ("new_logp", "old_logp"))
+        output = apply("clipped_policy_gradient", chunk_of(new), rows_of(new, old=old, advantage=advantage), options)
+        close(output.loss_C, expected["token_loss"][i], tolerance)
+        close(output.metrics["ratio"], expected["ratios"][i], tolerance)
+        losses.append(output.loss_C)
+    close(torch.cat(losses).mean(), expected["loss_token_mean"], tolerance)
+    close(torch.stack([x.mean() for x in losses]).mean(), expected["loss_seq_mean_token_mean"], tolerance)
+    close(torch.stack([x.sum() for x in losses]).mean(), expected["loss_seq_mean_token_sum"], tolerance)
+    close(torch.cat(losses).sum() / (4 * len(losses)), expected["loss_dr_grpo_const_norm_Lmax4"], tolerance)
+
+
+@precisions
+def test_the_leash_to_the_reference(dtype, tolerance):
+    _, expected = golden("grpo")
+    current = tensor([-1.0], dtype)
+    output = apply("reference_kl", chunk_of(current), rows_of(current, reference=-0.7))
+    close(output.loss_C, expected["kl_k3_to_ref"], tolerance)
+    close(output.metrics["reference_kl"], -0.3, tolerance)
+
+
+@precisions
+def test_diagnostics(dtype, tolerance):
+    inputs, expected = golden("diagnostics")
+    case = toy(inputs, dtype)
+    metrics = case.run("exact_divergence", direction="forward").metrics
+    close(metrics["top1_agreement"].mean(), expected["top1_agreement"], tolerance)
+    close(1 - metrics["total_variation"], expected["accept_prob_min_pt_ps"], tolerance)
+    close(metrics["reverse_kl"], expected["rkl"], tolerance)
+    for name in ("teacher_entropy", "entropy_gap", "teacher_prob_of_student_argmax", "total_variation"):
+        close(metrics[name], expected[name], tolerance)
+    for options, key in (({"direction": "forward"}, "fkl"), ({"direction": "jsd"}, "jsd")):
+        close(case.run("exact_divergence", **options).loss_C, expected[key], tolerance)
+    shares = {"gate_agree": 0.0, "gate_conflict": 0.0, "gate_neutral": 0.0}
+    count = 0
+    for d, sign, mask in zip(inputs["d"], inputs["verifier_sign"], inputs["mask"], strict=True):
+        current = torch.zeros(sum(map(int, mask)), dtype=dtype)
+        rows = rows_of(current, teacher=d[: len(current)], advantage=sign[0])
+        output = apply("sign_gate", chunk_of(current), rows)
+        shares = {name: share + output.metrics[name].sum() for name, share in shares.items()}
+        count += len(current)
+    keys = {"agree": "sign_consistent_rate", "conflict": "sign_conflict_rate", "neutral": "neutral_rate"}
+    for name, key in keys.items():
+        close(shares[f"gate_{name}"] / count, expected[key], tolerance)

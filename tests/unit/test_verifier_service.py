@@ -12,11 +12,13 @@ import numpy as np
 import psutil
 import pytest
 
+from tutorloop.contracts.arrow import decode, encode
 from tutorloop.contracts.errors import ConfigError
-from tutorloop.contracts.records import Rollout, Verdict, decode, encode
+from tutorloop.contracts.records import Rollout, Verdict
 from tutorloop.verifier_service.answers import Decision, last_box, plain_number
 from tutorloop.verifier_service.exact import ExactVerifier
 from tutorloop.verifier_service.math import MathVerifier
+from tutorloop.verifier_service.paths import reasoning_path
 from tutorloop.verifier_service.pool import VerifierPool
 from tutorloop.verifier_service.worker import VerifierWorker
 
@@ -275,6 +277,9 @@ def test_the_worker_has_a_verdict_and_a_receipt_for_every_row():
     assert [v.score for v in verdicts] == list(receipt.rewards) == [1.0, 0.0, 0.0, 0.0, 0.0]
     assert [v.abstained for v in verdicts] == [False, True, False, True, False]
     assert receipt.answers == ("1/2", "", "3", "", "")
+    assert receipt.abstained == tuple(v.abstained for v in verdicts)
+    assert receipt.paths == tuple(v.path for v in verdicts) == tuple(reasoning_path(text) for text, _ in cases)
+    assert receipt.paths[2] == receipt.paths[3] != receipt.paths[0] and receipt.paths[4] == ""
     assert receipt.errors == {"timeout": 1, "no_gold": 1}
     assert (receipt.rows, receipt.tokens) == (5, 0) and receipt.seconds > 0
 

@@ -1,8 +1,9 @@
 """Take in a published version of the weights, and prove that it is the learner's.
 
-A replica is believed only when it holds every published parameter under its own name, its own bytes give the
-learner's fingerprint, and its own forward gives the learner's logprobs of the canary prompt. The last one finds what
-the first two cannot: a head left stale by tied weights, an engine that keeps a second copy of a layer.
+A replica (a generator, or a teacher that follows the student) is believed only when it holds every published parameter
+under its own name, its own bytes give the learner's fingerprint, and its own forward gives the learner's logprobs of
+the canary prompt. The last one finds what the first two cannot: a head left stale by tied weights, an engine that keeps
+a second copy of a layer.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,7 +13,7 @@ import torch
 
 from ..contracts.errors import WeightsMismatch
 from ..contracts.records import WeightBucket, WeightManifest
-from ..models.weights import fingerprint, read_bucket
+from .weights import fingerprint, read_bucket
 
 RESTART = "restart the replica; if it repeats, student.model and the learner's model differ"
 

@@ -1,0 +1,21 @@
+"""Terms of the student's own log-likelihood of a token: imitation, and a leash to a reference model."""
+
+import torch
+
+from .base import StudentChunk, TermOutput, TokenRows
+
+
+def nll(student: StudentChunk, rows: TokenRows) -> TermOutput:
+    """−log π_θ(y_t): imitate the rollout, whoever wrote it. Source: maximum likelihood. Metrics: none of its own."""
+    return TermOutput(loss_C=-student.sampled_C)
+
+
+def reference_kl(student: StudentChunk, rows: TokenRows) -> TermOutput:
+    """exp(x) − x − 1 with x = log π_ref − log π_θ of y_t, differentiated directly: never negative, 0 where both agree.
+
+    Over the student's own samples its mean is KL(π_θ‖π_ref). Source: GRPO, arXiv:2402.03300, eq. 4 ("k3").
+    Metric: −x, the plain estimate of the same KL.
+    """
+    log_ratio = rows.reference_C - student.sampled_C
+    loss = torch.expm1(log_ratio) - log_ratio
+    return TermOutput(loss_C=loss, metrics={"reference_kl": -log_ratio.detach()})

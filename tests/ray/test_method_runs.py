@@ -1,0 +1,171 @@
+"""Every method's recipe for a few steps on a real Ray cluster, with the lab's models; stages, resume, own methods."""
+
+import io
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from safetensors.torch import load_file
+
+from tutorloop.cluster import run
+from tutorloop.contracts.config import Config, load_config, parse_config
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
+OTHERS = ("quickstart", "gsm8k_qwen3")  # run by test_command.py and test_train.py
+SMALL = ["eval.path=", "eval.ood_path=", "eval.every=0", "checkpoint.every=0", "learner.warmup_steps=0"]
+ROUNDS = {"rest", "star"}
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
+    yield cluster.address
+    cluster.shutdown()
+
+
+def recipe(name: str, folder: Path, *overrides: str) -> Config:
+    """A recipe cut to what a test can wait for: 24 answers a step."""
+    config = load_config(ROOT / "recipes" / f"{name}.yaml", [f"output_dir={folder}", *SMALL, *overrides])
+    prompts = max(3, 24 // config.rollout.samples_per_prompt)
+    return config.model_copy(update={"prompts_per_step": prompts})
+
+
+def train(config: Config, address: str, resume: bool = False) -> list[dict[str, Any]]:
+    """The steps' rows, without what a clock said."""
+    assert run.train(config, resume, address, Console(file=io.StringIO(), width=100))
+    rows = [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").open()]
+    clocked = ("seconds", "wall_seconds", "pools")
+    return [{k: v for k, v in row.items() if k not in clocked} for row in rows if row["kind"] == "step"]
+
+
+def weights_of(folder: Path) -> dict[str, bytes]:
+    tensors = load_file(folder / "final" / "model.safetensors")
+    return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name not in OTHERS])
+def test_the_recipe_of_each_method_trains(name: str, tmp_path: Path, address: str) -> None:
+    rounds = ["method_options.round_steps=2"] if name in ROUNDS else []
+    rows = train(recipe(name, tmp_path / "run", "steps=2", *rounds), address)
+    assert [row["step"] for row in rows] == [0, 1]
+    assert all(math.isfinite(row["loss"]) for row in rows)
+    assert rows[-1]["learner"]["grad_norm"] > 0
+    assert all(row["tokens"]["trained"] > 0 for row in rows)
+    taken, trained = (sum(row["rollouts"][key] for row in rows) for key in ("taken", "trained"))
+    assert taken == trained + sum(rows[-1]["dropped"].values())  # nothing is lost
+
+
+STAGES = [
+    {
+        "method": "raft",
+        "steps": 6,
+        "until": {"trigger": "entropy_collapse", "every": 1, "warmup": 1, "patience": 2, "floor": 9.0, "slope": 1e3},
+    },
+    {"method": "grpo", "steps": 3, "learning_rate": 1e-4},
+]
+
+
+def staged(folder: Path) -> Config:
+    return parse_config(
+        {
+            "stages": STAGES,
+            "output_dir": str(folder),
+            "prompts_per_step": 4,
+            "student": {"model": "lab:student"},
+            "data": {"path": "lab:train"},
+            "rollout": {"samples_per_prompt": 4, "max_new_tokens": 48},
+            "learner": {"learning_rate": 1e-3},
+            "checkpoint": {"every": 1, "keep": 9},
+        }
+    )
+
+
+def test_a_collapsed_entropy_ends_a_stage_and_each_checkpoint_resumes_in_its_own(tmp_path: Path, address: str) -> None:
+    """The trigger's floor is above any entropy here, so that it fires as soon as it may: after its second low check."""
+    whole = tmp_path / "whole"
+    rows = train(staged(whole), address)
+    methods = ["loss_nll" in row["learner"] for row in rows]
+    assert methods == [True, True, False, False, False]
+    assert [round(row["learner"]["learning_rate"], 9) for row in rows] == [1e-3, 1e-3, 1e-4, 1e-4, 1e-4]
+    assert [row["staleness_max"] for row in rows] == [0] * 5
+    assert [row["version"] for row in rows] == [1, 2, 3, 4, 5]
+    for kept in (1, 4):  # in the first stage, and in the second
+        cut = tmp_path / f"cut-{kept}"
+        shutil.copytree(whole, cut)
+        for folder in (cut / "checkpoints").iterdir():
+            if int(folder.name.removeprefix("step-")) > kept:
+                shutil.rmtree(folder)
+        shutil.rmtree(cut / "final")
+        if kept == 1:
+            shutil.rmtree(cut / "stages")
+        assert train(staged(cut), address, resume=True) == rows
+        assert weights_of(cut) == weights_of(whole)
+
+
+def test_an_averaged_self_teacher_resumes_bit_for_bit(tmp_path: Path, address: str) -> None:
+    settings = ["steps=3", "max_staleness=0", "checkpoint.every=1", "checkpoint.keep=9", "learner.learning_rate=1e-3"]
+    rows = train(recipe("sdpo", tmp_path / "whole", *settings), address)
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    for step in (2, 3):
+        shutil.rmtree(tmp_path / "cut" / "checkpoints" / f"step-{step:06d}")
+    assert train(recipe("sdpo", tmp_path / "cut", *settings), address, resume=True) == rows
+    assert weights_of(tmp_path / "cut") == weights_of(tmp_path / "whole")
+
+
+def test_several_updates_a_step_and_a_masked_correction(tmp_path: Path, address: str) -> None:
+    """Two updates on each step's rollouts: in the second the student has moved away from the one that is recomputed."""
+    masked = ["off_policy.kind=masked", "off_policy.high=5", "off_policy.veto=1e-4", "learner.learning_rate=1e-3"]
+    rows = train(recipe("grpo", tmp_path / "run", "steps=3", "learner.updates_per_step=2", *masked), address)
+    assert all(0 <= row["learner"]["rejected_tokens"] < 1 for row in rows)
+    assert any(row["learner"]["ratio"] != 1 for row in rows)
+    assert rows[-1]["dropped"].get("off_policy", 0) + sum(row["rollouts"]["trained"] for row in rows) == sum(
+        row["rollouts"]["taken"] for row in rows
+    )
+
+
+def test_several_teachers_score_one_rollout(tmp_path: Path, address: str) -> None:
+    teachers = {
+        "strong": {"model": "lab:teacher", "signal": "topk", "weight": 3},
+        "weak": {"model": "lab:student", "signal": "topk"},
+    }
+    config = recipe("opd", tmp_path / "run", "steps=2")
+    tree = {**config.model_dump(exclude_unset=True), "teacher": None, "teachers": teachers}
+    rows = train(parse_config({**tree, "method_options": {"teachers": "combined", "top_k": 4}}), address)
+    learner = rows[0]["learner"]
+    assert learner["reverse_kl.strong"] > 10 * abs(learner["reverse_kl.weak"])  # the weak one is the student itself
+    losses = 0.75 * learner["loss_topk_divergence.strong"] + 0.25 * learner["loss_topk_divergence.weak"]
+    assert rows[0]["loss"] == pytest.approx(losses, rel=1e-6)
+
+
+OWN = """
+from tutorloop.cluster.methods.composition import Composition, sampling_of, student_group
+from tutorloop.contracts.records import ScoreRequest, Term
+from tutorloop.learner.terms.base import LossTerm, TermOutput
+
+
+def squared(student, rows, *, scale=1.0):
+    gap = student.sampled_C - rows.teacher_C
+    return TermOutput(loss_C=scale * gap**2, metrics={"gap": gap.detach()})
+
+
+def compose(config):
+    term = Term(name="squared", loss=LossTerm(squared, "sampled"), options={"scale": 0.5})
+    asks = student_group(config)
+    return Composition(terms=(term,), asks=asks, sampling=sampling_of(config), scoring=ScoreRequest(signal="sampled"))
+"""
+
+
+def test_a_method_from_outside_the_package_trains(tmp_path: Path, address: str) -> None:
+    """Its term reaches the learner's process by value: no actor could import the file."""
+    (tmp_path / "mine.py").write_text(OWN)
+    settings = [f"method={tmp_path / 'mine.py'}", "method_options=", "steps=2"]
+    rows = train(recipe("opd", tmp_path / "run", *settings), address)
+    assert all(row["learner"]["loss_squared"] > 0 and "gap" in row["learner"] for row in rows)
