@@ -83,7 +83,7 @@ class RolloutWorker:
         reasons = Counter(rollout.finish_reason for rollout in rollouts)
         receipt = Receipt(
             rows=len(rollouts),
-            tokens=sum(rollout.response_length for rollout in rollouts),
+            tokens=sum(rollout.response_length for rollout in rollouts if rollout.source != "dataset"),
             seconds=time.perf_counter() - start,
             lengths=tuple(len(rollout.token_ids) for rollout in rollouts),
             response_lengths=tuple(rollout.response_length for rollout in rollouts),

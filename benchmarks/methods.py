@@ -48,8 +48,6 @@ from rich.console import Console
 from tutorloop.actors.worker import RolloutWorker
 from tutorloop.cluster import run
 from tutorloop.cluster.data import load_prompts
-from tutorloop.cluster.methods import compose
-from tutorloop.cluster.metrics import METRICS_FILE, read_rows
 from tutorloop.cluster.statistics import summarise
 from tutorloop.contracts.arrow import decode, encode
 from tutorloop.contracts.config import Config, Data, load_config
@@ -61,7 +59,7 @@ from tutorloop.verifier_service.worker import VerifierWorker
 ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "runs" / "methods"
 NOT_COMPARED = ("quickstart", "gsm8k_qwen3")  # opd again, and other models
-TOKENS_PER_STEP = 2400  # about 96 answers of 25 tokens; times --steps is the budget
+TOKENS_PER_STEP = 2500  # about 96 answers of 25 tokens; times --steps is the budget
 SAMPLES, PROBLEMS, NEW_TOKENS, BATCH = 8, 400, 64, 128
 DATA = {"in_distribution": "lab:test", "out_of_distribution": "lab:ood"}
 QUIET = ["eval.path=", "eval.ood_path=", "eval.every=0", "checkpoint.every=0", "checkpoint.keep=1"]
@@ -106,29 +104,21 @@ def _run(config: Config, name: str, seed: int, address: str | None) -> Row:
         raise KeyboardInterrupt
     shutil.rmtree(folder / "checkpoints")
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    tokens, given = summary["tokens"], _given(config, folder)
+    tokens = summary["tokens"]
     return Row(
         name=name,
         seed=seed,
         steps=summary["steps"],
         tokens={
-            "student": tokens["generated"] - given,
+            "student": tokens["generated"],
             "teacher": tokens["teacher_generated"],
-            "given": given,
+            "given": tokens["given"],
             "scored": tokens["scored"],
             "trained": tokens["trained"],
         },
         wall_seconds=round(summary["wall_seconds"], 1),
         dropped=summary["dropped"],
     )
-
-
-def _given(config: Config, folder: Path) -> int:
-    """Tokens of the dataset's own solutions, which the rollout pool counts as generated: one a prompt, whole steps."""
-    if "dataset" not in compose(config).generators:
-        return 0
-    steps = [row for row in read_rows(folder / METRICS_FILE) if row["kind"] == "step"]
-    return sum(round(r["response_length"] * config.prompts_per_step) for r in steps if r["groups"]["given_share"] == 1)
 
 
 def measure(row: Row, model: str) -> Row:

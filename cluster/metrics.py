@@ -28,6 +28,7 @@ TENSORBOARD_FOLDER = "tensorboard"
 TOKEN_POOLS = {
     "generated": "rollout",
     "teacher_generated": "teacher_rollout",
+    "given": "dataset",
     "scored": "teacher",
     "trained": "learner",
 }
@@ -62,7 +63,7 @@ class StepRow:
     staleness_max: int
     rollouts: dict[str, int]  # taken from the queue, and trained; the others were dropped
     groups: dict[str, float]  # shares of the student's prompt groups: all_right, all_wrong, mixed, …
-    tokens: dict[str, int]  # generated, teacher_generated, scored, trained: of this step
+    tokens: dict[str, int]  # generated, teacher_generated, given, scored, trained: of this step
     pools: dict[str, PoolRow]
     dropped: dict[str, int]  # reason → rollouts dropped since the run started
     failed: dict[str, int]  # "pool:error" → failures since the run started

@@ -227,7 +227,9 @@ def run_facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     if summary.get("wall_seconds") is not None:
         facts.append(("wall time", clock(summary["wall_seconds"])))
     if tokens := summary.get("tokens"):
-        facts.append(("tokens", ", ".join(f"{count:,} {kind}" for kind, count in tokens.items())))
+        facts.append(
+            ("tokens", ", ".join(f"{count:,} {kind.replace('_', ' ')}" for kind, count in tokens.items() if count))
+        )
     for name, pool in (summary.get("pools") or {}).items():
         facts.append((f"pool {name}", _speed(pool["tokens_per_second"], pool["busy_fraction"])))
     if staleness := summary.get("staleness"):

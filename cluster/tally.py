@@ -71,6 +71,8 @@ class Tally:
         before = Counter(self.tokens)
         flow.dropped.update(report.dropped)
         done = self.count(flow)
+        given = (shard.generated for shard in shards if shard.source == "dataset" and shard.generated)
+        self.tokens["given"] += sum(sum(receipt.response_lengths) for receipt in given)
         self.tokens["trained"] += report.tokens
         self.busy["learner"] = self.busy.get("learner", 0.0) + report.seconds
         self.pool_tokens["learner"] += report.tokens
@@ -198,7 +200,7 @@ def group_shares(facts: Sequence[Facts]) -> dict[str, float]:
     }
 
 
-TOKENS = ("generated", "teacher_generated", "scored", "trained")
+TOKENS = ("generated", "teacher_generated", "given", "scored", "trained")
 TOKENS_OF = {"rollout": "generated", "teacher_rollout": "teacher_generated"}  # by pool; the teachers' are scored
 COUNTERS = ("tokens", "dropped", "failed", "pool_tokens")
 PLAIN = ("busy", "staleness_sum", "staleness_rows", "staleness_max", "training_seconds")

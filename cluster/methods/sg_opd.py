@@ -6,19 +6,17 @@ With d_t = log π_T − log π_θ and z = ±1 by the verifier, a token agrees wh
 the form that others report, with their 1.8 and 1.0. (1, 0) is OPDVR, arXiv:2608.24696; gate=soft R²-OPD, 2609.35517.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-import numpy as np
 from pydantic import Field
 
 from ...contracts.config import Config, Section
 from ...contracts.records import ScoreRequest, Term
 from .cold_start import mixed_asks, try_again
-from .composition import Composition, Credit, Facts, correction_of, read_options, sampling_of, student_group
-from .credit import group_relative, group_rows
+from .composition import Composition, correction_of, read_options, sampling_of, student_group
 from .distil import refuse, signal_of
+from .verdict_signs import group_sign, outcome_sign
 
 
 class SgOpdOptions(Section):
@@ -45,33 +43,6 @@ class SgOpdOptions(Section):
     tries: int = Field(4, ge=1, description="answers of the teacher, one after the other, until one passes")
     teacher_loss: Literal["nll", "forward_kl"] = Field("nll", description="loss of the teacher's answers")
     top_k: int = Field(16, ge=1, description="teacher_loss=forward_kl with teacher.signal=topk: ids for each token")
-
-
-def outcome_sign(facts: Sequence[Facts], step: int) -> list[Credit | str]:
-    """+1 for a right answer, −1 for a wrong one; 0, a neutral gate, where it was cut off or the verifier abstained."""
-    signs = [(1.0 if fact.passed else -1.0) if _judged(fact) else 0.0 for fact in facts]
-    return [_teacher(fact) or Credit(advantage=sign) for fact, sign in zip(facts, signs, strict=True)]
-
-
-def group_sign(facts: Sequence[Facts], step: int) -> list[Credit | str]:
-    """The sign of reward − mean over the student's answers to the prompt that were judged and not cut off (ours)."""
-    signs = [0.0] * len(facts)
-    judged = [i for i, fact in enumerate(facts) if fact.source == "student" and _judged(fact)]
-    for rows in group_rows([facts[i].group_id for i in judged]):
-        members = [judged[row] for row in rows]
-        for i, value in zip(members, group_relative([facts[i].reward for i in members]), strict=True):
-            signs[i] = float(np.sign(value))
-    return [_teacher(fact) or Credit(advantage=sign) for fact, sign in zip(facts, signs, strict=True)]
-
-
-def _judged(fact: Facts) -> bool:
-    return not (fact.truncated or fact.abstained)
-
-
-def _teacher(fact: Facts) -> Credit | str | None:
-    if fact.source != "teacher":
-        return None
-    return Credit() if fact.passed else "abstained" if fact.abstained else "teacher_incorrect"
 
 
 def compose(config: Config) -> Composition:

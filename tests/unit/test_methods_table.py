@@ -150,13 +150,3 @@ def test_every_recipe_is_a_method_at_any_number_of_steps(name: str):
 
 def _answers(config) -> int:
     return 1 if compose(config).generators == ("dataset",) else config.rollout.samples_per_prompt
-
-
-def test_given_tokens_are_those_of_steps_without_an_answer_of_the_student(tmp_path: Path):
-    lines = [
-        {"kind": "step", "step": step, "response_length": length, "groups": {"given_share": share}}
-        for step, (length, share) in enumerate([(20.25, 1.0), (30.0, 0.0), (10.5, 1)])
-    ] + [{"kind": "eval", "step": 3}]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert methods._given(methods.configure("gkd", 0, 5), tmp_path) == 96 * 20.25 + 96 * 10.5
-    assert methods._given(methods.configure("opd", 0, 5), tmp_path) == 0
