@@ -1,7 +1,9 @@
 """The learner's ranks as one thing: plan a step, run it on every rank, publish, save, load, export."""
 
+import random
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,16 @@ from .runtime import end, get
 
 @ray.remote(num_cpus=0)
 def _rendezvous() -> tuple[str, int]:
-    """Address and a free port of the node this runs on."""
-    with socket.socket() as free:
-        free.bind(("", 0))
-        return ray.util.get_node_ip_address(), free.getsockname()[1]
+    """Address and a free port of the node this runs on.
+
+    Rank 0 listens there some seconds later. Ports of the range from which the system takes those of outgoing
+    connections are left alone: one of Ray's many could have it by then.
+    """
+    for port in random.sample(range(20000, 30000), 100):
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("", port))
+            return ray.util.get_node_ip_address(), port
+    raise LearnerError("a node has a free port for the learner's ranks", "100 of 20000-29999 are taken")
 
 
 class LearnerGroup:
