@@ -61,8 +61,11 @@ class DistilOptions(SignalOptions):
         if self.direction in ("reverse", "forward"):
             refuse(self, {"beta"}, f"direction={self.direction} has no beta", "use jsd or a skew, or leave beta out")
             return {"direction": self.direction}
-        default = JSD if self.direction == "jsd" else SKEW
-        return {"direction": self.direction, "beta": default if self.beta is None else self.beta}
+        beta = self.beta if self.beta is not None else JSD if self.direction == "jsd" else SKEW
+        if beta == 1 and self.direction != "jsd":
+            rule = f"direction={self.direction} mixes less than all of the other model in"
+            raise ConfigError(rule, "method_options.beta: 1, with which the loss is always 0", f"e.g. {SKEW}")
+        return {"direction": self.direction, "beta": beta}
 
 
 def refuse(options: Section, names: Collection[str], rule: str, remedy: str) -> None:

@@ -34,7 +34,7 @@ class SgOpdOptions(Section):
         description="gate=sign: extrapolate from the student, from the reference, or mix in the verifier's z",
     )
     blend: float = Field(1.0, ge=0, description="mode=blend: A = (d + blend·z) / (1 + blend) where they conflict")
-    softness: float = Field(1e-3, gt=0, description="gate=soft: β of g = σ(β·z·d / median|d|)")
+    sharpness: float = Field(1e-3, gt=0, description="gate=soft: β of g = σ(β·z·d / median|d|)")
     sign: Literal["outcome", "group"] = Field("outcome", description="z by right or wrong, or by reward − group mean")
     cold_start: float = Field(
         0.5, ge=0, le=1, description="ρ0: share of prompts that the teacher answers at first; 0: none"
@@ -81,7 +81,7 @@ def compose(config: Config) -> Composition:
 
 def _gated(options: SgOpdOptions) -> Term:
     if options.gate == "soft":
-        return Term(name="soft_gate", options={"softness": options.softness})
+        return Term(name="soft_gate", options={"sharpness": options.sharpness})
     own: dict[str, Any] = options.model_dump(include={"agree", "conflict", "mode", "blend"})
     return Term(name="sign_gate", options=own, reference=options.mode == "frozen_ref")
 
@@ -90,9 +90,9 @@ def _check(options: SgOpdOptions) -> None:
     """Raises ConfigError for an option that the others leave without effect."""
     if options.gate == "soft":
         names = {"agree", "conflict", "mode", "blend"}
-        refuse(options, names, "gate=soft has softness alone", "remove it, or use gate: sign")
+        refuse(options, names, "gate=soft has sharpness alone", "remove it, or use gate: sign")
     else:
-        refuse(options, {"softness"}, "softness is for gate=soft", "remove it")
+        refuse(options, {"sharpness"}, "sharpness is for gate=soft", "remove it")
     if options.mode == "blend":
         refuse(options, {"conflict"}, "mode=blend uses blend where teacher and verifier conflict", "remove it")
     else:

@@ -40,7 +40,7 @@ RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "agree": ("0 or above", lambda x: x >= 0),
     "conflict": ("0 or above", lambda x: x >= 0),
     "blend": ("0 or above", lambda x: x >= 0),
-    "softness": ("above 0", lambda x: x > 0),
+    "sharpness": ("above 0", lambda x: x > 0),
     "clip_low": ("in [0, 1]", lambda x: 0 <= x <= 1),
     "clip_high": ("0 or above", lambda x: x >= 0),
     "dual_clip": ("0 (off) or above 1", lambda x: x == 0 or x > 1),

@@ -53,8 +53,8 @@ def sign_gate(
     return TermOutput(loss_C=-advantage * student.sampled_C, metrics=metrics)
 
 
-def soft_gated_policy_gradient(student: StudentChunk, rows: TokenRows, *, softness: float = 1e-3) -> TermOutput:
-    """loss = −sg(g d) log π_θ(y_t), d = log π_T − sg(log π_θ), and g from `soft_gate`, which reads `softness`.
+def soft_gated_policy_gradient(student: StudentChunk, rows: TokenRows, *, sharpness: float = 1e-3) -> TermOutput:
+    """loss = −sg(g d) log π_θ(y_t), d = log π_T − sg(log π_θ), and g from `soft_gate`, which reads `sharpness`.
 
     Source: R²-OPD, arXiv:2609.35517, at second hand. Metrics: those of `student_gap`, and g.
     """
@@ -63,8 +63,8 @@ def soft_gated_policy_gradient(student: StudentChunk, rows: TokenRows, *, softne
     return TermOutput(loss_C=-(rows.gate_C * gap) * student.sampled_C, metrics=metrics)
 
 
-def soft_gate(d_R: np.ndarray, advantage: float, *, softness: float = 1e-3) -> np.ndarray:
-    """g `[R]` of one rollout: σ(β z d/median|d|), times one factor that keeps Σ|g d| at Σ|d|; β `softness`.
+def soft_gate(d_R: np.ndarray, advantage: float, *, sharpness: float = 1e-3) -> np.ndarray:
+    """g `[R]` of one rollout: σ(β z d/median|d|), times one factor that keeps Σ|g d| at Σ|d|; β `sharpness`.
 
     It moves the step's size to the tokens where the teacher's push has the verifier's sign, the more so the larger β.
     Ones where the verifier has no sign or the median is 0. `d_R` holds the tokens that count, and no others. Source:
@@ -74,7 +74,7 @@ def soft_gate(d_R: np.ndarray, advantage: float, *, softness: float = 1e-3) -> n
     median = np.median(size) if len(d_R) else 0.0
     if median == 0 or advantage == 0:
         return np.ones_like(d_R)
-    log_gate = -np.logaddexp(0.0, -softness * np.sign(advantage) * d_R / median)
+    log_gate = -np.logaddexp(0.0, -sharpness * np.sign(advantage) * d_R / median)
     gate = np.exp(log_gate - log_gate.max())  # the factor below takes the scale out again
     kept = (gate * size).sum()
     return gate * (size.sum() / kept) if kept > 0 else np.ones_like(d_R)

@@ -242,7 +242,7 @@ def test_interpolation_takes_the_share_of_each_rollouts_age():
 def test_a_gate_sees_the_whole_rollout_and_no_masked_token(parts):
     world = World()
     examples, slow = mixed(world), world.student(torch.float64)
-    teacher = Term(name="soft_gate", teacher="big", options={"softness": 0.7}, label="gated")
+    teacher = Term(name="soft_gate", teacher="big", options={"sharpness": 0.7}, label="gated")
     terms = (teacher, *PG)
     learner = OneProcess(world.student(), terms)
     report = learner.learn(examples, [world.cut(len(examples), parts)])
@@ -251,6 +251,6 @@ def test_a_gate_sees_the_whole_rollout_and_no_masked_token(parts):
         rollout, on = example.rollout, example.rollout.loss_mask
         gate = np.ones(len(on))
         d = example.scores["big"].logprobs[on] - own_logprobs(slow, rollout)[on]
-        gate[on] = soft_gate(d, example.advantage, softness=0.7)
+        gate[on] = soft_gate(d, example.advantage, sharpness=0.7)
         gates[rollout.rollout_id] = gate
     check_step(learner, report, terms, slow_losses(world, slow, examples, terms, gates=gates), slow)

@@ -356,8 +356,8 @@ def test_sg_opds_forms() -> None:
     assert exact.scoring and (exact.scoring.signal, exact.terms[1].name) == ("hidden", "exact_divergence")
     frozen = only("sg_opd", TEACHER, {"mode": "frozen_ref"}, reference=REFERENCE)
     assert frozen.reference and frozen.terms[0].reference
-    soft = only("sg_opd", TEACHER, {"gate": "soft", "softness": 0.1})
-    assert (soft.terms[0].name, soft.terms[0].options) == ("soft_gate", {"softness": 0.1})
+    soft = only("sg_opd", TEACHER, {"gate": "soft", "sharpness": 0.1})
+    assert (soft.terms[0].name, soft.terms[0].options) == ("soft_gate", {"sharpness": 0.1})
     group = only("sg_opd", TEACHER, {"sign": "group"})
     assert group.credit is group_sign and group.min_samples == 2
     opdvr = compose(load_config(ROOT / "recipes/opdvr.yaml"))

@@ -41,7 +41,7 @@ def test_options_out_of_range_are_refused_and_the_ends_taken():
             "topk_divergence": {"beta": (-0.1, 1.1), "teacher_entropy_above": (-0.5, None)},
             "policy_gradient": {"extrapolation": (-0.5, None)},
             "sign_gate": {"agree": (-1.0, None), "conflict": (-1.0, None), "blend": (-1.0, None)},
-            "soft_gate": {"softness": (0.0, None)},
+            "soft_gate": {"sharpness": (0.0, None)},
             "clipped_policy_gradient": {"clip_low": (-0.1, 1.1), "clip_high": (-0.1, None), "dual_clip": (1.0, 0.5)},
         }.items()
         for name, (low, high) in names.items()
