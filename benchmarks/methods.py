@@ -45,6 +45,7 @@ from methods_table import (
 from ray.cluster_utils import Cluster
 from rich.console import Console
 
+from tutorloop import __version__
 from tutorloop.actors.worker import RolloutWorker
 from tutorloop.cluster import run
 from tutorloop.cluster.data import load_prompts
@@ -175,14 +176,15 @@ def one(name: str, seed: int, results: Results, address: str | None) -> Row:
             return measure(Row(name=name, seed=seed), BASELINES[name])
         return measure(train(name, seed, results, address), str(RUNS / f"{name}-{seed}" / "final"))
     except Exception as error:
-        return Row(name=name, seed=seed, error=f"{type(error).__name__}: {error}")
+        return Row(name=name, seed=seed, error=f"{type(error).__name__}: {error}".splitlines()[0])  # no paths below it
 
 
 def machine() -> str:
     """What the rows were measured on."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    packages = ", ".join(f"{name} {version(name)}" for name in ("tutorloop", "torch", "ray", "transformers"))
-    return f"{os.cpu_count()} cores, {memory:.0f} GiB, no GPU used, Python {platform.python_version()}, {packages}"
+    others = ", ".join(f"{name} {version(name)}" for name in ("torch", "ray", "transformers"))
+    software = f"Python {platform.python_version()}, tutorloop {__version__}, {others}"
+    return f"{os.cpu_count()} cores, {memory:.0f} GiB, no GPU used, {software}"
 
 
 def start(folder: Path, steps: int) -> Results:
