@@ -145,6 +145,7 @@ def head(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     arguments = ["--head", "--block", f"--port={port}", "--num-cpus=4", "--include-dashboard=true"]
     arguments += [f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", f"--ray-client-server-port={client}"]
+    arguments += [f"--dashboard-agent-listen-port={free_port()}"]  # its default is taken where another head runs
     process = subprocess.Popen([RAY, "start", *arguments], env=environment, stdout=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{dashboard}"
     try:
