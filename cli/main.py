@@ -3,11 +3,14 @@
 Commands import what they need when they run, so a wrong key is answered without loading torch or Ray.
 """
 
+import os
+import sys
+
 import typer
 
 from .. import __version__
 from . import evaluate, train
-from .outcome import ends_clearly
+from .outcome import INTERRUPTED, ends_clearly
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command("train")(ends_clearly(train.train))
@@ -28,4 +31,16 @@ def tutorloop(
 
 
 def main() -> None:
-    app()
+    """Run a command.
+
+    An interrupted one has closed everything by now, and leaves without the interpreter's end: where Ctrl-C met Ray's C++
+    in the middle of a start, destructors can crash there, and 130 would become 139.
+    """
+    try:
+        app()
+    except SystemExit as end:
+        if end.code != INTERRUPTED:
+            raise
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)
