@@ -33,8 +33,8 @@ def tutorloop(
 def main() -> None:
     """Run a command.
 
-    An interrupted one has closed everything by now, and leaves without the interpreter's end: where Ctrl-C met Ray's C++
-    in the middle of a start, destructors can crash there, and 130 would become 139.
+    An interrupted one has closed everything by now, and leaves without the interpreter's end: where Ctrl-C met Ray
+    in the middle of a start, its destructors can crash there, and 130 would become 139.
     """
     try:
         app()
