@@ -89,6 +89,7 @@ class RolloutWorker:
             response_lengths=tuple(rollout.response_length for rollout in rollouts),
             rollout_ids=tuple(rollout.rollout_id for rollout in rollouts),
             weight_version=self.engine.weight_version,
+            surprisal=-sum(float(rollout.logprobs.sum(dtype=np.float64)) for rollout in rollouts),
             finish_reasons=tuple(rollout.finish_reason for rollout in rollouts),
             truncated=reasons["length"],
             errors={"prompt": reasons["error"]} if reasons["error"] else {},

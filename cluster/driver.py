@@ -24,7 +24,7 @@ from .pool import Pool, pump
 from .progress import Progress
 from .run_folder import RunFolder
 from .stages import EntropyCollapse
-from .tally import Tally, pass_rate
+from .tally import Tally, pass_rate, sampler_entropy
 
 
 @dataclass(slots=True)
@@ -82,7 +82,7 @@ class Driver:
                 with clock("learn"):
                     report = self.learn(shards)
                 self.step += 1
-                self.watch(shards, report)
+                self.watch(shards)
                 self.publish(clock)
                 self.record(shards, report, clock)
                 clock = Stopwatch()
@@ -120,9 +120,9 @@ class Driver:
             self.learner.finish_step(done)  # a failed rank is heard at once: the others would wait for it
         return self.learner.finish_step(reports)[0]
 
-    def watch(self, shards: list[Shard], report: StepReport) -> None:
+    def watch(self, shards: list[Shard]) -> None:
         """Show a finished step to the stage's trigger."""
-        if self.trigger and self.trigger.observe(report.metrics.get("entropy"), pass_rate(shards)):
+        if self.trigger and self.trigger.observe(sampler_entropy(shards), pass_rate(shards)):
             self.progress.note(f"the entropy has collapsed: stage {self.stage} ends after step {self.step}")
 
     def publish(self, clock: Stopwatch) -> None:

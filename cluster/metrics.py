@@ -61,6 +61,9 @@ class StepRow:
     truncated_share: float  # ended by the token limit
     staleness_mean: float  # weight versions between sampling and training
     staleness_max: int
+    sampler_entropy: (
+        float | None
+    )  # −mean log μ of all tokens that the student sampled, nats; what a stage's trigger sees
     rollouts: dict[str, int]  # taken from the queue, and trained; the others were dropped
     groups: dict[str, float]  # shares of the student's prompt groups: all_right, all_wrong, mixed, …
     tokens: dict[str, int]  # generated, teacher_generated, given, scored, trained: of this step
@@ -228,6 +231,7 @@ class _Prometheus:
             "grad_norm": gauge("grad_norm", "Global gradient norm before clipping."),
             "learning_rate": gauge("learning_rate", "Learning rate of the last step."),
         }
+        self._sampler_entropy = gauge("sampler_entropy_nats", "Mean −log μ of all tokens that the student sampled.")
         self._groups = gauge("prompt_groups_ratio", "Shares of the last step's prompt groups, by outcome.", "share")
         self._learner = gauge("learner_metric", "The learner's other metrics, by name.", "metric")
         self._pools = {
@@ -250,6 +254,8 @@ class _Prometheus:
             gauge.set(getattr(row, name))
         for name, value in row.learner.items():
             (self._named_learner.get(name) or self._learner.labels(name)).set(value)
+        if row.sampler_entropy is not None:
+            self._sampler_entropy.set(row.sampler_entropy)
         for name, value in row.groups.items():
             self._groups.labels(name).set(value)
         for pool, figures in row.pools.items():

@@ -30,7 +30,7 @@ def write_model_card(path: Path, config: Config, summary: dict[str, Any]) -> Non
     path.write_text(
         f"""---
 {front}---
-# {Path(config.student.model).name or config.student.model}, distilled
+# {Path(config.student.model).name or config.student.model}, trained
 
 Trained by tutorloop {__version__} with `{summary["method"]}`, {summary["steps"]} steps, seed {config.seed}.
 Student: `{config.student.model}`. Teacher: {teachers}. Data: `{config.data.path}`.

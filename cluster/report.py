@@ -30,6 +30,9 @@ Rows = Sequence[dict[str, Any]]
 Place = tuple[str, ...]  # keys into a row, outermost first
 
 
+OUTCOMES = ("all_right", "mixed", "all_wrong")  # of a prompt group
+
+
 def _variables(theme: int) -> str:
     return "".join(f"--{name}:{inks[theme]};" for name, inks in INKS.items())
 
@@ -258,16 +261,19 @@ def _plots(steps: Rows, evals: Rows) -> Iterable[tuple[str, str, list[Panel]]]:
         ("Accuracy", "Evaluations with 95 % intervals over problems; the teacher's dashed."): [
             Panel(unit="avg@k of held-out problems", series=_accuracy(evals), share=True)
         ],
-        ("Distance from the teacher", "The loss is what the optimizer sees."): [
+        ("Loss", "What the optimizer sees; and the distance from the teacher, where there is one."): [
             panel("reverse KL, nats per token", {"reverse KL": ("learner", "reverse_kl")}),
             panel("loss", {"loss": ("loss",)}),
         ],
-        ("Entropy", "The student's."): [panel("nats per token", {"entropy": ("learner", "entropy")})],
-        ("Verifier", "Of the rollouts trained on, those that could be judged."): [
+        ("Entropy", "The student's, of the tokens that trained and (−log μ) of all that were sampled."): [
+            panel("nats per token", {"trained": ("learner", "entropy"), "sampled": ("sampler_entropy",)})
+        ],
+        ("Verifier", "Of the rollouts that could be judged, whether they trained or not."): [
             panel("mean reward", {"reward": ("reward",)}),
             panel("share that passed", {"passed": ("pass_rate",)}, share=True),
+            panel("prompt groups", {name.replace("_", " "): ("groups", name) for name in OUTCOMES}, share=True),
         ],
-        ("Responses", "Of the rollouts trained on."): [
+        ("Responses", "Of all rollouts of the step."): [
             panel("mean length, tokens", {"length": ("response_length",)}),
             panel("share ended by the token limit", {"truncated": ("truncated_share",)}, share=True),
         ],

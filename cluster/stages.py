@@ -1,8 +1,8 @@
 """When a stage ends before its steps are done: the entropy has collapsed and the pass rate has stopped rising.
 
-Rejection sampling sharpens the student on what it can already do. Once its entropy has fallen to a fraction of where it
-began, and more of the same no longer raises the pass rate, reinforcement learning takes over. The rule is ours
-(METHODS' "graduate trigger"); a stage that has ended is never gone back to.
+Rejection sampling sharpens the student on what it can already do. Once its entropy, over all that it samples and not
+over what passes the filter alone, has fallen to a fraction of where it began, and more of the same no longer raises the
+pass rate, reinforcement learning takes over. The rule is ours; a stage that has ended is never gone back to.
 """
 
 from dataclasses import asdict, dataclass, field

@@ -136,6 +136,7 @@ class Tally:
             "truncated_share": sum(receipt.truncated for receipt in generated) / max(1, rows),
             "staleness_mean": sum(age * count for age, count in stale) / max(1, rows),
             "staleness_max": max([0, *(age for age, _ in stale)]),
+            "sampler_entropy": sampler_entropy(shards),
             "groups": group_shares([fact for shard in shards for fact in shard.facts()]),
         }
 
@@ -178,6 +179,17 @@ def pass_rate(shards: Sequence[Shard]) -> float:
     judged = [shard.judged for shard in shards if shard.judged]
     counted = sum(not abstained for receipt in judged for abstained in receipt.abstained)
     return sum(passed for receipt in judged for passed in receipt.passed) / max(1, counted)
+
+
+def sampler_entropy(shards: Sequence[Shard]) -> float | None:
+    """−mean log μ over all tokens that the student sampled, nats; None where there are none.
+
+    At temperature 1 it estimates the entropy of the policy that sampled, also over rollouts that a filter will drop,
+    which the learner's own entropy (of the tokens that train) does not see.
+    """
+    sampled = [shard.generated for shard in shards if shard.source == "student" and shard.generated]
+    tokens = sum(sum(receipt.response_lengths) for receipt in sampled)
+    return sum(receipt.surprisal for receipt in sampled) / tokens if tokens else None
 
 
 def group_shares(facts: Sequence[Facts]) -> dict[str, float]:

@@ -41,6 +41,7 @@ def step_row(rng: np.random.Generator, step: int, **changes) -> StepRow:
         "truncated_share": float(rng.random()),
         "staleness_mean": float(rng.random()),
         "staleness_max": int(rng.integers(0, 3)),
+        "sampler_entropy": float(rng.random()),
         "rollouts": {"taken": 96, "trained": int(rng.integers(1, 97))},
         "groups": {name: float(rng.random()) for name in ("all_right", "all_wrong", "mixed")},
         "tokens": {kind: int(rng.integers(1, 1000)) for kind in ("generated", "scored", "trained")},
