@@ -87,7 +87,6 @@ class RolloutWorker:
             seconds=time.perf_counter() - start,
             lengths=tuple(len(rollout.token_ids) for rollout in rollouts),
             response_lengths=tuple(rollout.response_length for rollout in rollouts),
-            rollout_ids=tuple(rollout.rollout_id for rollout in rollouts),
             weight_version=self.engine.weight_version,
             surprisal=-sum(float(rollout.logprobs.sum(dtype=np.float64)) for rollout in rollouts),
             finish_reasons=tuple(rollout.finish_reason for rollout in rollouts),

@@ -128,12 +128,15 @@ class Driver:
     def publish(self, clock: Stopwatch) -> None:
         """Send the learner's weights to everyone who runs them. A synchronous run waits until all have proved them.
 
-        A method of rounds publishes at the end of each; one that restarts then begins again from its first weights.
+        A method of rounds publishes at the end of each; one that restarts then begins again from its first weights. A
+        method that trains given answers alone publishes what is evaluated.
         """
         done, composition = self.step - self.flow.first, self.flow.composition
-        if done % composition.round_steps and not self.ended:
-            return
         takers = [self.flow.services.rollouts, *self.followers]
+        unread = done > 0 and "student" not in composition.generators and not self.followers
+        in_a_round = done % composition.round_steps > 0
+        if not self.ended and (in_a_round or (unread and not self._due(self.config.eval.every))):
+            return
         with clock("publish"):
             manifest, buckets = self.learner.publish(self.step)
         with clock("load"):

@@ -258,11 +258,12 @@ class Flow:
         rows = []
         credits = self.composition.credit(facts, step - self.first)
         for (batch, row), length, fact, credit in zip(places, lengths, facts, credits, strict=True):
-            reason = "empty_response" if fact.length == 0 else credit if isinstance(credit, str) else ""
-            if reason or isinstance(credit, str):
-                self.dropped[reason] += 1
+            outcome = credit if fact.length else "empty_response"
+            if isinstance(outcome, str):
+                self.dropped[outcome] += 1
             else:
-                rows.append((length, TrainRow(batch=batch, row=row, advantage=credit.advantage, weight=credit.weight)))
+                own = {"advantage": outcome.advantage, "weight": outcome.weight}
+                rows.append((length, TrainRow(batch=batch, row=row, **own)))
         return rows
 
     def abandon(self, reason: str) -> None:

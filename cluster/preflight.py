@@ -7,7 +7,7 @@ from typing import Any
 from ..contracts.config import REFERENCE, Config, Pool, Teacher
 from ..contracts.errors import ConfigError, DataError, ModelError, TokenizerMismatch
 from ..contracts.records import Prompt
-from ..models.contexts import check_templates, fields_of
+from ..models.contexts import fields_of
 from ..models.loading import check_weights, load_config, load_tokenizer, tokenizer_hash
 from ..models.lora import check_targets
 from .data import check_context, load_prompts
@@ -27,7 +27,6 @@ class Inputs:
 
 def check_inputs(config: Config, compositions: Sequence[Composition]) -> Inputs:
     """Load tokenizers and data and check that they and what the stages ask fit together. Raises an InputError."""
-    check_templates(config.templates)
     evaluation, verified = config.eval, config.verifier.kind != "none"
     if (evaluation.path or evaluation.ood_path) and not verified:
         raise ConfigError("an evaluation needs a verifier", "verifier.kind=none", "set eval.path= or choose a verifier")

@@ -314,11 +314,9 @@ class Receipt:
     seconds: float  # spent working on the batch
     lengths: tuple[int, ...] = ()  # tokens of each rollout, prompt included
     response_lengths: tuple[int, ...] = ()
-    rollout_ids: tuple[str, ...] = ()  # of the rows that were served; a teacher's leaves out what it refused
     weight_version: int = 0  # the oldest in the batch
     finish_reasons: tuple[str, ...] = ()  # a generator's, a row each
     surprisal: float = 0.0  # a generator's: −Σ log μ of the tokens that it sampled, nats
-    refused: dict[str, str] = field(default_factory=dict)  # a teacher's: rollout id → error class
     truncated: int = 0
     rewards: tuple[float, ...] = ()  # the verifier's, a row each
     answers: tuple[str, ...] = ()  # the verifier's parsed answers, a row each

@@ -35,6 +35,11 @@ class Example:
                     f"{self.rollout.rollout_id}",
                 )
 
+    @property
+    def sampled(self) -> bool:
+        """The student sampled it: its logprobs are those of a policy, which a correction can compare with."""
+        return self.rollout.source == "student"
+
     def of(self, teacher: str) -> TeacherScores | None:
         """The scores of `teacher`; "" is the one that the rollout names, or its only one."""
         name = teacher or self.rollout.teacher

@@ -42,7 +42,7 @@ class Foresight:
         foreseen: dict[str, Foreseen] = {}
         for examples in (batch for update in updates for batch in update):
             foreseen.update(self._of(examples, version))
-        sampled = [e for update in updates for batch in update for e in batch if self._corrects(e)]
+        sampled = [e for update in updates for batch in update for e in batch if e.sampled]
         known = [(e, foreseen[e.rollout.rollout_id]) for e in sampled if e.rollout.rollout_id in foreseen]
         masks = [(k.keep, k.weights, e.rollout.loss_mask) for e, k in known]
         tokens, kept, weight = over_ranks(
@@ -59,9 +59,6 @@ class Foresight:
         vetoed, rows = over_ranks([float(sum(not (k & m).any() for k, _, m in masks)), float(len(masks))])
         metrics = {"rejected_tokens": 1 - kept / tokens, "rejected_sequences": vetoed / rows} if tokens else {}
         return foreseen, metrics
-
-    def _corrects(self, example: Example) -> bool:
-        return example.rollout.source == "student"
 
     @torch.no_grad()
     def _of(self, examples: Sequence[Example], version: int) -> dict[str, Foreseen]:
@@ -82,7 +79,7 @@ class Foresight:
         rollout = example.rollout
         gates = {term.key: self._gate(term, example, current, mask) for term in self.gated}
         weights, keep = np.ones(len(mask), np.float32), np.ones(len(mask), bool)
-        if not self._corrects(example):
+        if not example.sampled:
             return Foreseen(old=current, weights=weights, keep=keep, gates=gates)
         share = current_share(self.correction.proximal, rollout.weight_version_min, version, version)
         mu = rollout.logprobs

@@ -141,7 +141,7 @@ def collate(
         rows=torch.from_numpy(at - 1).to(device),
         targets_N=torch.from_numpy(token_ids[at]).to(device, torch.int64),
         behaviour_N=floats(selection.flat([rollout.logprobs for rollout in rollouts], 0.0)),
-        sampled_N=torch.from_numpy(selection.repeat([r.source == "student" for r in rollouts])).to(device),
+        sampled_N=torch.from_numpy(selection.repeat([example.sampled for example in examples])).to(device),
         current_share_N=floats(selection.repeat([current_share(example) for example in examples])),
         old_N=floats(selection.flat([known.old for known in seen], 0.0)) if len(seen) == len(examples) else None,
         weights_N=floats(selection.repeat([example.weight for example in examples]) * corrected),

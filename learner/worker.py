@@ -136,7 +136,7 @@ class LearnerWorker:
             local[f"sequences of {term.key}"] = sum(sequences for _, sequences in counts)
         chosen = [pair for s in selections for pair in zip(s.examples, s.counts, strict=True)]
         local["trained"] = sum(count for _, count in chosen)
-        local["sampled"] = sum(count for example, count in chosen if example.rollout.source == "student")
+        local["sampled"] = sum(count for example, count in chosen if example.sampled)
         usable = sum(any(e.asked_by(term) and e.has(term) for term in self.terms) for e in examples)
         local["rollouts"] = len(chosen)
         local["teacher_refused"] = len(examples) - usable
@@ -162,7 +162,7 @@ class LearnerWorker:
         """One optimizer update; the gradients' norm. `done`: share of the step's updates before it."""
 
         def share(example: Example) -> float:
-            if example.rollout.source != "student":
+            if not example.sampled:
                 return 1.0
             return current_share(self.correction.proximal, example.rollout.weight_version_min, version, version + done)
 

@@ -73,8 +73,8 @@ class TeacherWorker:
 
         With `request.everyone` of all rows. In a context other than "plain" each response is scored after the prompt
         that the context builds from its row of `prompts` and, for peers and feedback, from the same batch's `verdicts`;
-        a row for which it cannot be built is refused as "no_context". The receipt's ids, lengths and tokens are those
-        of the rows really scored, as they were scored.
+        a row for which it cannot be built is refused as "no_context". The receipt's lengths and tokens are those of
+        the rows really scored, as they were scored.
         """
         start = time.perf_counter()
         if self.follower:
@@ -87,17 +87,14 @@ class TeacherWorker:
             shown = in_context(request.context, mine, self.prompter, rollouts, prompts, verdicts)
         scores = self._scores(mine, shown, request)
         served = [rollout for rollout, score in zip(shown, scores, strict=True) if rollout and not score.error_class]
-        refused = {score.rollout_id: score.error_class for score in scores if score.error_class}
         receipt = Receipt(
             rows=len(mine),
             tokens=sum(len(rollout.token_ids) for rollout in served),
             seconds=time.perf_counter() - start,
             lengths=tuple(len(rollout.token_ids) for rollout in served),
             response_lengths=tuple(rollout.response_length for rollout in served),
-            rollout_ids=tuple(rollout.rollout_id for rollout in served),
             weight_version=min((rollout.weight_version_min for rollout in served), default=0),
-            refused=refused,
-            errors=dict(Counter(refused.values())),
+            errors=dict(Counter(score.error_class for score in scores if score.error_class)),
         )
         return encode(TeacherScores, scores), receipt
 

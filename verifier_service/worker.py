@@ -31,7 +31,6 @@ class VerifierWorker:
             rows=len(verdicts),
             tokens=0,
             seconds=time.perf_counter() - start,
-            rollout_ids=tuple(ids),
             rewards=tuple(verdict.score for verdict in verdicts),
             answers=tuple(verdict.answer for verdict in verdicts),
             paths=tuple(verdict.path for verdict in verdicts),

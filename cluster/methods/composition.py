@@ -85,9 +85,9 @@ class Composition:
     restart: bool = False  # and the learner starts each round from the stage's first weights
 
 
-def student_group(config: Config, samples: int | None = None) -> Asks:
+def student_group(config: Config) -> Asks:
     """The student answers every prompt `rollout.samples_per_prompt` times."""
-    ask = Ask(samples=samples or config.rollout.samples_per_prompt)
+    ask = Ask(samples=config.rollout.samples_per_prompt)
     return lambda step, position: (ask,)
 
 

@@ -270,7 +270,7 @@ def test_the_worker_answers_every_request_in_order(engine, qwen3):
         assert (rollout.finish_reason == "error") == (request.row == 2) == (rollout.response_length == 0)
         assert rollout.loss_mask.all() and rollout.source == "student"
         assert rollout.text == worker.engine.decode(rollout.token_ids[rollout.prompt_length :])
-    assert receipt.rollout_ids == tuple(r.rollout_id for r in requests) and receipt.rows == 15
+    assert [r.rollout_id for r in rollouts] == [r.rollout_id for r in requests] and receipt.rows == 15
     assert receipt.errors == {"prompt": 3}
     assert receipt.finish_reasons == tuple(r.finish_reason for r in rollouts)
     assert receipt.truncated == sum(r.finish_reason == "length" for r in rollouts)
