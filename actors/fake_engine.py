@@ -9,7 +9,7 @@ from ..contracts.errors import RecordError, WeightsMismatch
 from ..contracts.records import EMPTY_II, Sampling, WeightBucket, WeightManifest
 from ..models.weight_proof import check_canary, copy_buckets
 from ..models.weights import read_bucket
-from .transformers_engine import REFUSED, Generated
+from .generated import REFUSED, Generated
 
 VOCAB, EOS, CONTEXT = 256, 2, 4096
 
@@ -17,11 +17,13 @@ VOCAB, EOS, CONTEXT = 256, 2, 4096
 class FakeEngine:
     """Tokens, logprobs and length follow from the seed alone; the text is the ids, separated by spaces."""
 
-    def __init__(self, model: str, *, dtype: str, device: str, threads: int, lora: Lora | None = None) -> None:
+    def __init__(
+        self, model: str, *, dtype: str, device: str = "cpu", threads: int = 1, lora: Lora | None = None
+    ) -> None:
         if dtype not in ("fp32", "bf16") or threads < 1 or not device:
             raise RecordError("an engine is given a dtype, a device and threads", f"{dtype}, {device!r}, {threads}")
         self.model = model
-        self.weight_version = 0
+        self.weight_version, self.context = 0, CONTEXT
         self._names: set[str] = set()
 
     def generate(self, prompts: Sequence[np.ndarray], seeds: Sequence[int], sampling: Sampling) -> list[Generated]:
@@ -31,7 +33,7 @@ class FakeEngine:
             raise RecordError("prompts are int32 [P]", str([(p.dtype, p.shape) for p in prompts]))
         if sampling.max_new_tokens < 1 or sampling.temperature < 0 or sampling.topk_support < 0:
             raise RecordError("sampling is possible", str(sampling))
-        return [_respond(p, seed, sampling) for p, seed in zip(prompts, seeds, strict=True)]
+        return [self._respond(p, seed, sampling) for p, seed in zip(prompts, seeds, strict=True)]
 
     def decode(self, token_ids: np.ndarray) -> str:
         return " ".join(str(i) for i in token_ids.tolist() if i != EOS)
@@ -48,18 +50,18 @@ class FakeEngine:
         check_canary(manifest.canary_logprobs, manifest)
         self._names, self.weight_version = set(parameters), manifest.version
 
-
-def _respond(prompt: np.ndarray, seed: int, sampling: Sampling) -> Generated:
-    room = min(sampling.max_new_tokens, CONTEXT - len(prompt))
-    if room < 1 or not len(prompt):
-        return REFUSED
-    random = np.random.Generator(np.random.Philox(key=seed))
-    length = int(random.integers(1, room + 2))  # one more than the room: cut off
-    tokens = random.integers(EOS + 1, VOCAB, min(length, room), dtype=np.int32)
-    if length <= room:
-        tokens[-1] = EOS
-    logprobs = -random.random(len(tokens), np.float32)
-    support = EMPTY_II
-    if sampling.topk_support:
-        support = np.stack([random.permutation(VOCAB)[: sampling.topk_support] for _ in tokens]).astype(np.int32)
-    return Generated(tokens, logprobs, support, "stop" if length <= room else "length")
+    def _respond(self, prompt: np.ndarray, seed: int, sampling: Sampling) -> Generated:
+        room = min(sampling.max_new_tokens, CONTEXT - len(prompt))
+        if room < 1 or not len(prompt):
+            return REFUSED
+        random = np.random.Generator(np.random.Philox(key=seed))
+        length = int(random.integers(1, room + 2))  # one more than the room: cut off
+        tokens = random.integers(EOS + 1, VOCAB, min(length, room), dtype=np.int32)
+        if length <= room:
+            tokens[-1] = EOS
+        logprobs = -random.random(len(tokens), np.float32)
+        support = EMPTY_II
+        if sampling.topk_support:
+            support = np.stack([random.permutation(VOCAB)[: sampling.topk_support] for _ in tokens]).astype(np.int32)
+        versions = np.full(len(tokens), self.weight_version, np.int32)
+        return Generated(tokens, logprobs, support, "stop" if length <= room else "length", versions)

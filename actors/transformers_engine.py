@@ -8,34 +8,21 @@ Shapes: B rows still in the batch, P longest prompt, T new tokens, V vocabulary.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from ..contracts.config import Lora
 from ..contracts.errors import WeightsMismatch
-from ..contracts.records import EMPTY_F, EMPTY_II, Sampling, WeightBucket, WeightManifest
-from ..models.loading import load_causal_lm, load_tokenizer
+from ..contracts.records import EMPTY_II, Sampling, WeightBucket, WeightManifest
+from ..models.loading import eos_ids, load_causal_lm, load_tokenizer
 from ..models.lora import ReplicaWeights
 from ..models.weight_proof import check_canary, copy_buckets
 from .decoding import roomy_cache
+from .generated import REFUSED, Generated
 from .sampling import draw, uniforms
 
 DONE_SHARE = 0.125  # of the batch: once so many rows have ended, they are taken out (a copy of the cache)
-
-
-@dataclass(frozen=True, slots=True)
-class Generated:
-    """A `contracts.protocols.Generation`."""
-
-    token_ids: np.ndarray
-    logprobs: np.ndarray
-    topk_ids: np.ndarray
-    finish_reason: str
-
-
-REFUSED = Generated(np.zeros(0, np.int32), EMPTY_F, EMPTY_II, "error")
 
 
 class TransformersEngine:
@@ -44,14 +31,16 @@ class TransformersEngine:
     With `lora` it takes adapters alone, and runs them merged.
     """
 
-    def __init__(self, model: str, *, dtype: str, device: str, threads: int, lora: Lora | None = None) -> None:
+    def __init__(
+        self, model: str, *, dtype: str, device: str = "cpu", threads: int = 1, lora: Lora | None = None
+    ) -> None:
         torch.set_num_threads(threads)
         self.model = load_causal_lm(model, dtype, attention="grouped", device=device)
         self.weights = ReplicaWeights(self.model, lora)
         self.tokenizer = load_tokenizer(model)
         self.device = device
         self.context = self.model.config.max_position_embeddings
-        self.eos_ids = torch.tensor(_eos_ids(self.model, self.tokenizer), device=device)
+        self.eos_ids = torch.tensor(eos_ids(model), device=device)
         self.weight_version = 0
         self._proven = True
 
@@ -182,13 +171,7 @@ class _Batch:
                 logprobs[i, :end],
                 support[i, :end] if self.sampling.topk_support else EMPTY_II,
                 "stop" if stopped[i] else "length",
+                np.full(end, self.engine.weight_version, np.int32),
             )
             for i, end in enumerate(self.ends.tolist())
         ]
-
-
-def _eos_ids(model: torch.nn.Module, tokenizer: object) -> list[int]:
-    """Every id that ends a response: the generation configuration's, the model's and the tokenizer's."""
-    found = [getattr(source, "eos_token_id", None) for source in (model.generation_config, model.config, tokenizer)]
-    listed = [ids if isinstance(ids, list | tuple) else [ids] for ids in found]
-    return sorted({i for ids in listed for i in ids if i is not None})

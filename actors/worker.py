@@ -4,16 +4,17 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from threading import Lock
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from ..contracts.arrow import decode, encode
-from ..contracts.config import Lora
 from ..contracts.protocols import Generation
 from ..contracts.records import (
     EMPTY_II,
+    BucketEntries,
     Prompt,
     Receipt,
     Rollout,
@@ -24,15 +25,17 @@ from ..contracts.records import (
 )
 from ..models.contexts import PLAIN, Prompter
 from ..models.loading import load_tokenizer
+from .clock import BusyClock
 from .engines import make_engine
-from .transformers_engine import REFUSED, Generated
+from .generated import REFUSED, Generated
+from .vllm_engine import VllmEngine
 
 
 class RolloutWorker:
-    """One replica: an engine with its model. `max_batch` is the most rollouts sampled at once.
+    """One replica: an engine with its model. `max_batch` is the most rollouts sampled in one call of the engine.
 
-    With `lora` the published weights are adapters of `model` alone.
-    `templates` are the recipe's own (models/contexts.py), `template_kwargs` the chat template's.
+    `templates` are the recipe's own (models/contexts.py), `template_kwargs` the chat template's, `options` the engine's
+    (with `lora` the published weights are adapters of `model` alone).
     """
 
     def __init__(
@@ -40,17 +43,16 @@ class RolloutWorker:
         *,
         engine: str,
         model: str,
-        dtype: str,
-        device: str = "cpu",
-        threads: int = 1,
         max_batch: int = 64,
         templates: Mapping[str, str] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
-        lora: Lora | None = None,
+        **options: Any,
     ) -> None:
-        self.engine = make_engine(engine, model, dtype=dtype, device=device, threads=threads, lora=lora)
+        self.engine = make_engine(engine, model, **options)
         self.model, self.max_batch = model, max_batch
         self.templates, self.template_kwargs = templates, template_kwargs
+        self._clock = BusyClock()
+        self._prompting = Lock()  # a tokenizer serves one thread at a time
 
     @cached_property
     def prompter(self) -> Prompter:
@@ -63,6 +65,18 @@ class RolloutWorker:
         self.engine.load_weights(buckets, manifest)
         return time.perf_counter() - start
 
+    def join_broadcast(self, host: str, port: int, first_rank: int, size: int) -> None:
+        """Meet the learner at `host`:`port`; vLLM's processes are those from `first_rank` on, of `size`."""
+        assert isinstance(self.engine, VllmEngine), "preflight refuses rollout.transfer=broadcast for other engines"
+        self.engine.host.join_broadcast(host, port, first_rank, size)
+
+    def receive_weights(self, manifest: WeightManifest, layout: Sequence[BucketEntries]) -> float:
+        """Take in a version that the learner broadcasts, and prove it; the seconds it took. Raises WeightsMismatch."""
+        assert isinstance(self.engine, VllmEngine)
+        start = time.perf_counter()
+        self.engine.receive_weights(layout, manifest)
+        return time.perf_counter() - start
+
     def generate(
         self, prompts: pa.RecordBatch, requests: tuple[SampleRequest, ...], sampling: Sampling
     ) -> tuple[pa.RecordBatch, Receipt]:
@@ -71,7 +85,7 @@ class RolloutWorker:
         That is a prompt without room for a response, a context whose fields the row lacks, or a row without a solution
         where the dataset answers. A rollout holds the plain prompt, whatever its generator was shown.
         """
-        start = time.perf_counter()
+        started = self._clock.start()
         rows = sorted({request.row for request in requests})
         by_row = dict(zip(rows, decode(Prompt, prompts, rows), strict=True))
         responses = self._respond([by_row[request.row] for request in requests], requests, sampling)
@@ -81,17 +95,19 @@ class RolloutWorker:
         ]
         batch = encode(Rollout, rollouts)
         reasons = Counter(rollout.finish_reason for rollout in rollouts)
+        sampled = [rollout.oldest_version for rollout in rollouts if rollout.weight_versions.size]
+        errors = {"prompt": reasons["error"], "restarted": sum(response.restarts for response in responses)}
         receipt = Receipt(
             rows=len(rollouts),
             tokens=sum(rollout.response_length for rollout in rollouts if rollout.source != "dataset"),
-            seconds=time.perf_counter() - start,
+            seconds=self._clock.stop(started),
             lengths=tuple(len(rollout.token_ids) for rollout in rollouts),
             response_lengths=tuple(rollout.response_length for rollout in rollouts),
-            weight_version=self.engine.weight_version,
+            weight_version=min(sampled, default=self.engine.weight_version),
             surprisal=-sum(float(rollout.logprobs.sum(dtype=np.float64)) for rollout in rollouts),
             finish_reasons=tuple(rollout.finish_reason for rollout in rollouts),
             truncated=reasons["length"],
-            errors={"prompt": reasons["error"]} if reasons["error"] else {},
+            errors={name: number for name, number in errors.items() if number},
         )
         return batch, receipt
 
@@ -105,7 +121,8 @@ class RolloutWorker:
             if request.source == "dataset":
                 responses[i] = _given(prompt, sampling)
                 continue
-            ids = prompt.token_ids if request.context == PLAIN else self.prompter.ids(request.context, prompt)
+            with self._prompting:
+                ids = prompt.token_ids if request.context == PLAIN else self.prompter.ids(request.context, prompt)
             if ids is not None:
                 shown[i] = ids
         order = sorted(shown, key=lambda i: (len(shown[i]), requests[i].row))
@@ -130,8 +147,7 @@ class RolloutWorker:
             logprobs=response.logprobs,
             loss_mask=np.ones(len(response.token_ids), bool),
             topk_ids=response.topk_ids,
-            weight_version_min=self.engine.weight_version,
-            weight_version_max=self.engine.weight_version,
+            weight_versions=response.weight_versions,
             finish_reason=response.finish_reason,
             answer=prompt.answer,
             teacher=prompt.teacher,

@@ -51,8 +51,9 @@ from tutorloop.cluster import run
 from tutorloop.cluster.data import load_prompts
 from tutorloop.cluster.statistics import summarise
 from tutorloop.contracts.arrow import decode, encode
-from tutorloop.contracts.config import Config, Data, load_config
+from tutorloop.contracts.config import Config, Data
 from tutorloop.contracts.errors import DataError, InputError
+from tutorloop.contracts.recipe import load_config
 from tutorloop.contracts.records import Prompt, Rollout, SampleRequest, Sampling, seed_of
 from tutorloop.models.loading import load_tokenizer
 from tutorloop.verifier_service.worker import VerifierWorker

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tutorloop.cluster import run
-from tutorloop.contracts.config import load_config
+from tutorloop.contracts.recipe import load_config
 
 ROOT = Path(__file__).parents[1]
 WARM_UP = 5

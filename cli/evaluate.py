@@ -30,7 +30,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> bool:
     """Evaluate a model on problems with verifiable answers."""
-    from ..contracts.config import parse_config
+    from ..contracts.recipe import parse_config
 
     final = Path(model) / "final"
     tree = {

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ..contracts.config import load_config
+from ..contracts.recipe import load_config
 
 
 def train(

@@ -69,7 +69,7 @@ def _read_hub(path: str, name: str, split: str) -> list[dict[str, Any]]:
         found = f"{path}: no such file, and the datasets library is not installed"
         raise DataError("a hub dataset needs the extra `hub`", found, "pip install 'tutorloop[hub]'") from error
     try:
-        return list(datasets.load_dataset(path, name or None, split=split))
+        return [dict(row) for row in datasets.load_dataset(path, name or None, split=split)]
     except Exception as error:  # whatever the hub's client raises, the user needs one answer
         found = f"{path}: no such file, and as a hub id: {type(error).__name__}: {error}"
         raise DataError("data.path is a JSONL or Parquet file, lab:SPLIT or a hub id", found) from error

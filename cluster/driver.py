@@ -25,6 +25,7 @@ from .progress import Progress
 from .run_folder import RunFolder
 from .stages import EntropyCollapse
 from .tally import Tally, pass_rate, sampler_entropy
+from .weight_broadcast import WeightBroadcast
 
 
 @dataclass(slots=True)
@@ -55,6 +56,7 @@ class Driver:
     folder: RunFolder
     flow: Flow
     learner: LearnerGroup
+    broadcasts: WeightBroadcast | None  # to the rollout pool, in place of the object store
     followers: Sequence[Pool]
     averages: Sequence[Pool]
     problems: Sequence[ProblemSet]
@@ -132,17 +134,20 @@ class Driver:
         method that trains given answers alone publishes what is evaluated.
         """
         done, composition = self.step - self.flow.first, self.flow.composition
-        takers = [self.flow.services.rollouts, *self.followers]
+        rollouts = self.flow.services.rollouts
+        takers = [*([] if self.broadcasts else [rollouts]), *self.followers]
         unread = done > 0 and "student" not in composition.generators and not self.followers
         in_a_round = done % composition.round_steps > 0
         if not self.ended and (in_a_round or (unread and not self._due(self.config.eval.every))):
             return
         with clock("publish"):
-            manifest, buckets = self.learner.publish(self.step)
+            if self.broadcasts:
+                self.broadcasts.send(self.step, self.flow.pools)
+            manifest, buckets = self.learner.publish(self.step) if takers else (None, [])
         with clock("load"):
             for pool in takers:
                 pool.broadcast("load_weights", manifest, *buckets)
-            while self.config.max_staleness == 0 and not all(pool.settled for pool in takers):
+            while self.config.max_staleness == 0 and not all(pool.settled for pool in (rollouts, *self.followers)):
                 pump(self.flow.pools)
         if composition.restart and done and not self.ended:
             self.learner.restart()

@@ -213,7 +213,9 @@ class Flow:
 
         for name, request in asked:
             shown = () if request.context == "plain" else (self.prompts, shard.verdicts)
-            self.services.teachers[name].submit(Call("score", (rollouts, request, *shown), cost, scored))
+            pool = self.services.teachers[name]
+            counted = pool is not self.services.rollouts  # whose figures are those of generating
+            pool.submit(Call("score", (rollouts, request, *shown), cost, scored, counted))
 
     def _follow_up(self, shard: Shard) -> None:
         """Ask what the method wants on top of a judged shard; the answers join the step."""

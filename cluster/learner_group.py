@@ -47,7 +47,7 @@ class LearnerGroup:
         bundle = {name: amount for name, amount in need.items() if amount} or {"CPU": 0.001}
         self._group = placement_group([bundle] * learner.ranks, strategy="PACK")
         get(self._group.ready(), LearnerError, "learner's placement")
-        address, port = ray.get(_rendezvous.options(scheduling_strategy=self._bundle(0)).remote())
+        address, port = self.rendezvous()
         same_host = address == ray.util.get_node_ip_address()
         actor = ray.remote(LearnerWorker)
         self.ranks: list[Any] = [
@@ -71,6 +71,10 @@ class LearnerGroup:
             )
             for rank in range(learner.ranks)
         ]
+
+    def rendezvous(self) -> tuple[str, int]:
+        """Address and a free port of rank 0's node."""
+        return ray.get(_rendezvous.options(scheduling_strategy=self._bundle(0)).remote())
 
     def _bundle(self, rank: int) -> PlacementGroupSchedulingStrategy:
         return PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank)

@@ -5,21 +5,25 @@ returns its payload (left in the object store) and a small `Receipt` (read by th
 tokens and busy seconds come with the receipts.
 """
 
-import resource
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray import ObjectRef
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ..contracts import config
-from ..contracts.errors import TutorloopError
+from ..contracts.errors import ResourceError, TutorloopError
 from ..contracts.records import Receipt
 from .runtime import end, get
 
-OUTSTANDING = 2  # calls at one replica: one at work, one waiting beside it
+PLACE_SECONDS = 120  # a cluster may first have to start a node
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,22 +38,38 @@ class Call:
 
 
 class Pool:
-    """Replicas of one worker class. `boundary` is the error that a lost replica becomes."""
+    """Replicas of one worker class. `boundary` is the error that a lost replica becomes.
+
+    `at_once`: calls that one replica works on side by side. With one, a second waits beside it at the replica, which
+    takes everything in its order. With several, what is submitted after a broadcast waits here for its end.
+    """
 
     def __init__(
-        self, name: str, worker: type, pool: config.Pool, boundary: type[TutorloopError], **arguments: Any
+        self,
+        name: str,
+        worker: type,
+        pool: config.Pool,
+        boundary: type[TutorloopError],
+        *,
+        at_once: int = 1,
+        **arguments: Any,
     ) -> None:
         self.name, self.boundary = name, boundary
         self.tokens, self.busy_seconds = 0, 0.0
         self.errors: Counter[str] = Counter()
-        actor = ray.remote(worker).options(num_cpus=pool.num_cpus, num_gpus=pool.num_gpus)
-        self.replicas: list[Any] = [actor.remote(**arguments) for _ in range(pool.replicas)]
+        self._outstanding, self._ordered = max(2, at_once), at_once == 1
+        self.places = Places(pool)
+        self.replicas: list[Any] = [
+            ray.remote(worker).options(max_concurrency=1 if at_once == 1 else at_once + 1, **place).remote(**arguments)
+            for place in self.places.options
+        ]
         self._backlog: deque[Call] = deque()
         self._in_flight: dict[ObjectRef, tuple[int, Call, ObjectRef]] = {}  # receipt → replica, call, payload
-        self._acks: set[ObjectRef] = set()
+        self._acks: dict[ObjectRef, int] = {}  # unanswered broadcasts → replica
 
     def ready(self) -> None:
         """Wait until every replica has started; its error, if it cannot, comes from here."""
+        self.places.ready(self.name)
         get([replica.__ray_ready__.remote() for replica in self.replicas], self.boundary, f"{self.name} pool")
 
     def submit(self, call: Call) -> None:
@@ -62,7 +82,8 @@ class Pool:
             for replica, call, _ in self._in_flight.values():
                 calls, cost = loads[replica]
                 loads[replica] = (calls + 1, cost + call.cost)
-            free = [index for index, (calls, _) in enumerate(loads) if calls < OUTSTANDING]
+            held = set() if self._ordered else set(self._acks.values())
+            free = [i for i, (calls, _) in enumerate(loads) if calls < self._outstanding and i not in held]
             if not free:
                 return
             index = min(free, key=lambda i: (loads[i][1], i))
@@ -73,7 +94,8 @@ class Pool:
 
     def broadcast(self, method: str, *args: Any) -> None:
         """Call every replica, after what it has in flight and before anything submitted later."""
-        self._acks |= {getattr(replica, method).remote(*args) for replica in self.replicas}
+        for index, replica in enumerate(self.replicas):
+            self._acks[getattr(replica, method).remote(*args)] = index
 
     def call(self, replicas: Sequence[Any], method: str, *args: Any) -> None:
         """Call some replicas, behind what they have in flight, and wait for them."""
@@ -97,7 +119,8 @@ class Pool:
         """Take a finished reference of `waiting_for`; raises what the replica raised."""
         result = get(ref, self.boundary, f"{self.name} pool")
         if ref in self._acks:
-            self._acks.remove(ref)
+            del self._acks[ref]
+            self._dispatch()
             return
         _, call, payload = self._in_flight.pop(ref)
         receipt: Receipt = result
@@ -112,19 +135,78 @@ class Pool:
         """Resident bytes at their peak, summed over the replicas."""
         return sum(get([peak_memory(replica) for replica in self.replicas], self.boundary, f"{self.name} pool"))
 
+    def check_room(self, tokens: int) -> None:
+        """Raises ResourceError where a replica's engine has no memory for a prompt and response of `tokens`."""
+        contexts = [replica.__ray_call__.remote(lambda worker: worker.engine.context) for replica in self.replicas]
+        least = min(get(contexts, self.boundary, f"{self.name} pool"))
+        if least < tokens:
+            rule = "a replica has memory for the longest prompt and response"
+            remedy = "more memory for it (num_gpus, tensor_parallel), or a shorter rollout.max_new_tokens"
+            raise ResourceError(rule, f"{self.name} pool: {least} tokens; {tokens} needed", remedy)
+
     def close(self) -> None:
         for replica in self.replicas:
             end(replica)
+        self.places.close()
 
 
 def peak_memory(actor: Any) -> ObjectRef:
-    """An actor's resident bytes at their peak, as a reference."""
-    return actor.__ray_call__.remote(lambda _: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    """Resident bytes at their peak of an actor and the processes that it runs, as a reference."""
+    return actor.__ray_call__.remote(_peak_bytes)
+
+
+def _peak_bytes(_: Any) -> int:
+    own, total = psutil.Process(), 0
+    for process in [own, *own.children(recursive=True)]:
+        with suppress(OSError, IndexError):  # it has ended meanwhile
+            status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
+            total += 1024 * int(status.split("VmHWM:")[1].split()[0])
+    return total
 
 
 def torch_placement(pool: config.Pool) -> dict[str, Any]:
     """Where a replica's model runs, and on how many threads: its whole CPUs, at least one."""
     return {"device": "cuda" if pool.num_gpus else "cpu", "threads": max(1, int(pool.num_cpus))}
+
+
+def parts_of(pool: config.Pool) -> int:
+    """Parts that a replica's model is split into, each with the pool's CPUs and GPUs."""
+    return getattr(pool, "tensor_parallel", 1)
+
+
+class Places:
+    """Where the replicas of a pool run: `options` for the actor of each.
+
+    A replica whose model is split needs its GPUs on one node: it gets a placement group of one bundle with all of them.
+    """
+
+    def __init__(self, pool: config.Pool) -> None:
+        parts = parts_of(pool)
+        own = {"num_cpus": pool.num_cpus * parts, "num_gpus": pool.num_gpus * parts}
+        self.options: list[dict[str, Any]] = [own] * pool.replicas
+        self._groups = []
+        if parts > 1:
+            bundle = {name: amount for name, amount in (("CPU", own["num_cpus"]), ("GPU", own["num_gpus"])) if amount}
+            self._groups = [placement_group([bundle], strategy="STRICT_PACK") for _ in range(pool.replicas)]
+            self.options = [
+                {**own, "scheduling_strategy": PlacementGroupSchedulingStrategy(placement_group=group)}
+                for group in self._groups
+            ]
+
+    def ready(self, name: str) -> None:
+        """Raises ResourceError where no node has room for a whole replica."""
+        if not self._groups:
+            return
+        waiting = [group.ready() for group in self._groups]
+        _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=PLACE_SECONDS)
+        if waiting:
+            found = f"{len(waiting)} of the {name} pool's {len(self._groups)} found none in {PLACE_SECONDS} s"
+            remedy = "lower tensor_parallel or replicas, or use larger nodes"
+            raise ResourceError("a replica whose model is split fits on one node", found, remedy)
+
+    def close(self) -> None:
+        for group in self._groups:
+            remove_placement_group(group)
 
 
 def pump(pools: Iterable[Pool], others: Iterable[ObjectRef] = (), timeout: float = 0.5) -> None:

@@ -5,13 +5,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..contracts.config import REFERENCE, Config, Pool, Teacher
-from ..contracts.errors import ConfigError, DataError, ModelError, TokenizerMismatch
+from ..contracts.errors import ConfigError, DataError, ModelError, TeacherError, TokenizerMismatch
 from ..contracts.records import Prompt
 from ..models.contexts import fields_of
-from ..models.loading import check_weights, load_config, load_tokenizer, tokenizer_hash
+from ..models.loading import check_architecture, check_weights, load_config, load_tokenizer, tokenizer_hash
 from ..models.lora import check_targets
+from ..models.vllm_support import check_vllm_architecture
+from ..teacher_service.http_engine import ServerLimits, probe
 from .data import check_context, load_prompts
 from .methods.composition import Composition
+from .pool import parts_of
+from .services import api_key_of
 
 SHOWN = {"answer": "data.answer_field", "solution": "data.solution_field"}  # fields of templates that rows must have
 
@@ -23,6 +27,7 @@ class Inputs:
     train: list[Prompt]
     in_distribution: list[Prompt]
     out_of_distribution: list[Prompt]
+    servers: dict[str, ServerLimits]  # of teachers behind http, by their names
 
 
 def check_inputs(config: Config, compositions: Sequence[Composition]) -> Inputs:
@@ -31,18 +36,25 @@ def check_inputs(config: Config, compositions: Sequence[Composition]) -> Inputs:
     if (evaluation.path or evaluation.ood_path) and not verified:
         raise ConfigError("an evaluation needs a verifier", "verifier.kind=none", "set eval.path= or choose a verifier")
     tokenizer = load_tokenizer(config.student.model)
-    scorers = {name: teacher.model for name, teacher in config.named_teachers.items()}
+    local = {name: teacher for name, teacher in config.named_teachers.items() if teacher.engine != "http"}
+    scorers = {name: teacher.model for name, teacher in local.items()}
     if config.reference:
         scorers[REFERENCE] = config.reference.model
     for model in {config.student.model, *scorers.values()}:
+        check_architecture(model)
         check_weights(model)
+    for model in _under_vllm(config):
+        check_vllm_architecture(model)
     if config.student.lora:
         check_targets(config.student.model, config.student.lora)
     contexts = {"student": context_length(config.student.model)}
     for name, model in scorers.items():
         _check_same_tokenizer(config.student.model, tokenizer, name, model)
-        contexts[f"teacher {name}"] = context_length(model)
-    for name, teacher in config.named_teachers.items():
+        room = 1 if name in local and local[name].engine == "vllm" else 0  # for the token that vLLM adds to a prompt
+        contexts[f"teacher {name}"] = context_length(model) - room
+    servers = {name: _probe(t, tokenizer, compositions) for name, t in config.named_teachers.items() if t.urls}
+    contexts |= {f"teacher {name}": limits.context for name, limits in servers.items()}
+    for name, teacher in local.items():
         _check_vocabularies(config.student.model, name, teacher, compositions)
         if teacher.follows and teacher.dtype != config.learner.dtype:
             found = f"{name}: {teacher.dtype}; learner: {config.learner.dtype}"
@@ -61,7 +73,26 @@ def check_inputs(config: Config, compositions: Sequence[Composition]) -> Inputs:
                 check_context(prompts, evaluation.max_new_tokens or config.rollout.max_new_tokens, context, path, who)
     _check_shown(config, compositions, train)
     train = _with_teachers(config, compositions, train)
-    return Inputs(train=train, in_distribution=held_out[0], out_of_distribution=held_out[1])
+    return Inputs(train=train, in_distribution=held_out[0], out_of_distribution=held_out[1], servers=servers)
+
+
+def _under_vllm(config: Config) -> set[str]:
+    """Models that the vllm engine will run."""
+    models = {teacher.model for teacher in config.named_teachers.values() if teacher.engine == "vllm"}
+    return models | ({config.student.model} if config.rollout.engine == "vllm" else set())
+
+
+def _probe(teacher: Teacher, tokenizer: Any, compositions: Iterable[Composition]) -> ServerLimits:
+    """What the teacher's servers can do; they must be able to do what the stages ask."""
+    try:
+        limits = probe(teacher.model, teacher.urls, teacher.timeout_seconds, api_key_of(teacher), tokenizer)
+    except TeacherError as error:  # before the run it is the recipe's fault, and not the machine's
+        raise ConfigError(error.rule, error.found, error.remedy) from error
+    for scoring in (composition.scoring for composition in compositions if composition.scoring):
+        if scoring.top_k > limits.largest_k:
+            rule = "method_options.top_k is at most the largest K that the teacher's servers return"
+            raise ConfigError(rule, f"{scoring.top_k}; {limits.largest_k}", "lower it, or raise their --max-logprobs")
+    return limits
 
 
 def _check_shown(config: Config, compositions: Iterable[Composition], prompts: Sequence[Prompt]) -> None:
@@ -128,13 +159,13 @@ def _with_teachers(config: Config, compositions: Iterable[Composition], prompts:
 
 def resources_needed(config: Config, compositions: Iterable[Composition]) -> dict[str, float]:
     """Sum of what the pools and the learner take, by Ray's names."""
-    pools: list[Pool] = [config.rollout, config.verifier, *config.named_teachers.values()]
+    pools: list[Pool] = [config.rollout, config.verifier, *(t for t in config.named_teachers.values() if not t.shared)]
     if config.reference:
         pools.append(config.reference)
     if any("teacher" in composition.generators for composition in compositions):
         pools.append(config.teacher_rollout)
     learner = config.learner
     return {
-        "CPU": sum(p.replicas * p.num_cpus for p in pools) + learner.ranks * learner.num_cpus,
-        "GPU": sum(p.replicas * p.num_gpus for p in pools) + learner.ranks * learner.num_gpus,
+        "CPU": sum(p.replicas * parts_of(p) * p.num_cpus for p in pools) + learner.ranks * learner.num_cpus,
+        "GPU": sum(p.replicas * parts_of(p) * p.num_gpus for p in pools) + learner.ranks * learner.num_gpus,
     }

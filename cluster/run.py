@@ -37,6 +37,7 @@ from .runtime import check_resources, cluster
 from .services import heads, stage_generators, stage_teachers, start_generators, start_verifiers
 from .stages import EntropyCollapse
 from .tally import Tally
+from .weight_broadcast import WeightBroadcast
 
 Checkpoint = tuple[Path, dict[str, Any]]
 
@@ -85,6 +86,8 @@ def train(config: Config, resume: bool, address: str | None, console: Console) -
     with cluster(address), ExitStack() as stack:
         check_resources(resources_needed(config, compositions))
         progress = stack.enter_context(Progress(config.total_steps, console))
+        for name, limits in inputs.servers.items():
+            progress.note(f"{name}: {limits}")
         if checkpoint:
             progress.note(f"resuming after step {checkpoint[1]['step']} from {checkpoint[0]}")
         run = Run(
@@ -142,13 +145,19 @@ def _assemble(run: Run, number: int, composition: Composition, first: int, stack
     generators = stage_generators(config, composition)
     learner.ready()
     _ready(generators, stack)
+    generators["student"].check_room(_longest(run.inputs, config))
+    broadcasts = None
+    if config.rollout.transfer == "broadcast":
+        broadcasts = WeightBroadcast(learner, generators["student"], config.rollout.tensor_parallel)
     log = run.open()
     if not run.tally.evals:
         _evaluate_teachers(run, config, log)
     run.progress.phase(f"starting the teachers of {config.method}")
-    teachers = stage_teachers(config, composition)
-    _ready(teachers, stack)
-    following = {name: t.follows for name, t in config.named_teachers.items() if name in teachers and t.follows}
+    teachers = stage_teachers(config, composition, generators["student"], run.inputs.servers)
+    _ready({name: pool for name, pool in teachers.items() if pool is not generators["student"]}, stack)
+    following = {
+        name: t.follows for name, t in config.named_teachers.items() if name in teachers and t.follows and not t.shared
+    }
     flow = Flow(
         config,
         composition,
@@ -164,6 +173,7 @@ def _assemble(run: Run, number: int, composition: Composition, first: int, stack
         folder=run.folder,
         flow=flow,
         learner=learner,
+        broadcasts=broadcasts,
         followers=[teachers[name] for name in following],
         averages=[teachers[name] for name, follows in following.items() if follows == "ema"],
         problems=run.problems,
@@ -177,6 +187,11 @@ def _assemble(run: Run, number: int, composition: Composition, first: int, stack
     )
 
 
+def _longest(inputs: Inputs, config: Config) -> int:
+    """Tokens of the longest prompt with the longest response."""
+    return max(len(prompt.token_ids) for prompt in inputs.train) + config.rollout.max_new_tokens
+
+
 def _ready(pools: Mapping[str, Pool], stack: ExitStack) -> None:
     for pool in dict.fromkeys(pools.values()):
         stack.callback(pool.close)
@@ -184,8 +199,9 @@ def _ready(pools: Mapping[str, Pool], stack: ExitStack) -> None:
 
 
 def _evaluate_teachers(run: Run, config: Config, log: MetricsLog) -> None:
-    """Each teacher generates once, so that the student's goal is known. A self-teacher is the student, and is not."""
-    others = [t for t in config.named_teachers.values() if t.model != config.student.model]
+    """Each teacher generates once, so that the student's goal is known. A self-teacher is the student, and is not;
+    nor is one behind http, which only scores."""
+    others = [t for t in config.named_teachers.values() if t.model != config.student.model and t.engine != "http"]
     try:
         for teacher in others if run.problems else []:
             run.progress.phase(f"evaluating the teacher {teacher.model}")

@@ -15,8 +15,9 @@ from typing import Any
 
 import yaml
 
-from ..contracts.config import Config, parse_config
+from ..contracts.config import Config
 from ..contracts.errors import CheckpointError, RunFolderError, StorageError, TutorloopError
+from ..contracts.recipe import parse_config
 
 FULL_BYTES = 16 * 2**20  # with less room than this, a failed write is a full disk
 # First or last parts of the keys that may differ between a run and its continuation: where it runs, how long, and what

@@ -1,13 +1,20 @@
 """Starting a stage's pools: generators, teachers and reference, verifiers; and the heads that the learner needs."""
 
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from ..actors.engines import CALLS_AT_ONCE
 from ..actors.worker import RolloutWorker
 from ..contracts.config import REFERENCE, Config, Lora, Reference, Teacher
 from ..contracts.config import Pool as PoolConfig
-from ..contracts.errors import RolloutError, TeacherError, VerifierError
+from ..contracts.errors import ConfigError, RolloutError, TeacherError, VerifierError
+from ..teacher_service.http_engine import ServerLimits
 from ..teacher_service.worker import TeacherWorker
 from ..verifier_service.worker import VerifierWorker
 from .methods.composition import Composition
 from .pool import Pool, torch_placement
+from .self_teaching import SelfTeachingWorker
 
 
 def stage_generators(config: Config, composition: Composition) -> dict[str, Pool]:
@@ -25,10 +32,10 @@ def stage_generators(config: Config, composition: Composition) -> dict[str, Pool
 def start_generators(
     name: str, model: str, dtype: str, pool: PoolConfig, config: Config, lora: Lora | None = None
 ) -> Pool:
-    """A pool of rollout workers with `model`; with `lora` they take adapters of it."""
-    placement = torch_placement(pool)
+    """A pool of rollout workers with `model`; with `lora` they take adapters of it. The student's rollout pool scores
+    too, where a teacher shares it."""
     rollout = config.rollout
-    arguments = {
+    arguments: dict[str, Any] = {
         "engine": rollout.engine,
         "model": model,
         "dtype": dtype,
@@ -36,8 +43,25 @@ def start_generators(
         "templates": config.templates,
         "template_kwargs": config.data.chat_template_kwargs,
         "lora": lora,
+        "at_once": CALLS_AT_ONCE.get(rollout.engine, 1),
+        **_placement(rollout.engine, pool),
     }
-    return Pool(name, RolloutWorker, pool, RolloutError, **arguments, **placement)
+    if rollout.engine == "vllm":
+        arguments |= {"max_running": rollout.batch_size, "in_flight": rollout.in_flight}
+    shared = {key: teacher for key, teacher in config.named_teachers.items() if teacher.shared}
+    if not shared or pool is not rollout:
+        return Pool(name, RolloutWorker, pool, RolloutError, **arguments)
+    ((teacher_id, teacher),) = shared.items()
+    own = {"teacher_id": teacher_id, "tokens_per_batch": teacher.tokens_per_batch}
+    return Pool(name, SelfTeachingWorker, pool, RolloutError, **arguments, **own)
+
+
+def _placement(engine: str, pool: PoolConfig) -> dict[str, Any]:
+    """What an engine is told of its replica's CPUs and GPUs."""
+    if engine != "vllm":
+        return torch_placement(pool)
+    share = pool.num_gpus if 0 < pool.num_gpus < 1 else 1.0
+    return torch_placement(pool) | {"tensor_parallel": getattr(pool, "tensor_parallel", 1), "gpu_share": share}
 
 
 def start_verifiers(config: Config) -> Pool:
@@ -46,37 +70,71 @@ def start_verifiers(config: Config) -> Pool:
     return Pool("verifier", VerifierWorker, verifier, VerifierError, **arguments)
 
 
-def stage_teachers(config: Config, composition: Composition) -> dict[str, Pool]:
-    """The teachers that the stage asks, and the reference model under its own name."""
+def stage_teachers(
+    config: Config, composition: Composition, rollouts: Pool, servers: Mapping[str, ServerLimits]
+) -> dict[str, Pool]:
+    """The teachers that the stage asks, and the reference model under its own name. `servers`: limits of http ones."""
     named = config.named_teachers if composition.scoring else {}
-    one = len(named) == 1
-    teachers = {
-        name: _start_teacher(name, "teacher" if one else f"teacher.{name}", t, config) for name, t in named.items()
-    }
+    hidden = composition.scoring is not None and composition.scoring.signal == "hidden"
+    teachers: dict[str, Pool] = {}
+    for name, teacher in named.items():
+        pool_name = "teacher" if len(named) == 1 else f"teacher.{name}"
+        if teacher.shared:
+            teachers[name] = rollouts
+        elif teacher.engine == "http":
+            teachers[name] = _ask_servers(name, pool_name, teacher, config, servers[name])
+        else:
+            own = {"hidden": hidden} if teacher.engine == "vllm" else {}
+            teachers[name] = _start_teacher(name, pool_name, teacher, config, teacher.engine, own)
     if composition.reference and config.reference:
-        teachers[REFERENCE] = _start_teacher(REFERENCE, REFERENCE, config.reference, config)
+        teachers[REFERENCE] = _start_teacher(REFERENCE, REFERENCE, config.reference, config, "transformers", {})
     return teachers
 
 
-def _start_teacher(name: str, pool_name: str, teacher: Teacher | Reference, config: Config) -> Pool:
-    own = {}
-    if isinstance(teacher, Teacher) and teacher.follows:  # it starts where the stage's student starts
-        own = {"follows": teacher.follows, "ema_decay": teacher.ema_decay, "lora": config.student.lora}
-    return Pool(
-        pool_name,
-        TeacherWorker,
-        teacher,
-        TeacherError,
-        teacher_id=name,
-        engine=teacher.engine if isinstance(teacher, Teacher) else "transformers",
-        model=config.student.model if own else teacher.model,
-        dtype=teacher.dtype,
-        tokens_per_batch=teacher.tokens_per_batch,
-        templates=config.templates,
-        template_kwargs=config.data.chat_template_kwargs,
+def _ask_servers(name: str, pool_name: str, teacher: Teacher, config: Config, limits: ServerLimits) -> Pool:
+    arguments = {
+        "engine": "http",
+        "model": teacher.model,
+        "tokenizer": config.student.model,
+        "urls": teacher.urls,
+        "requests_per_url": teacher.requests_per_url,
+        "timeout_seconds": teacher.timeout_seconds,
+        "api_key": api_key_of(teacher),
+        "limits": limits,
+    }
+    return _teacher_pool(name, pool_name, teacher, config, arguments)
+
+
+def api_key_of(teacher: Teacher) -> str:
+    """From the environment, never from the recipe. Raises ConfigError."""
+    key = os.environ.get(teacher.api_key_env, "") if teacher.api_key_env else ""
+    if teacher.api_key_env and not key:
+        rule = "teacher.api_key_env names an environment variable that holds the servers' key"
+        raise ConfigError(rule, f"{teacher.api_key_env} is not set", f"export {teacher.api_key_env}=…")
+    return key
+
+
+def _start_teacher(
+    name: str, pool_name: str, teacher: Teacher | Reference, config: Config, engine: str, own: dict[str, Any]
+) -> Pool:
+    """`own`: what the engine takes besides."""
+    arguments = {
+        "engine": engine,
+        "model": teacher.model,
+        "dtype": teacher.dtype,
+        "tokens_per_batch": teacher.tokens_per_batch,
+        **_placement(engine, teacher),
         **own,
-        **torch_placement(teacher),
-    )
+    }
+    if isinstance(teacher, Teacher) and teacher.follows:  # it starts where the stage's student starts
+        following = {"follows": teacher.follows, "ema_decay": teacher.ema_decay, "lora": config.student.lora}
+        arguments |= {"model": config.student.model, **following}
+    return _teacher_pool(name, pool_name, teacher, config, arguments)
+
+
+def _teacher_pool(name: str, pool_name: str, pool: PoolConfig, config: Config, arguments: dict[str, Any]) -> Pool:
+    shown = {"templates": config.templates, "template_kwargs": config.data.chat_template_kwargs}
+    return Pool(pool_name, TeacherWorker, pool, TeacherError, teacher_id=name, **shown, **arguments)
 
 
 def heads(config: Config, composition: Composition) -> dict[str, tuple[str, str]]:

@@ -1,18 +1,9 @@
-"""The run's configuration: one YAML file and dotted overrides, validated once, before any actor starts.
+"""The sections of a run's configuration, which recipe.py reads and validates. Imports neither torch nor Ray."""
 
-Imports neither torch nor Ray, so a wrong key costs a second. Unknown keys name the nearest known one.
-"""
-
-import copy
-import difflib
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-from .errors import ConfigError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Section(BaseModel):
@@ -49,8 +40,23 @@ class Student(Section):
 class Teacher(Pool):
     """A teacher pool."""
 
-    model: str = Field(description="local folder, hub id, or `lab:teacher`; shares the student's tokenizer")
-    engine: Literal["transformers"] = Field(default="transformers", description="what runs the model")
+    model: str = Field(
+        description="local folder, hub id, or `lab:teacher`; shares the student's tokenizer. http: its name there"
+    )
+    engine: Literal["transformers", "vllm", "http"] = Field(
+        default="transformers", description="what runs the model; http: servers at `urls`, that somebody else runs"
+    )
+    tensor_parallel: int = Field(
+        default=1,
+        ge=1,
+        description="vllm: parts a replica's model is split into; num_cpus and num_gpus are a part's",
+    )
+    urls: tuple[str, ...] = Field(
+        default=(), description="http: OpenAI-compatible servers of that one model, e.g. http://HOST:8000/v1"
+    )
+    requests_per_url: int = Field(default=16, ge=1, description="http: most requests at one server at a time")
+    timeout_seconds: float = Field(default=120.0, gt=0, description="http: deadline of a rollout, retries included")
+    api_key_env: str = Field(default="", description="http: environment variable that holds the servers' key")
     signal: Literal["sampled", "topk", "exact"] = Field(default="exact", description="what it returns for each token")
     dtype: Literal["fp32", "bf16"] = Field(default="fp32", description="of its weights")
     tokens_per_batch: int = Field(default=8192, ge=1, description="most tokens in one forward pass")
@@ -58,7 +64,30 @@ class Teacher(Pool):
         default="", description="a self-teacher takes the student's published weights: as they are, or their average"
     )
     ema_decay: float = Field(default=0.95, ge=0, lt=1, description="of `ema`: share of the old average kept a version")
+    shared: bool = Field(
+        default=False, description="a `live` self-teacher without a pool of its own: the rollout replicas score too"
+    )
     weight: float = Field(default=1.0, gt=0, description="of its loss, where several teachers score one rollout")
+
+    @model_validator(mode="after")
+    def _of_its_engine(self) -> "Teacher":
+        if (self.engine == "http") != bool(self.urls):
+            raise ValueError("teacher.urls are given where teacher.engine is http, and only there")
+        for url in self.urls:
+            parts = urlsplit(url)
+            if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
+                raise ValueError("teacher.urls read http://HOST:PORT/v1, without a key (teacher.api_key_env)")
+        if self.api_key_env and self.engine != "http":
+            raise ValueError("teacher.api_key_env is for teacher.engine=http")
+        if self.tensor_parallel > 1 and self.engine != "vllm":
+            raise ValueError("teacher.tensor_parallel is for teacher.engine=vllm")
+        if self.follows and self.engine == "http":
+            raise ValueError("teacher.follows needs weights of our own: teacher.engine=transformers or vllm")
+        if self.follows == "ema" and self.engine == "vllm":
+            raise ValueError("teacher.follows=ema averages the weights here: teacher.engine=transformers")
+        if self.shared and self.follows != "live":
+            raise ValueError("teacher.shared is for teacher.follows=live: rollout replicas hold the student's weights")
+        return self
 
 
 class Reference(Pool):
@@ -72,11 +101,34 @@ class Reference(Pool):
 class Rollout(Pool):
     """The rollout pool and how it samples. Its weights have the learner's dtype."""
 
-    engine: Literal["transformers"] = Field(default="transformers", description="what runs the model")
+    engine: Literal["transformers", "vllm"] = Field(default="transformers", description="what runs the model")
+    tensor_parallel: int = Field(
+        default=1,
+        ge=1,
+        description="vllm: parts a replica's model is split into; num_cpus and num_gpus are a part's",
+    )
+    in_flight: Literal["keep", "abort", "wait"] = Field(
+        default="keep",
+        description="vllm: new weights let running rollouts go on, start them again, or wait for their end",
+    )
+    transfer: Literal["object_store", "broadcast"] = Field(
+        default="object_store",
+        description="vllm: new weights come by the object store, or by a broadcast from the learner (NCCL on GPUs)",
+    )
     samples_per_prompt: int = Field(default=4, ge=1, description="rollouts in a prompt group")
     max_new_tokens: int = Field(default=256, ge=1, description="longest response; prompt and response fit the context")
     temperature: float = Field(default=1.0, ge=0, description="0 is greedy")
-    batch_size: int = Field(default=64, ge=1, description="most rollouts in one call of generate")
+    batch_size: int = Field(default=64, ge=1, description="most rollouts that a replica samples at once")
+
+    @model_validator(mode="after")
+    def _of_its_engine(self) -> "Rollout":
+        if self.tensor_parallel > 1 and self.engine != "vllm":
+            raise ValueError("rollout.tensor_parallel is for rollout.engine=vllm")
+        if self.in_flight != "keep" and self.engine != "vllm":
+            raise ValueError("rollout.in_flight is for rollout.engine=vllm")
+        if self.transfer == "broadcast" and self.engine != "vllm":
+            raise ValueError("rollout.transfer=broadcast is for rollout.engine=vllm")
+        return self
 
 
 class Verifier(Pool):
@@ -254,6 +306,11 @@ class Config(Section):
             raise ValueError("give either teacher.model or teachers.NAME.model")
         if REFERENCE in self.teachers:
             raise ValueError(f"a teacher cannot be called {REFERENCE!r}: that is the reference model's name")
+        gpus = {self.rollout.num_gpus, self.learner.num_gpus}
+        if self.rollout.transfer == "broadcast" and gpus != {0} and min(gpus) < 1:
+            raise ValueError(
+                "rollout.transfer=broadcast is between whole GPUs: give rollout and learner num_gpus of 1 or more"
+            )
         if self.learner.min_learning_rate > self.learner.learning_rate:
             raise ValueError("learner.min_learning_rate must not exceed learner.learning_rate")
         return self
@@ -284,100 +341,3 @@ class Config(Section):
 
 
 REFERENCE = "reference"  # the reference model's place among the teachers
-
-
-def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a recipe and apply `key.path=value` overrides (values are YAML). Raises ConfigError."""
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            "a recipe must be a readable file", f"{path}: {error.strerror}", "give a YAML file"
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError("a recipe must be YAML", f"{path}: {error}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError("a recipe is a mapping of keys", f"{path} holds {type(tree).__name__}")
-    return parse_config(tree, overrides)
-
-
-def parse_config(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
-    """Validate a tree of plain values with overrides applied; all its faults come in one ConfigError."""
-    tree = copy.deepcopy(dict(tree))
-    for override in overrides:
-        _apply(tree, override)
-    try:
-        return Config.model_validate(_given(tree))
-    except ValidationError as error:
-        faults = [_explain(fault) for fault in error.errors()]
-        rule = "a recipe and its overrides hold known keys with fitting values"
-        raise ConfigError(rule, "\n         ".join(faults), "docs/configuration.md lists every key") from None
-
-
-def _given(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the keys that hold nothing: `key:` and `key=` mean the default."""
-    kept = {key: _given(value) if isinstance(value, dict) else value for key, value in tree.items()}
-    return {key: value for key, value in kept.items() if value is not None}
-
-
-def _apply(tree: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise ConfigError("an override reads key.path=value", override, "e.g. learner.learning_rate=1e-4")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError("an override's value must be YAML", override) from error
-    *parents, leaf = key.split(".")
-    node = tree
-    for parent in parents:
-        below = node.setdefault(parent, {})
-        if not isinstance(below, dict):
-            raise ConfigError("an override's path leads through sections", f"{key}: {parent} is a value")
-        node = below
-    node[leaf] = value
-
-
-def _explain(fault: Any) -> str:
-    place = [str(part) for part in fault["loc"]]
-    key = ".".join(place) or "recipe"
-    if fault["type"] == "extra_forbidden":
-        known = _known_keys(place[:-1])
-        near = difflib.get_close_matches(place[-1], known, n=1, cutoff=0.5)
-        hint = (
-            f"did you mean {'.'.join([*place[:-1], near[0]])}?" if near else f"known keys: {', '.join(sorted(known))}"
-        )
-        return f"{key}: unknown key; {hint}"
-    if fault["type"] == "missing":
-        return f"{key}: required, and not given"
-    message = str(fault["msg"]).removeprefix("Value error, ")
-    if fault["type"] == "value_error":
-        return message
-    return f"{key}: {message} (found {fault['input']!r})"
-
-
-def _known_keys(place: Sequence[str]) -> list[str]:
-    """Keys of the section at `place`; below `teachers` every name holds a Teacher."""
-    if not place:
-        return list(Config.model_fields)
-    if place[0] == "stages":
-        return list((Until if place[-1] == "until" else Stage).model_fields)
-    if place == ["student", "lora"]:
-        return list(Lora.model_fields)
-    return list(SECTIONS.get(place[0], Teacher).model_fields)
-
-
-SECTIONS: dict[str, type[Section]] = {
-    "student": Student,
-    "teacher": Teacher,
-    "reference": Reference,
-    "data": Data,
-    "rollout": Rollout,
-    "teacher_rollout": Pool,
-    "verifier": Verifier,
-    "learner": Learner,
-    "off_policy": OffPolicy,
-    "eval": Eval,
-    "checkpoint": Checkpoint,
-    "metrics": Metrics,
-}

@@ -9,22 +9,29 @@ from .records import Rollout, Sampling, ScoreRequest, TeacherScores, WeightBucke
 
 
 class Generation(Protocol):
-    """One sampled response: ids and logprobs `[R]`, the sampler's own top-k ids `[R,K]` if asked, and why it ended."""
+    """One sampled response: ids, logprobs and the weight version of each token `[R]`, the sampler's own top-k ids
+    `[R,K]` if asked, and why it ended."""
 
     @property
     def token_ids(self) -> np.ndarray: ...
     @property
     def logprobs(self) -> np.ndarray: ...
     @property
+    def weight_versions(self) -> np.ndarray: ...
+    @property
     def topk_ids(self) -> np.ndarray: ...
     @property
     def finish_reason(self) -> str: ...
+    @property
+    def restarts(self) -> int: ...
 
 
 class RolloutEngine(Protocol):
-    """Generates from token ids. The weights change only between calls of `generate`."""
+    """Generates from token ids. One that batches continuously is called from several threads at once, and its weights
+    may change while it generates; the others' change only between calls of `generate`."""
 
     weight_version: int
+    context: int  # most tokens of prompt and response
 
     def generate(self, prompts: Sequence[np.ndarray], seeds: Sequence[int], sampling: Sampling) -> Sequence[Generation]:
         """One response per prompt. The draw depends on the prompt's seed alone, not on the rest of the batch."""
@@ -41,6 +48,9 @@ class RolloutEngine(Protocol):
 
 class TeacherEngine(Protocol):
     """Scores exact token ids, never re-tokenised text, at temperature 1."""
+
+    context: int  # most tokens of a rollout
+    largest_k: int  # most top-k ids of a token
 
     def score(self, rollouts: Sequence[Rollout], request: ScoreRequest) -> list[TeacherScores]:
         """Scores in the order of `rollouts`; one that cannot be scored comes back with an error class."""

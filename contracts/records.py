@@ -73,8 +73,8 @@ class Rollout:
     logprobs: np.ndarray  # float32 [R], of the sampler as it sampled; 0 where the response was given
     loss_mask: np.ndarray  # bool [R]
     topk_ids: np.ndarray = field(default_factory=lambda: EMPTY_II)  # int32 [R,K], the sampler's own support, if asked
-    weight_version_min: int = 0
-    weight_version_max: int = 0
+    # int32 [R], of the weights that sampled each token; empty where none were
+    weight_versions: np.ndarray = field(default_factory=lambda: EMPTY_I)
     finish_reason: str = "stop"  # stop | length | error
     answer: str = ""  # the prompt's gold answer travels with the rollout to the verifier
     teacher: str = ""  # and so does the name of the teacher to ask
@@ -93,8 +93,7 @@ class Rollout:
             "logprobs": FLOATS,
             "loss_mask": BOOLS,
             "topk_ids": INTS,
-            "weight_version_min": pa.int64(),
-            "weight_version_max": pa.int64(),
+            "weight_versions": INTS,
             "finish_reason": pa.string(),
             "answer": pa.string(),
             "teacher": pa.string(),
@@ -110,12 +109,18 @@ class Rollout:
             )
         _aligned(self, "logprobs", self.logprobs, rows)
         _aligned(self, "loss_mask", self.loss_mask, rows)
-        if self.topk_ids.size:
-            _aligned(self, "topk_ids", self.topk_ids, rows)
+        for name in ("topk_ids", "weight_versions"):
+            if getattr(self, name).size:
+                _aligned(self, name, getattr(self, name), rows)
 
     @property
     def response_length(self) -> int:
         return len(self.token_ids) - self.prompt_length
+
+    @property
+    def oldest_version(self) -> int:
+        """Of the weights that sampled its tokens; 0 where none were."""
+        return int(self.weight_versions.min()) if self.weight_versions.size else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -329,12 +334,15 @@ class Receipt:
 # ---- weights --------------------------------------------------------------------------------------------------------
 
 
+BucketEntries = tuple[tuple[str, str, tuple[int, ...], int], ...]  # name, dtype, shape, offset in bytes
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightBucket:
-    """Some parameters as one flat byte array. `entries`: name, dtype, shape, offset in bytes."""
+    """Some parameters as one flat byte array."""
 
     version: int
-    entries: tuple[tuple[str, str, tuple[int, ...], int], ...]
+    entries: BucketEntries
     data: np.ndarray  # uint8 [bytes]
 
 
@@ -344,7 +352,7 @@ class WeightManifest:
 
     version: int
     buckets: int
-    fingerprint: str  # blake2b over the parameters' names and bytes, in order
+    fingerprint: str  # blake2b over the parameters' names and bytes, in order; "" where no bytes pass by
     canary_ids: np.ndarray  # int32 [C], a fixed prompt
     canary_logprobs: np.ndarray  # float32 [C-1], by the learner, of each next token
     tolerance: float  # largest absolute difference allowed, nats

@@ -11,7 +11,8 @@ from pydantic_core import PydanticUndefined
 
 from tutorloop.cluster.methods import METHODS
 from tutorloop.cluster.methods.composition import Composition
-from tutorloop.contracts.config import SECTIONS, Config, Section
+from tutorloop.contracts.config import Config, Section
+from tutorloop.contracts.recipe import SECTIONS
 
 PAGE = Path(__file__).parent / "configuration.md"
 

@@ -81,7 +81,7 @@ class Foresight:
         weights, keep = np.ones(len(mask), np.float32), np.ones(len(mask), bool)
         if not example.sampled:
             return Foreseen(old=current, weights=weights, keep=keep, gates=gates)
-        share = current_share(self.correction.proximal, rollout.weight_version_min, version, version)
+        share = current_share(self.correction.proximal, rollout.oldest_version, version, version)
         mu = rollout.logprobs
         old = current if share == 1 else mu + np.float32(share) * (current - mu)
         old_M, mu_M = (torch.from_numpy(array[mask]) for array in (old, mu))

@@ -179,17 +179,20 @@ def _teacher(selection: Selection, terms: Sequence[BoundTerm], name: str, device
     def floats(array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(device, torch.float32)
 
-    ids = known("topk", "topk_ids")
+    ids, entropy = known("topk", "topk_ids"), known("topk", "entropy")
     k = next((array.shape[1] for array in ids if array is not None), 1)
     return TeacherTokens(
         sampled_N=floats(selection.flat(known("sampled", "logprobs"), 0.0)),
         topk_ids_NK=torch.from_numpy(selection.flat(ids, 0, (k,))).to(device, torch.int64),
         topk_logprobs_NK=floats(selection.flat(known("topk", "topk_logprobs"), -np.log(2.0 * k), (k,))),
-        entropy_N=floats(
-            selection.flat([a if a is not None and a.size else None for a in known("topk", "entropy")], 0.0)
-        ),
+        entropy_N=floats(selection.flat([_measured(a, ids) for a, ids in zip(entropy, ids, strict=True)], 0.0)),
         hidden=_hidden(selection, {term.key for term in read if term.loss.signal == "exact"}, name, device),
     )
+
+
+def _measured(entropy: np.ndarray | None, ids: np.ndarray | None) -> np.ndarray | None:
+    """The teacher's entropies; NaN where it sent ids alone, as engines do that never see the whole vocabulary."""
+    return entropy if entropy is None or ids is None or entropy.size else np.full(len(ids), np.nan, np.float32)
 
 
 def _hidden(selection: Selection, keys: set[str], name: str, device: str) -> tuple[TeacherHidden, ...]:

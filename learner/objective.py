@@ -141,6 +141,8 @@ class Sums:
         self.totals[(name, count)] = total if before is None else before + total
 
     def means(self, totals: Sequence[float], counts: Mapping[str, float]) -> dict[str, float]:
-        """Means by name of `totals`, these sums over all ranks in order; left out where nothing counted."""
+        """Means by name of `totals`, these sums over all ranks in order; left out where nothing counted, and the
+        teacher's entropy where not every teacher sent one (NaN)."""
         pairs = zip(self.totals, totals, strict=True)
-        return {name: total / counts[count] for (name, count), total in pairs if counts[count]}
+        means = {name: total / counts[count] for (name, count), total in pairs if counts[count]}
+        return {name: mean for name, mean in means.items() if mean == mean or not name.startswith("teacher_entropy")}

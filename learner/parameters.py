@@ -18,10 +18,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..contracts.config import Lora
-from ..contracts.records import WeightBucket, WeightManifest
+from ..contracts.records import BucketEntries, WeightBucket, WeightManifest
+from ..models.checkpoint_names import CheckpointNames
 from ..models.logits import token_logprobs
 from ..models.lora import merged_weights, peft_weights, run_merged
-from ..models.weights import BUCKET_BYTES, BucketWriter
+from ..models.weight_broadcast import BroadcastGroup
+from ..models.weights import BUCKET_BYTES, NAMES, BucketWriter
 
 CANARY_TOKENS = 32
 CANARY_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}  # nats
@@ -29,15 +31,18 @@ CANARY_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}  # nats
 
 def whole_parameters(engine: Any, trained_only: bool) -> Iterator[tuple[str, Tensor]]:
     """Each parameter once, whole, by the name that the transformers model gives it. All ranks must iterate."""
-    named = [
-        (name.removeprefix("model."), p)
-        for name, p in engine.module.named_parameters()
-        if p.requires_grad or not trained_only
-    ]
-    for group in _groups(named):
+    for group in _groups(_trained(engine) if trained_only else _named(engine)):
         with _gathered(engine, [p for _, p in group]):
             for name, p in group:
                 yield name, p.data
+
+
+def _named(engine: Any) -> list[tuple[str, Any]]:
+    return [(name.removeprefix("model."), p) for name, p in engine.module.named_parameters()]
+
+
+def _trained(engine: Any) -> list[tuple[str, Any]]:
+    return [(name, p) for name, p in _named(engine) if p.requires_grad]
 
 
 def _groups(named: list[tuple[str, Any]]) -> Iterator[list[tuple[str, Any]]]:
@@ -59,6 +64,40 @@ def _gathered(engine: Any, parameters: list[Any]) -> Any:
     import deepspeed
 
     return deepspeed.zero.GatheredParameters(parameters)
+
+
+def bucket_layout(engine: Any) -> tuple[BucketEntries, ...]:
+    """What `broadcast_weights` sends: the entries of each bucket. Nothing is gathered for it."""
+    layout = []
+    for group in _groups(_trained(engine)):
+        entries, offset = [], 0
+        for name, p in group:
+            shape = tuple(getattr(p, "ds_shape", p.shape))
+            entries.append((name, NAMES[p.dtype], shape, offset))
+            offset += p.element_size() * torch.Size(shape).numel()
+        layout.append(tuple(entries))
+    return tuple(layout)
+
+
+def broadcast_weights(engine: Any, group: BroadcastGroup | None) -> None:
+    """Send every bucket of the layout through `group`, rank 0's. The other ranks take part in gathering alone."""
+    for parameters in _groups(_trained(engine)):
+        with _gathered(engine, [p for _, p in parameters]):
+            if group:
+                group.broadcast(torch.cat([p.data.reshape(-1).view(torch.uint8) for _, p in parameters]))
+
+
+def announce_weights(engine: Any, version: int, dtype: str) -> WeightManifest:
+    """The manifest of weights that are to be broadcast: the canary proves them alone. All ranks take part."""
+    canary_ids, canary_logprobs = _canary(engine)
+    return WeightManifest(
+        version=version,
+        buckets=0,
+        fingerprint="",
+        canary_ids=canary_ids,
+        canary_logprobs=canary_logprobs,
+        tolerance=CANARY_TOLERANCE[dtype],
+    )
 
 
 def publish_weights(engine: Any, version: int, rank: int, dtype: str) -> Iterator[WeightBucket | WeightManifest]:
@@ -94,7 +133,7 @@ def _canary(engine: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def export_model(engine: Any, student: Path, folder: Path, rank: int, lora: Lora | None) -> None:
-    """A folder that transformers loads as it is; the configuration and the tokenizer come from `student`.
+    """A folder that transformers loads as it is; configuration, tokenizer and tensors' names are those of `student`.
 
     With adapters they are merged into it, and `folder`/adapter holds them alone, as peft loads them on `student`.
     """
@@ -102,10 +141,15 @@ def export_model(engine: Any, student: Path, folder: Path, rank: int, lora: Lora
     tensors = {name: p.detach().cpu().clone() for name, p in whole if rank == 0}
     if rank != 0:
         return
+    buffers = {name for name, _ in engine.module.named_buffers()}  # those that are saved stand in the state too
+    state = engine.module.state_dict().items()
+    tensors |= {name.removeprefix("model."): b.detach().cpu() for name, b in state if name in buffers}
     folder.mkdir(parents=True, exist_ok=True)
     if lora:
         _export_adapter(engine.module.model.peft_config["default"], tensors, folder / "adapter")
         tensors = merged_weights(tensors, lora)
+    names = CheckpointNames(str(student))
+    tensors = dict(stored for name, tensor in tensors.items() for stored in names.of(name, tensor))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     for pattern in ("*.json", "*.jinja", "*.txt", "*.model"):
         for source in student.glob(pattern):

@@ -18,9 +18,10 @@ import torch.distributed
 
 from ..contracts.config import Learner, Lora
 from ..contracts.errors import CheckpointError, ConfigError, ModelError
-from ..contracts.records import Correction, StepPlan, StepReport, Term, WeightBucket, WeightManifest
+from ..contracts.records import BucketEntries, Correction, StepPlan, StepReport, Term, WeightBucket, WeightManifest
 from ..models.loading import load_causal_lm, load_lm_head, locate_model
 from ..models.lora import add_adapters
+from ..models.weight_broadcast import BroadcastGroup
 from .corrections import current_share, effective_share
 from .engine import build_engine, gradient_norm, join_group, learning_rate
 from .examples import Example, Updates, join
@@ -28,7 +29,7 @@ from .foresight import Foresight
 from .loss_head import ChunkedLoss, PackedStudent
 from .micro_batch import Selection, collate
 from .objective import Objective, Sums, divisor_of
-from .parameters import export_model, publish_weights
+from .parameters import announce_weights, broadcast_weights, bucket_layout, export_model, publish_weights
 from .terms import bind_terms
 
 
@@ -64,6 +65,7 @@ class LearnerWorker:
         self.rank, self.world_size, self.device = rank, world_size, device
         self.config, self.steps, self.student, self.correction = config, steps, student, correction
         self.lora, self.seed = lora, seed
+        self.broadcasts: BroadcastGroup | None = None
         join_group(rank, world_size, master_addr, master_port, device)
         self.heads = {name: load_lm_head(*source).to(device) for name, source in heads.items()} if exact else {}
         self.restart()
@@ -164,7 +166,7 @@ class LearnerWorker:
         def share(example: Example) -> float:
             if not example.sampled:
                 return 1.0
-            return current_share(self.correction.proximal, example.rollout.weight_version_min, version, version + done)
+            return current_share(self.correction.proximal, example.rollout.oldest_version, version, version + done)
 
         for i, selection in enumerate(selections):
             batch = collate(selection, self.terms, self.device, share)
@@ -192,6 +194,22 @@ class LearnerWorker:
     def publish(self, version: int) -> Iterator[WeightBucket | WeightManifest]:
         """Rank 0 yields the weights' buckets and then their manifest; the other ranks take part and yield nothing."""
         yield from publish_weights(self.engine, version, self.rank, self.config.dtype)
+
+    def bucket_layout(self) -> tuple[BucketEntries, ...]:
+        """What `broadcast` sends."""
+        return bucket_layout(self.engine)
+
+    def open_broadcast(self, port: int, size: int) -> None:
+        """Wait at `port` for the processes of all replicas; of rank 0 alone."""
+        self.broadcasts = BroadcastGroup("0.0.0.0", port, 0, size, self.device)
+
+    def announce(self, version: int) -> WeightManifest:
+        """The manifest of the weights as they are, for `broadcast`; every rank takes part."""
+        return announce_weights(self.engine, version, self.config.dtype)
+
+    def broadcast(self) -> None:
+        """Send the weights to all replicas, which must be receiving; every rank takes part."""
+        broadcast_weights(self.engine, self.broadcasts)
 
     def save(self, folder: str) -> None:
         """What is trained and its optimizer state, sharded as it is; `load` needs the same ranks, stage and dtype."""

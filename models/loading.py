@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from ..contracts.errors import ModelError
@@ -16,6 +16,15 @@ from ..contracts.errors import ModelError
 transformers_logging.disable_progress_bar()  # a run has its own
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+AFTER_THE_HEAD = (  # fields of configurations whose models do more to the logits than hidden @ head
+    "final_logit_softcapping",
+    "logits_soft_cap",
+    "output_logit_soft_cap",
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+)
+LAYER_TYPES = {"full_attention", "sliding_attention"}
 UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)  # from a bad folder
 
 
@@ -61,6 +70,56 @@ def check_weights(name: str) -> None:
             raise ModelError("a model's safetensors are whole", f"{shard}: {error}", "copy the file again") from error
 
 
+def empty_causal_lm(name: str) -> PreTrainedModel:
+    """The model on torch's device "meta": its parameters' names and shapes, and no weights. Raises ModelError."""
+    try:
+        config = load_config(name)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except UNREADABLE as error:
+        settings = json.loads((locate_model(name) / "config.json").read_text(encoding="utf-8"))
+        kind = settings.get("architectures") or settings.get("model_type") or "no architecture named"
+        found = f"{name}: {kind}: {error}"
+        raise ModelError("transformers has a causal language model of the architecture", found) from error
+
+
+def check_architecture(name: str) -> None:
+    """Refuse a model that transformers lacks, or that would be run otherwise here than it was made. Reads no weights.
+
+    Packed batches keep sequences apart in attention alone, and hidden states times head must be the logits. Raises
+    ModelError.
+    """
+    model = empty_causal_lm(name)
+    check_attention(model, name)
+    kind, head, config = type(model).__name__, model.get_output_embeddings(), model.config.get_text_config()
+    if not isinstance(head, torch.nn.Linear) or head.bias is not None:
+        raise ModelError("a model's head is one matrix without bias", f"{name}: {kind} has {head}")
+    for field in AFTER_THE_HEAD:
+        if getattr(config, field, None) not in (None, 1):
+            found = f"{name}: {kind} with {field}={getattr(config, field)}"
+            raise ModelError("a model's logits are its last hidden states times its head", found)
+
+
+def check_attention(model: PreTrainedModel, name: str) -> None:
+    """Refuse a model whose sequences meet elsewhere than in attention of our own. Raises ModelError naming it."""
+    config = model.config.get_text_config()
+    others = sorted(set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES)
+    reasons = {
+        "keeps a state": getattr(model, "_is_stateful", False),
+        f"has layers of {', '.join(others)}": others,
+        "does not let its attention be replaced": not model._supports_attention_backend,
+        "has a soft cap in its attention (attn_logit_softcapping)": getattr(config, "attn_logit_softcapping", None),
+        "has attention sinks": any(key.endswith("sinks") for key, _ in model.named_parameters()),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ModelError(
+                "a model has plain softmax attention, full or sliding, and nothing else between tokens",
+                f"{name}: {type(model).__name__} {reason}",
+                "use a model like Qwen3, Llama, Gemma 3, Mistral or Qwen3-MoE",
+            )
+
+
 def load_causal_lm(name: str, dtype: str = "fp32", attention: str = "sdpa", device: str = "cpu") -> PreTrainedModel:
     """A causal language model, in evaluation mode. `attention`: "sdpa", or "packed" for packed batches."""
     folder = locate_model(name)
@@ -78,6 +137,8 @@ def load_causal_lm(name: str, dtype: str = "fp32", attention: str = "sdpa", devi
     if found["missing_keys"]:  # transformers would draw them at random
         absent = ", ".join(sorted(found["missing_keys"])[:5])
         raise ModelError("a model's folder holds all its weights", f"{name}: {absent} missing", "save the model whole")
+    if attention != "sdpa":
+        check_attention(model, name)
     return model.to(device=torch.device(device)).eval()  # pyright: ignore[reportCallIssue]
 
 
@@ -95,6 +156,17 @@ def load_tokenizer(name: str) -> Any:
 def load_config(name: str) -> Any:
     """The model's transformers configuration."""
     return AutoConfig.from_pretrained(locate_model(name), local_files_only=True)
+
+
+def eos_ids(name: str) -> list[int]:
+    """Every id that ends a response: the generation configuration's, the model's and the tokenizer's."""
+    folder = locate_model(name)
+    sources: list[Any] = [load_config(name), load_tokenizer(name)]
+    if (folder / "generation_config.json").is_file():
+        sources.append(GenerationConfig.from_pretrained(folder, local_files_only=True))
+    found = [getattr(source, "eos_token_id", None) for source in sources]
+    listed = [ids if isinstance(ids, list | tuple) else [ids] for ids in found]
+    return sorted({i for ids in listed for i in ids if i is not None})
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

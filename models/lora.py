@@ -9,7 +9,7 @@ Shapes: a matrix W `[out, in]`, its factors A `[rank, in]` and B `[out, rank]`.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -87,6 +87,17 @@ def merged_weights(tensors: Mapping[str, torch.Tensor], lora: Lora) -> dict[str,
         if not name.endswith((LORA_A, LORA_B)):
             merged[name.replace(BASE, ".")] = tensor
     return merged
+
+
+def merge_adapters(
+    base: Iterable[tuple[str, torch.Tensor]], adapters: Mapping[str, torch.Tensor], lora: Lora
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a plain checkpoint, those that have an adapter merged with it, on the adapter's terms."""
+    for name, tensor in base:
+        layer = name.removesuffix(".weight")
+        if layer + LORA_A in adapters:
+            tensor = _merge(tensor, adapters[layer + LORA_A], adapters[layer + LORA_B], lora.alpha / lora.rank)
+        yield name, tensor
 
 
 def _merge(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:

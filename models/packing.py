@@ -5,6 +5,8 @@ no mask at all (padding lies to the right of every real token), and folded back.
 the attention implementation "packed", so any architecture that uses its attention interface can run it.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -77,15 +79,30 @@ AttentionInterface.register("packed", packed_attention)
 AttentionMaskInterface.register("packed", lambda *_args, **_kwargs: None)
 
 
+@contextmanager
+def attention_packed(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, `model` runs the packed attention, whatever it was loaded with."""
+    own = model.config._attn_implementation or "sdpa"
+    if own == "packed":
+        yield
+        return
+    model.set_attn_implementation("packed")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(own)
+
+
 def packed_hidden_states(model: PreTrainedModel, token_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """Last hidden states `[T, D]`, the head's input, of `token_ids` int64 `[T]` in sequences of `lengths` int64 `[B]`.
 
-    The model must have been loaded with `attention="packed"`.
+    Attention is packed, whatever the model was loaded with.
     """
     packing = Packing.of(lengths)
-    out = model.base_model(
-        input_ids=token_ids[None], position_ids=packing.positions[None], use_cache=False, packing=packing
-    )
+    with attention_packed(model):
+        out = model.base_model(
+            input_ids=token_ids[None], position_ids=packing.positions[None], use_cache=False, packing=packing
+        )
     return out.last_hidden_state[0]
 
 

@@ -52,17 +52,35 @@ def _copy(parameters: Mapping[str, torch.Tensor], name: str, tensor: torch.Tenso
     own.copy_(tensor)
 
 
-def check_canary(own: np.ndarray, manifest: WeightManifest) -> None:
-    """Compare this replica's canary logprobs `[C-1]` with the learner's. Raises WeightsMismatch."""
+def check_buckets(buckets: Iterable[WeightBucket], manifest: WeightManifest) -> list[WeightBucket]:
+    """The buckets of one version, whole and unchanged on their way. Raises WeightsMismatch."""
+    received = list(buckets)
+    for bucket in received:
+        if bucket.version != manifest.version:
+            raise WeightsMismatch("buckets and manifest are one version", f"{bucket.version} and {manifest.version}")
+    if len(received) != manifest.buckets:
+        raise WeightsMismatch("a version comes with all its buckets", f"{len(received)} of {manifest.buckets}", RESTART)
+    own = fingerprint(pair for bucket in received for pair in read_bucket(bucket))
+    if own != manifest.fingerprint:
+        found = f"{own} here, {manifest.fingerprint} published for version {manifest.version}"
+        raise WeightsMismatch("a version's bytes have the published fingerprint", found, RESTART)
+    return received
+
+
+def check_canary(own: np.ndarray, manifest: WeightManifest, slack: float = 1.0) -> None:
+    """Compare this replica's canary logprobs `[C-1]` with the learner's; `slack` widens the published tolerance.
+
+    Raises WeightsMismatch.
+    """
     if own.shape != manifest.canary_logprobs.shape:
         raise WeightsMismatch(
             "a canary of C ids has C-1 logprobs", f"{own.shape} here, {manifest.canary_logprobs.shape} published"
         )
     gaps = np.abs(own.astype(np.float64) - manifest.canary_logprobs)
     worst = int(gaps.argmax())
-    if not gaps[worst] <= manifest.tolerance:  # so that a NaN is a mismatch too
+    if not gaps[worst] <= slack * manifest.tolerance:  # so that a NaN is a mismatch too
         found = (
             f"version {manifest.version}, canary token {worst + 1}: {own[worst]:.6f} here, "
-            f"{manifest.canary_logprobs[worst]:.6f} by the learner, tolerance {manifest.tolerance:g} nats"
+            f"{manifest.canary_logprobs[worst]:.6f} by the learner, tolerance {slack * manifest.tolerance:g} nats"
         )
         raise WeightsMismatch("a replica scores the canary prompt as the learner does", found, RESTART)

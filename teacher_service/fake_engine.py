@@ -16,12 +16,20 @@ class FakeTeacher:
     """Right shapes and dtypes, and a draw decided by the rollout's token ids; strict about what it is given."""
 
     def __init__(
-        self, model: str, *, teacher_id: str, dtype: str, device: str, threads: int, tokens_per_batch: int
+        self,
+        model: str,
+        *,
+        teacher_id: str,
+        dtype: str,
+        device: str = "cpu",
+        threads: int = 1,
+        tokens_per_batch: int = 8192,
     ) -> None:
         if dtype not in ("fp32", "bf16") or threads < 1 or tokens_per_batch < 1 or not device:
             found = f"{dtype}, {device!r}, {threads}, {tokens_per_batch}"
             raise RecordError("a teacher is given a dtype, a device, threads and a token budget", found)
-        self.model, self.teacher_id, self.dtype = model, teacher_id, dtype
+        self.model, self.teacher_id, self.dtype, self.largest_k = model, teacher_id, dtype, VOCAB
+        self.context = CONTEXT
 
     def score(self, rollouts: Sequence[Rollout], request: ScoreRequest) -> list[TeacherScores]:
         check_request(request, VOCAB)

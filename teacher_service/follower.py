@@ -11,36 +11,21 @@ is ours too. It stays as small as the adapters, and the products of the factors'
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..contracts.config import Lora
 from ..contracts.errors import CheckpointError, TeacherError, WeightsMismatch
-from ..contracts.records import EMPTY_II, Rollout, ScoreRequest, WeightBucket, WeightManifest
-from ..models.lora import ReplicaWeights
-from ..models.weight_proof import check_canary, copy_buckets
+from ..contracts.records import WeightBucket, WeightManifest
 from .transformers_engine import TransformersTeacher
-
-FOLLOWS = ("live", "ema")
+from .vllm_engine import VllmTeacher
 
 
 class Follower:
-    """Keeps `engine`'s weights at the versions that it is given. `version` is the one held, 0 before the first.
+    """Keeps `engine`'s weights at the versions that it is given. `version` is the one held, 0 before the first."""
 
-    With `lora` the versions are adapters alone, and the engine runs them merged.
-    """
-
-    def __init__(self, engine: object, follows: str, decay: float, lora: Lora | None = None) -> None:
-        if follows not in FOLLOWS:
-            raise TeacherError("a teacher follows its student live or as an ema", follows, f"known: {FOLLOWS}")
-        if not isinstance(engine, TransformersTeacher):
-            raise TeacherError("a teacher that follows its student has weights", type(engine).__name__)
-        self.engine, self.follows, self.decay = engine, follows, decay
-        self.weights = ReplicaWeights(engine.model, lora)
-        self.parameters = self.weights.parameters
-        self.average: dict[str, torch.Tensor] = {}  # float32; of `ema`, from the first version on
+    def __init__(self, engine: TransformersTeacher | VllmTeacher) -> None:
+        self.engine = engine
         self._taken, self._proven = -1, True
 
     @property
@@ -53,59 +38,50 @@ class Follower:
             raise WeightsMismatch("a teacher scores with proven weights only", "its last load failed")
 
     def take(self, buckets: Sequence[WeightBucket], manifest: WeightManifest) -> None:
-        """Copy a version in, prove it by fingerprint and canary, then average; one that is not newer is ignored.
+        """Have the engine take a version in and prove it; one that is not newer is ignored.
 
-        Raises WeightsMismatch; the average is then what it was, and the next good version heals the model.
+        Raises WeightsMismatch; the next good version heals the model.
         """
         if manifest.version <= self._taken:
             return
         self._proven = False
-        copy_buckets(self.parameters, buckets, manifest)
-        self.weights.apply()
-        check_canary(self._canary(manifest.canary_ids), manifest)
-        if self.follows == "ema":
-            self._mix()
+        self.engine.load_weights(buckets, manifest)
         self._taken, self._proven = manifest.version, True
 
+
+class Averager(Follower):
+    """Runs the average of the versions. A version that could not be proven leaves it as it was."""
+
+    def __init__(self, engine: TransformersTeacher, decay: float) -> None:
+        super().__init__(engine)
+        self.decay, self.weights = decay, engine.weights
+        self.average: dict[str, torch.Tensor] = {}  # float32, from the first version on
+
     @torch.no_grad()
-    def _mix(self) -> None:
-        """The model holds the new version; afterwards it holds the average."""
-        if not self.average:
-            self.average = {name: own.to(torch.float32, copy=True) for name, own in self.parameters.items()}
+    def take(self, buckets: Sequence[WeightBucket], manifest: WeightManifest) -> None:
+        """And average: the model holds the new version for a moment, and then the average again."""
+        before = self._taken
+        super().take(buckets, manifest)
+        if self._taken == before:
             return
-        for name, own in self.parameters.items():
+        parameters = self.weights.parameters
+        if not self.average:
+            self.average = {name: own.to(torch.float32, copy=True) for name, own in parameters.items()}
+            return
+        for name, own in parameters.items():
             self.average[name].mul_(self.decay).add_(own.float(), alpha=1 - self.decay)
             own.copy_(self.average[name])
         self.weights.apply()
 
-    def _canary(self, ids: np.ndarray) -> np.ndarray:
-        """Logprobs `[C-1]` of each next token, the way that rollouts are scored."""
-        rows = len(ids) - 1
-        canary = Rollout(
-            rollout_id="canary",
-            prompt_id="canary",
-            group_id="canary",
-            sample_index=0,
-            token_ids=ids,
-            prompt_length=1,
-            text="",
-            logprobs=np.zeros(rows, np.float32),
-            loss_mask=np.ones(rows, bool),
-            topk_ids=EMPTY_II,
-        )
-        return self.engine.score([canary], ScoreRequest())[0].logprobs
-
     def save(self, path: str | Path) -> None:
-        """Write the average and its version as safetensors. Raises TeacherError where there is none."""
+        """Write the average and its version as safetensors. Raises TeacherError where there is none yet."""
         if not self.average:
-            raise TeacherError("an average is saved by a teacher that keeps one", f"follows={self.follows!r}, none yet")
+            raise TeacherError("an average is saved once a version has been taken", "none yet")
         save_file(self.average, path, {"version": str(self._taken)})
 
     @torch.no_grad()
     def load(self, path: str | Path) -> None:
-        """Go on from a saved average. Raises CheckpointError, and TeacherError where this teacher keeps none."""
-        if self.follows != "ema":
-            raise TeacherError("an average is loaded by a teacher that keeps one", f"follows={self.follows!r}")
+        """Go on from a saved average. Raises CheckpointError."""
         average: dict[str, torch.Tensor] = {}
         try:
             with safe_open(path, "pt", device=self.engine.device) as tensors:
@@ -114,10 +90,23 @@ class Follower:
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             found = f"{path}: {type(error).__name__}: {error}"
             raise CheckpointError("a teacher's average is a readable safetensors file with a version", found) from error
-        shapes = {name: own.shape for name, own in self.parameters.items()}
+        shapes = {name: own.shape for name, own in self.weights.parameters.items()}
         if shapes != {name: own.shape for name, own in average.items()}:
             raise CheckpointError("a teacher's average is of its model's parameters", str(path), "resume the same run")
         self.average, self._taken, self._proven = average, version, True
-        for name, own in self.parameters.items():
+        for name, own in self.weights.parameters.items():
             own.copy_(average[name])
         self.weights.apply()
+
+
+def follower_of(engine: object, follows: str, decay: float) -> Follower:
+    """What keeps `engine` as `follows` says: "live", or "ema" with `decay`. Raises TeacherError."""
+    if follows == "live" and isinstance(engine, TransformersTeacher | VllmTeacher):
+        return Follower(engine)
+    if follows == "ema" and isinstance(engine, TransformersTeacher):
+        return Averager(engine, decay)
+    raise TeacherError(
+        "a teacher follows its student live, or as an ema of weights in this process",
+        f"{follows!r} with {type(engine).__name__}",
+        "known: live, ema (with the transformers engine)",
+    )

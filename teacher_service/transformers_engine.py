@@ -7,32 +7,49 @@ never in memory as a whole: models/logits gives it a chunk at a time.
 Shapes: T packed tokens of a batch, R response tokens, K ids of the support, D hidden size, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from ..contracts.config import Lora
 from ..contracts.errors import ModelError
-from ..contracts.records import EMPTY_F, Rollout, ScoreRequest, TeacherScores
+from ..contracts.records import EMPTY_F, Rollout, ScoreRequest, TeacherScores, WeightBucket, WeightManifest
 from ..models.loading import load_causal_lm
 from ..models.logits import logit_chunks
-from ..models.packing import Packing, packed_hidden_states
+from ..models.lora import ReplicaWeights
+from ..models.packing import Packing, attention_packed, packed_hidden_states
+from ..models.weight_proof import check_canary, copy_buckets
 from .requests import batches_of, check_request, refusal
 
 
 class TransformersTeacher:
-    """A `contracts.protocols.TeacherEngine` on one device. `threads` are torch's, of the whole process."""
+    """A `contracts.protocols.TeacherEngine` on one device. `threads` are torch's, of the whole process.
+
+    With `lora` the weights that it takes, if any, are adapters alone, and it runs them merged. `shared` is a rollout
+    engine on transformers, whose model it scores with.
+    """
 
     def __init__(
-        self, model: str, *, teacher_id: str, dtype: str, device: str, threads: int, tokens_per_batch: int
+        self,
+        model: str,
+        *,
+        teacher_id: str,
+        dtype: str,
+        device: str = "cpu",
+        threads: int = 1,
+        tokens_per_batch: int = 8192,
+        lora: Lora | None = None,
+        shared: Any = None,
     ) -> None:
         torch.set_num_threads(threads)
         self.teacher_id, self.device, self.tokens_per_batch = teacher_id, device, tokens_per_batch
-        self.model = load_causal_lm(model, dtype, attention="packed", device=device)
+        self.model = shared.model if shared else load_causal_lm(model, dtype, attention="packed", device=device)
+        self.weights = shared.weights if shared else ReplicaWeights(self.model, lora)
         self.head = _head(self.model, model)
         self.context = self.model.config.max_position_embeddings
-        self.vocab = self.model.config.vocab_size
+        self.vocab = self.largest_k = self.model.config.vocab_size
 
     def score(self, rollouts: Sequence[Rollout], request: ScoreRequest) -> list[TeacherScores]:
         """Scores in the order of `rollouts`, at temperature 1; a refused one has an error class and no arrays."""
@@ -58,7 +75,7 @@ class TransformersTeacher:
             given = self._tensor(np.concatenate([r.topk_ids for r in rollouts]))
         top_k = request.top_k if request.signal == "topk" else 0
         logprobs, ids, id_logprobs, entropy = read_logprobs(hidden, self.head, targets, given, top_k)
-        returned = _to_numpy(hidden) if request.signal == "hidden" else np.zeros((len(hidden), 0), np.float32)
+        returned = to_numpy(hidden) if request.signal == "hidden" else np.zeros((len(hidden), 0), np.float32)
         columns = (
             logprobs.cpu().numpy(),
             ids.int().cpu().numpy(),
@@ -83,6 +100,25 @@ class TransformersTeacher:
             )
         ]
 
+    def load_weights(self, buckets: Iterable[WeightBucket], manifest: WeightManifest) -> None:
+        """Copy a version of the student in and prove it by fingerprint and canary. Raises WeightsMismatch."""
+        copy_buckets(self.weights.parameters, buckets, manifest)
+        self.weights.apply()
+        ids = manifest.canary_ids
+        rows = len(ids) - 1
+        canary = Rollout(
+            rollout_id="canary",
+            prompt_id="canary",
+            group_id="canary",
+            sample_index=0,
+            token_ids=ids,
+            prompt_length=1,
+            text="",
+            logprobs=np.zeros(rows, np.float32),
+            loss_mask=np.ones(rows, bool),
+        )
+        check_canary(self.score([canary], ScoreRequest())[0].logprobs, manifest)
+
     def _response_states(self, rollouts: Sequence[Rollout]) -> torch.Tensor:
         """Hidden states `[R, D]` of the positions that predict the rollouts' response tokens, in their order."""
         lengths = np.array([len(r.token_ids) - 1 for r in rollouts])
@@ -106,7 +142,8 @@ def _head(model: Any, name: str) -> torch.Tensor:
     ids = torch.arange(min(8, len(head)), device=head.device)
     lengths = torch.tensor([len(ids)], device=head.device)
     packing = Packing.of(lengths)
-    out = model(input_ids=ids[None], position_ids=packing.positions[None], use_cache=False, packing=packing)
+    with attention_packed(model):
+        out = model(input_ids=ids[None], position_ids=packing.positions[None], use_cache=False, packing=packing)
     ours = packed_hidden_states(model, ids, lengths) @ head.T
     gap = float((out.logits[0] - ours).abs().max())
     if not gap <= 1e-3 * float(ours.abs().max()):
@@ -142,6 +179,6 @@ def _entropy(logits: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
     return torch.special.entr(logprobs.exp()).sum(1)
 
 
-def _to_numpy(hidden: torch.Tensor) -> np.ndarray:
+def to_numpy(hidden: torch.Tensor) -> np.ndarray:
     """float32, or the bits of bfloat16 as uint16."""
     return (hidden.view(torch.uint16) if hidden.dtype == torch.bfloat16 else hidden).cpu().numpy()

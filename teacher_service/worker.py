@@ -5,27 +5,30 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from threading import Lock
 from typing import Any
 
 import pyarrow as pa
 
 from ..contracts.arrow import decode, encode
-from ..contracts.config import Lora
 from ..contracts.errors import TeacherError
+from ..contracts.protocols import RolloutEngine
 from ..contracts.records import Receipt, Rollout, ScoreRequest, TeacherScores, WeightBucket, WeightManifest
 from ..models.contexts import PLAIN, Prompter
 from ..models.loading import load_tokenizer
 from .contexts import in_context
 from .engines import make_engine
-from .follower import Follower
+from .follower import Averager, Follower, follower_of
 
 
 class TeacherWorker:
     """One replica of the teacher `teacher_id`.
 
     `follows` ("live", "ema") makes it a self-teacher that takes the student's published weights, as they are or as an
-    average with `ema_decay`; of a student with `lora` they are adapters of `model`. `templates` are the recipe's own
-    (models/contexts.py), `template_kwargs` the chat template's.
+    average with `ema_decay`. `templates` are the recipe's own (models/contexts.py), `template_kwargs` the chat
+    template's; `tokenizer` is the model whose tokenizer is used, none: its own. `options` are the engine's: of a
+    student with `lora`, the weights that a self-teacher takes are adapters of `model`. With `shared` the teacher is the
+    model that this rollout engine runs.
     """
 
     def __init__(
@@ -34,33 +37,25 @@ class TeacherWorker:
         teacher_id: str,
         engine: str,
         model: str,
-        dtype: str,
-        device: str = "cpu",
-        threads: int = 1,
-        tokens_per_batch: int = 8192,
         follows: str = "",
         ema_decay: float = 0.95,
         templates: Mapping[str, str] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
-        lora: Lora | None = None,
+        tokenizer: str = "",
+        shared: RolloutEngine | None = None,
+        **options: Any,
     ) -> None:
-        self.teacher_id, self.model = teacher_id, model
+        self.teacher_id, self.tokenizer = teacher_id, tokenizer or model
         self.templates, self.template_kwargs = templates, template_kwargs
-        self.engine = make_engine(
-            engine,
-            model,
-            teacher_id=teacher_id,
-            dtype=dtype,
-            device=device,
-            threads=threads,
-            tokens_per_batch=tokens_per_batch,
-        )
-        self.follower = Follower(self.engine, follows, ema_decay, lora) if follows else None
+        own = {"shared": shared} if shared else {}
+        self.engine, self.shared = make_engine(engine, model, teacher_id=teacher_id, **own, **options), shared
+        self.follower = follower_of(self.engine, follows, ema_decay) if follows else None
+        self._prompting = Lock()  # a tokenizer serves one thread at a time
 
     @cached_property
     def prompter(self) -> Prompter:
         """Builds the prompts of contexts; its tokenizer is loaded at the first one. Raises ConfigError, ModelError."""
-        return Prompter(load_tokenizer(self.model), self.template_kwargs, self.templates)
+        return Prompter(load_tokenizer(self.tokenizer), self.template_kwargs, self.templates)
 
     def score(
         self,
@@ -84,7 +79,8 @@ class TeacherWorker:
         mine: Sequence[Rollout] = decode(Rollout, rollouts, rows)
         shown: Sequence[Rollout | None] = mine
         if request.context != PLAIN:
-            shown = in_context(request.context, mine, self.prompter, rollouts, prompts, verdicts)
+            with self._prompting:
+                shown = in_context(request.context, mine, self.prompter, rollouts, prompts, verdicts)
         scores = self._scores(mine, shown, request)
         served = [rollout for rollout, score in zip(shown, scores, strict=True) if rollout and not score.error_class]
         receipt = Receipt(
@@ -93,7 +89,7 @@ class TeacherWorker:
             seconds=time.perf_counter() - start,
             lengths=tuple(len(rollout.token_ids) for rollout in served),
             response_lengths=tuple(rollout.response_length for rollout in served),
-            weight_version=min((rollout.weight_version_min for rollout in served), default=0),
+            weight_version=min((rollout.oldest_version for rollout in served), default=0),
             errors=dict(Counter(score.error_class for score in scores if score.error_class)),
         )
         return encode(TeacherScores, scores), receipt
@@ -114,8 +110,13 @@ class TeacherWorker:
             )
             for rollout, seen in zip(mine, shown, strict=True)
         ]
-        version = self.follower.version if self.follower else 0
+        version = self.version
         return [replace(score, teacher_version=version) for score in scores] if version else scores
+
+    @property
+    def version(self) -> int:
+        """Of the student's weights that a self-teacher holds; 0 of a frozen teacher."""
+        return self.follower.version if self.follower else getattr(self.shared, "weight_version", 0)
 
     def load_weights(self, manifest: WeightManifest, *buckets: WeightBucket) -> float:
         """Take a published version of the student; the seconds it took. Raises WeightsMismatch, TeacherError."""
@@ -125,14 +126,20 @@ class TeacherWorker:
 
     def save_average(self, path: str) -> None:
         """Write an ema teacher's average, for a checkpoint. Raises TeacherError."""
-        self._following.save(path)
+        self._average.save(path)
 
     def load_average(self, path: str) -> None:
         """Go on from a checkpoint's average. Raises CheckpointError, TeacherError."""
-        self._following.load(path)
+        self._average.load(path)
 
     @property
     def _following(self) -> Follower:
         if self.follower is None:
             raise TeacherError("a frozen teacher takes no weights", self.teacher_id, "set its `follows` to live or ema")
+        return self.follower
+
+    @property
+    def _average(self) -> Averager:
+        if not isinstance(self.follower, Averager):
+            raise TeacherError("an average is kept by a teacher that follows as an ema", self.teacher_id)
         return self.follower

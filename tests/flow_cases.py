@@ -9,7 +9,8 @@ from tutorloop.cluster import flow as module
 from tutorloop.cluster.flow import Flow, Services
 from tutorloop.cluster.interrupt import Interrupt
 from tutorloop.cluster.methods.composition import Ask, Composition, sampling_of, student_group
-from tutorloop.contracts.config import REFERENCE, parse_config
+from tutorloop.contracts.config import REFERENCE
+from tutorloop.contracts.recipe import parse_config
 from tutorloop.contracts.records import Receipt
 
 ROWS, PROMPTS = 17, object()

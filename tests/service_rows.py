@@ -4,7 +4,8 @@ import numpy as np
 import torch
 from tiny import tiny_tokenizer
 
-from tutorloop.contracts.records import Rollout
+from tutorloop.contracts.records import Rollout, WeightManifest
+from tutorloop.models.weights import BucketWriter
 
 CONTEXT, VOCAB, SUPPORT = 128, 300, 5
 
@@ -49,8 +50,12 @@ def random_prompts(random, lengths):
 
 
 @torch.no_grad()
-def slow_rollout(model, prompt, seed, sampling, eos_ids):
-    """One token at a time, the whole sequence read anew for each."""
+def slow_rollout(model, prompt, seed, sampling, eos_ids, drawn):
+    """One token at a time, the whole sequence read anew for each.
+
+    Where the uniform falls on the border between two tokens, float32 and float64 may choose differently: there it
+    follows `drawn`, the tokens to compare with.
+    """
     ids, logprobs, support = prompt.tolist(), [], []
     for uniform in np.random.Generator(np.random.Philox(key=seed)).random(sampling.max_new_tokens):
         if len(ids) == CONTEXT:
@@ -59,10 +64,11 @@ def slow_rollout(model, prompt, seed, sampling, eos_ids):
         scaled = (logits / (sampling.temperature or 1)).log_softmax(0).numpy()
         token = int(scaled.argmax())
         if sampling.temperature:
-            token, total = 0, np.exp(scaled[0])
-            while total <= uniform:
-                token += 1
-                total += np.exp(scaled[token])
+            ends = np.exp(scaled).cumsum()
+            token = min(int(np.searchsorted(ends, uniform, side="right")), len(ends) - 1)
+            other = drawn[len(logprobs)] if len(logprobs) < len(drawn) else token
+            if abs(other - token) == 1 and abs(uniform - ends[min(other, token)]) < 1e-5:
+                token = other
         ids.append(token)
         logprobs.append(scaled[token])
         support.append(np.argsort(-logits.numpy())[: sampling.topk_support])
@@ -75,3 +81,23 @@ def chat_ids(text):
     """A user's turn by the tiny tokenizer's own chat template, with the generation prompt."""
     turns = [{"role": "user", "content": text}]
     return tiny_tokenizer().apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+
+
+@torch.no_grad()
+def published(model, version=1, capacity=20_000):
+    """A model's weights as the learner publishes them: buckets and manifest."""
+    writer = BucketWriter(version, capacity)
+    buckets = [bucket for name, tensor in model.named_parameters() for bucket in writer.add(name, tensor)]
+    buckets += writer.flush()
+    canary = np.arange(5, 21, dtype=np.int32)
+    ids = torch.from_numpy(canary).long()
+    logprobs = model(input_ids=ids[None]).logits[0, :-1].float().log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+    manifest = WeightManifest(
+        version=version,
+        buckets=len(buckets),
+        fingerprint=writer.fingerprint,
+        canary_ids=canary,
+        canary_logprobs=logprobs.numpy(),
+        tolerance=1e-4,
+    )
+    return buckets, manifest

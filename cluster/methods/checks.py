@@ -34,6 +34,7 @@ def check_needs(config: Config, composition: Composition) -> None:
         rule = f"{method} compares the answers to a prompt, at least {composition.min_samples} of them"
         raise ConfigError(rule, f"rollout.samples_per_prompt: {samples}", "raise rollout.samples_per_prompt")
     _check_followers(config, composition)
+    _check_engines(config, composition)
     _check_contexts(config, composition)
 
 
@@ -48,6 +49,30 @@ def _check_followers(config: Config, composition: Composition) -> None:
             rule = "a teacher that follows the student cannot send the exact signal: its head changes"
             found = f"{name}: follows {teacher.follows}, signal exact"
             raise ConfigError(rule, found, "set signal: topk or sampled, or remove follows")
+
+
+def _check_engines(config: Config, composition: Composition) -> None:
+    """What a teacher's engine can send, and who may share the rollout replicas."""
+    signal = composition.scoring.signal if composition.scoring else ""
+    gated = any(t.name == "topk_divergence" and t.options.get("teacher_entropy_above") for t in composition.terms)
+    shared = [name for name, teacher in config.named_teachers.items() if teacher.shared]
+    if len(shared) > 1:
+        raise ConfigError("one teacher shares the rollout replicas", ", ".join(shared), "remove shared from the others")
+    for name, teacher in config.named_teachers.items():
+        if teacher.engine == "http" and signal == "hidden":
+            rule = "a teacher behind http sends the sampled and the topk signal"
+            raise ConfigError(rule, f"{name}: exact", "set teacher.signal: topk or sampled")
+        if teacher.engine == "http" and "teacher" in composition.generators:
+            rule = f"{config.method} samples from its teacher, and one behind http only scores"
+            raise ConfigError(rule, f"{name}: engine http", "set teacher.engine: transformers or vllm")
+        if teacher.engine != "transformers" and gated:
+            rule = f"{config.method} reads the teacher's entropy over the whole vocabulary"
+            remedy = "set teacher.engine: transformers, or teacher.signal: exact"
+            raise ConfigError(rule, f"{name}: engine {teacher.engine}, signal topk", remedy)
+        if teacher.shared and teacher.engine != config.rollout.engine:
+            rule = "a teacher that shares the rollout replicas has their engine"
+            found = f"{name}: {teacher.engine}; rollout: {config.rollout.engine}"
+            raise ConfigError(rule, found, "set both alike, or remove shared")
 
 
 def _check_contexts(config: Config, composition: Composition) -> None:

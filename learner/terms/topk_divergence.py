@@ -49,7 +49,8 @@ def topk_divergence(
             "teacher_entropy": rows.teacher_entropy_C,
         }
     if teacher_entropy_above:
-        gate = (rows.teacher_entropy_C > teacher_entropy_above).to(loss.dtype)
+        unknown = 0 * rows.teacher_entropy_C  # NaN where the teacher sent none: the loss must not be 0 in silence
+        gate = (rows.teacher_entropy_C > teacher_entropy_above).to(loss.dtype) + unknown
         loss = loss * gate
         metrics["gate_share"] = gate
     return TermOutput(loss_C=loss, metrics=metrics)

@@ -27,7 +27,8 @@ from transformers import AutoModelForCausalLM
 
 from tutorloop.cluster import run
 from tutorloop.contracts.arrow import encode
-from tutorloop.contracts.config import Config, Learner, Lora, parse_config
+from tutorloop.contracts.config import Config, Learner, Lora
+from tutorloop.contracts.recipe import parse_config
 from tutorloop.contracts.records import Correction, Rollout, StepPlan, TeacherScores, Term, TrainRow
 from tutorloop.learner.packing import plan_updates
 from tutorloop.learner.worker import LearnerWorker

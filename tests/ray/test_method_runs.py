@@ -13,7 +13,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from tutorloop.cluster import run
-from tutorloop.contracts.config import Config, load_config, parse_config
+from tutorloop.contracts.config import Config
+from tutorloop.contracts.recipe import load_config, parse_config
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))

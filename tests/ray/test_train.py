@@ -22,8 +22,9 @@ from typer.testing import CliRunner
 from tutorloop.actors.worker import RolloutWorker
 from tutorloop.cli.main import app
 from tutorloop.cluster import run, services
-from tutorloop.contracts.config import Config, load_config, parse_config
+from tutorloop.contracts.config import Config
 from tutorloop.contracts.errors import ResourceError, WeightsMismatch
+from tutorloop.contracts.recipe import load_config, parse_config
 from tutorloop.contracts.records import WeightBucket, WeightManifest
 
 ROOT = Path(__file__).parents[2]

@@ -82,8 +82,9 @@ def test_a_hinted_rollout_keeps_the_plain_prompt(qwen3):
             continue
         shown = {"plain": text, "hint@1": f"{text} {answer}!", "answer@1": f"{text}\nAnswer: {answer}"}
         ids = np.array(chat_ids(shown[request.context]))
-        slow, logprobs, _ = slow_rollout(model, ids, request.seed, sampling, {EOS})
-        assert rollout.token_ids[rollout.prompt_length :].tolist() == slow
+        ours = rollout.token_ids[rollout.prompt_length :].tolist()
+        slow, logprobs, _ = slow_rollout(model, ids, request.seed, sampling, {EOS}, ours)
+        assert ours == slow
         np.testing.assert_allclose(rollout.logprobs, logprobs, atol=1e-4)
     assert receipt.errors == {"prompt": 2} and receipt.finish_reasons.count("error") == 2
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from service_rows import CONTEXT, VOCAB, fresh_random, random_prompts, slow_rollout
+from service_rows import CONTEXT, VOCAB, fresh_random, published, random_prompts, slow_rollout
 from tiny import EOS, save_tiny, tiny_model, tiny_qwen3
 
 from tutorloop.actors.engines import make_engine
@@ -15,9 +15,10 @@ from tutorloop.actors.transformers_engine import TransformersEngine
 from tutorloop.actors.worker import RolloutWorker
 from tutorloop.contracts.arrow import decode, encode
 from tutorloop.contracts.errors import ConfigError, RecordError, WeightsMismatch
-from tutorloop.contracts.records import Prompt, Rollout, SampleRequest, Sampling, WeightManifest
+from tutorloop.contracts.records import Prompt, Rollout, SampleRequest, Sampling
 from tutorloop.models.loading import load_causal_lm
-from tutorloop.models.weights import BucketWriter
+
+ENDS = set(range(0, VOCAB, 12))  # often: rows leave the batch all along
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +36,13 @@ def test_rollouts_equal_the_slow_way(architecture, temperature, tmp_path):
     random = fresh_random()
     engine = engine_of(save_tiny(tmp_path, architecture, context=CONTEXT))
     slow_model = load_causal_lm(str(tmp_path))
-    engine.eos_ids = torch.arange(0, VOCAB, 12)  # ends often: rows leave the batch all along
+    engine.eos_ids = torch.tensor(sorted(ENDS))
     prompts = random_prompts(random, [1, 30, 7, 7, 2, CONTEXT - 3, 11, 19])
     prompts[3] = prompts[2].copy()  # two samples of one prompt
     seeds = random.integers(0, 2**63, len(prompts)).tolist()
     sampling = Sampling(max_new_tokens=16, temperature=temperature, topk_support=4)
     for prompt, seed, ours in zip(prompts, seeds, engine.generate(prompts, seeds, sampling), strict=True):
-        ids, logprobs, support = slow_rollout(slow_model, prompt, seed, sampling, set(range(0, VOCAB, 12)))
+        ids, logprobs, support = slow_rollout(slow_model, prompt, seed, sampling, ENDS, ours.token_ids.tolist())
         assert ours.token_ids.tolist() == ids and ours.token_ids.dtype == np.int32
         np.testing.assert_allclose(ours.logprobs, logprobs, atol=1e-4)
         assert ours.topk_ids.tolist() == np.array(support).tolist()
@@ -131,24 +132,6 @@ def test_bf16_samples_what_it_reports(tmp_path):
 
 
 @torch.no_grad()
-def published(model, version=1, capacity=20_000):
-    writer = BucketWriter(version, capacity)
-    buckets = [bucket for name, tensor in model.named_parameters() for bucket in writer.add(name, tensor)]
-    buckets += writer.flush()
-    canary = np.arange(5, 21, dtype=np.int32)
-    ids = torch.from_numpy(canary).long()
-    logprobs = model(input_ids=ids[None]).logits[0, :-1].float().log_softmax(-1).gather(1, ids[1:, None])[:, 0]
-    manifest = WeightManifest(
-        version=version,
-        buckets=len(buckets),
-        fingerprint=writer.fingerprint,
-        canary_ids=canary,
-        canary_logprobs=logprobs.numpy(),
-        tolerance=1e-4,
-    )
-    return buckets, manifest
-
-
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_loaded_weights_are_the_published_model(tied, dtype, tmp_path):
@@ -286,7 +269,7 @@ def test_the_worker_stamps_the_version_it_ran(engine, qwen3):
     prompts, requests = prompts_and_requests(fresh_random(), [4], 2)
     batch, receipt = worker.generate(encode(Prompt, prompts), requests, Sampling(max_new_tokens=3, topk_support=2))
     for rollout in decode(Rollout, batch):
-        assert (rollout.weight_version_min, rollout.weight_version_max) == (9, 9)
+        assert set(rollout.weight_versions.tolist()) == {9}
         assert rollout.topk_ids.shape == (rollout.response_length, 2)
     assert receipt.weight_version == 9
     with pytest.raises(WeightsMismatch, match="buckets"):

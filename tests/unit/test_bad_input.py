@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,7 @@ def write(path: Path, *rows: object) -> str:
 
 
 GOOD = {"prompt": "2+2", "answer": "4"}
+HTTP = ["teacher.engine=http", "teacher.signal=topk", "teacher.timeout_seconds=1"]
 CASES = {
     "unknown key": (["lerner.ranks=2"], "did you mean learner"),
     "wrong type": (["steps=soon"], "steps: "),
@@ -59,11 +61,17 @@ CASES = {
     "an unknown teacher's row": (["data.path=TMP/teacher.jsonl"], "'nobody'"),
     "a folder that holds another run": (["output_dir=TMP/taken"], "holds another run"),
     "nothing to resume": (["--resume"], "holds none"),
+    "no vLLM here": (["rollout.engine=vllm"], "the vllm engine needs vLLM"),
+    "a server that is not there": ([*HTTP, "teacher.urls=[http://127.0.0.1:9/v1]"], "127.0.0.1:9"),
+    "a key that is not there": ([*HTTP, "teacher.urls=[http://a:9/v1]", "teacher.api_key_env=ABSENT"], "ABSENT"),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_wrong_input_is_one_clear_error(case: str, models: Path, tmp_path: Path) -> None:
+def test_wrong_input_is_one_clear_error(
+    case: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)  # as on a machine that has none
     write(tmp_path / "good.jsonl", GOOD)
     write(tmp_path / "empty.jsonl")
     write(tmp_path / "noprompt.jsonl", GOOD, {"answer": "4"})

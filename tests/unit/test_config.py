@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tutorloop.contracts.config import load_config, parse_config
 from tutorloop.contracts.errors import ConfigError
+from tutorloop.contracts.recipe import load_config, parse_config
 
 ROOT = Path(__file__).parents[2]
 SMALL = {
@@ -20,6 +20,7 @@ SMALL = {
 }
 
 
+HTTP = {"model": "t", "engine": "http", "urls": ["http://a:8000/v1"]}
 STAGED = {"method": None, "steps": None}
 COLLAPSE = {"trigger": "entropy_collapse"}
 NEVER = {**COLLAPSE, "share": 0, "floor": 0}
@@ -65,6 +66,18 @@ def test_overrides_are_yaml_values_at_dotted_paths() -> None:
         ({"student": {"model": "s", "lora": {"rnak": 8}}}, "did you mean student.lora.rank"),
         ({"learner": {"learning_rate": 1e-5, "min_learning_rate": 1e-3}}, "min_learning_rate"),
         ({"student": "a/b"}, "student: "),
+        ({"teacher": {"model": "t", "engine": "http"}}, "teacher.urls are given where"),
+        ({"teacher": {"model": "t", "urls": ["http://a:1/v1"]}}, "teacher.urls are given where"),
+        ({"teacher": {**HTTP, "urls": ["a:8000/v1"]}}, "teacher.urls read http://HOST:PORT/v1"),
+        ({"teacher": {**HTTP, "urls": ["http://me:secret@a:1/v1"]}}, "without a key (teacher.api_key_env)"),
+        ({"teacher": {**HTTP, "follows": "live"}}, "needs weights of our own"),
+        ({"teacher": {"model": "t", "api_key_env": "KEY"}}, "api_key_env is for"),
+        ({"teacher": {"model": "t", "tensor_parallel": 2}}, "teacher.tensor_parallel is for"),
+        ({"teacher": {"model": "t", "engine": "vllm", "follows": "ema"}}, "follows=ema averages"),
+        ({"teacher": {"model": "t", "shared": True}}, "shared is for teacher.follows=live"),
+        ({"rollout": {"tensor_parallel": 2}}, "rollout.tensor_parallel is for"),
+        ({"rollout": {"in_flight": "abort"}}, "rollout.in_flight is for"),
+        ({"rollout": {"engine": "vlm"}}, "rollout.engine"),
     ],
 )
 def test_each_fault_names_its_key(change: dict, expected: str) -> None:

@@ -215,11 +215,15 @@ def test_the_second_update_is_clipped_against_the_policy_before_the_first(correc
         torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
+def of_version(rollout, version):
+    return replace(rollout, weight_versions=np.full(rollout.response_length, version, np.int32))
+
+
 def test_interpolation_takes_the_share_of_each_rollouts_age():
     """Version v_μ to v_θ; before the second of two updates v_θ is half a version further (AReaL's α)."""
     world = World()
     examples = [world.example(f"r{i}") for i in range(4)]
-    aged = [replace(e, rollout=replace(e.rollout, weight_version_min=3 + i % 2)) for i, e in enumerate(examples)]
+    aged = [replace(e, rollout=of_version(e.rollout, 3 + i % 2)) for i, e in enumerate(examples)]
     learner = OneProcess(world.student(), PG, Correction(proximal="interpolate"), updates=2)
     learner.learn(aged, [[[0, 1]], [[2, 3]]], version=5)
 
@@ -227,7 +231,7 @@ def test_interpolation_takes_the_share_of_each_rollouts_age():
     for update, half in enumerate(([0, 1], [2, 3])):
         old = {}
         for rollout in (aged[i].rollout for i in half):
-            share = (5 - rollout.weight_version_min) / (5 + update / 2 - rollout.weight_version_min)
+            share = (5 - rollout.oldest_version) / (5 + update / 2 - rollout.oldest_version)
             mu = rollout.logprobs.astype(np.float64)
             old[rollout.rollout_id] = mu + share * (own_logprobs(slow, rollout) - mu)
         losses = slow_losses(world, slow, [aged[i] for i in half], PG, old=old)

@@ -363,3 +363,23 @@ def test_hidden_state_t_meets_token_t_plus_1():
     assert OneProcess(Bigram(table), (Term(name="nll"),)).learn(up).loss < 1e-5
     stuck = make_example("s", [4, 4, 4], np.zeros(2))
     assert OneProcess(Bigram(table), (Term(name="nll"),)).learn([stuck]).loss == pytest.approx(30, abs=1e-3)
+
+
+def test_a_teacher_without_entropies_changes_no_loss_and_no_other_metric():
+    """Engines that never see the whole vocabulary send none: that is not an entropy of 0."""
+    world = World()
+    examples = [world.example(f"r{i}", teachers=["big"]) for i in range(6)]
+    silent = [
+        replace(e, scores={n: replace(s, entropy=np.zeros(0, np.float32)) for n, s in e.scores.items()})
+        for e in examples
+    ]
+    term = (Term(name="topk_divergence"),)
+    reports = [OneProcess(world.student(), term).learn(rows, [[[0, 1, 2], [3, 4, 5]]]) for rows in (examples, silent)]
+    whole, without = (dict(report.metrics) for report in reports)
+    assert whole.pop("teacher_entropy") > 0 and "teacher_entropy" not in without
+    seconds = {name for name in whole if "seconds" in name}
+    assert {n: v for n, v in whole.items() if n not in seconds} == {
+        n: v for n, v in without.items() if n not in seconds
+    }
+    gated = (Term(name="topk_divergence", options={"teacher_entropy_above": 0.5}),)
+    assert np.isnan(OneProcess(world.student(), gated).learn(silent, [[[0, 1, 2], [3, 4, 5]]]).loss)

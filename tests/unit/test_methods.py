@@ -18,7 +18,8 @@ from tutorloop.cluster.methods.gkd import coin
 from tutorloop.cluster.methods.sdpo import group_advantage
 from tutorloop.cluster.methods.seqkd import keep_valid, keep_verified
 from tutorloop.cluster.methods.verdict_signs import group_sign, outcome_sign
-from tutorloop.contracts.config import Config, load_config, parse_config
+from tutorloop.contracts.config import Config
+from tutorloop.contracts.recipe import load_config, parse_config
 from tutorloop.learner.terms import bind_terms
 
 ROOT = Path(__file__).parents[2]

@@ -4,11 +4,13 @@ import pytest
 from test_methods import REFERENCE, SELF, TEACHER, config
 
 from tutorloop.cluster.methods import compose_stages
-from tutorloop.contracts.config import parse_config
 from tutorloop.contracts.errors import ConfigError
+from tutorloop.contracts.recipe import parse_config
 
 NO_VERIFIER = {"verifier": {"kind": "none"}}
 ONE = {"rollout": {"samples_per_prompt": 1}}
+HTTP = {**TEACHER, "engine": "http", "urls": ["http://a:8000/v1"]}
+LIVE = {**SELF, "signal": "topk", "follows": "live", "shared": True}
 TWO = {"teachers": {"a": {"model": "x"}, "b": {"model": "y"}}}
 REFUSED: dict[str, tuple[str, dict | None, dict, dict, str]] = {
     "an unknown method": ("odp", TEACHER, {}, {}, "did you mean opd"),
@@ -83,6 +85,17 @@ REFUSED: dict[str, tuple[str, dict | None, dict, dict, str]] = {
         "is the student's own",
     ),
     "a moving head": ("opsd", {**SELF, "signal": "exact", "follows": "ema"}, {}, {}, "its head changes"),
+    "exact scores of a server": ("opd", HTTP, {}, {}, "sampled and the topk signal"),
+    "answers of a server": ("seqkd", HTTP, {}, {}, "one behind http only scores"),
+    "an entropy of a server": ("eopd", {**HTTP, "signal": "topk"}, {}, {}, "entropy over the whole vocabulary"),
+    "a shared teacher of another engine": ("opsd", {**LIVE, "engine": "vllm"}, {}, {}, "has their engine"),
+    "two that share": (
+        "opsd",
+        None,
+        {"teachers": "combined"},
+        {"teachers": {"a": LIVE, "b": LIVE}},
+        "one teacher shares",
+    ),
     "an unknown template": ("opsd", SELF, {"template": "answr@1"}, {}, "a known template"),
     "a peer before the verdicts": ("opsd", SELF, {"template": "peer@1"}, {}, "before the verdicts"),
     "a correction of given answers": ("sft", None, {}, {"off_policy": {"kind": "truncated"}}, "given answers only"),

@@ -10,8 +10,9 @@ import torch
 from run_rows import fresh_rng
 
 from tutorloop.cluster.methods.composition import Ask, Composition, Credit, Facts
-from tutorloop.contracts.config import Config, load_config, parse_config
+from tutorloop.contracts.config import Config
 from tutorloop.contracts.errors import ConfigError
+from tutorloop.contracts.recipe import load_config, parse_config
 from tutorloop.learner.terms import bind_terms
 from tutorloop.learner.terms.base import StudentChunk, TokenRows
 

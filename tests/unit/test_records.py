@@ -35,7 +35,7 @@ def random_rollout(random, number, responses=6, support=3):
         logprobs=-random.random(rows, np.float32),
         loss_mask=random.random(rows) < 0.5,
         topk_ids=random_ids(random, rows, support) if rows and random.random() < 0.5 else np.zeros((0, 0), np.int32),
-        weight_version_min=int(random.integers(0, 2**60)),
+        weight_versions=random_ids(random, rows) if random.random() < 0.5 else np.zeros(0, np.int32),
         finish_reason="stop" if rows else "error",
         answer=random_text(random),
         teacher=random_text(random),

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from tutorloop.cluster.run_folder import RunFolder
-from tutorloop.contracts.config import Config, parse_config
+from tutorloop.contracts.config import Config
 from tutorloop.contracts.errors import CheckpointError, RunFolderError
+from tutorloop.contracts.recipe import parse_config
 
 
 def config(**changes: object) -> Config:

@@ -195,10 +195,10 @@ def test_averages_that_cannot_be_used_are_named(tmp_path, qwen3):
         ema.save_average(path)
     take(ema, tiny_model("qwen3"), 1)
     ema.save_average(path)
-    with pytest.raises(TeacherError, match="keeps one"):
+    with pytest.raises(TeacherError, match="average is kept"):
         live.load_average(path)
     for refused in (lambda: take(frozen, tiny_model("qwen3"), 1), lambda: frozen.save_average(path)):
-        with pytest.raises(TeacherError, match="follows"):
+        with pytest.raises(TeacherError, match="follow"):
             refused()
     other = follower_of(tiny_qwen3(tmp_path / "other", hidden=64), "ema")
     with pytest.raises(CheckpointError, match="parameters"):
@@ -207,7 +207,7 @@ def test_averages_that_cannot_be_used_are_named(tmp_path, qwen3):
     for bad in (tmp_path / "broken", tmp_path / "absent"):
         with pytest.raises(CheckpointError, match="readable"):
             ema.load_average(str(bad))
-    with pytest.raises(TeacherError, match="live or as an ema"):
+    with pytest.raises(TeacherError, match="live, or as an ema"):
         follower_of(qwen3, "both")
     with pytest.raises(TeacherError, match="FakeTeacher"):
         TeacherWorker(teacher_id="t", engine="fake", model=qwen3, dtype="fp32", follows="live")

@@ -188,8 +188,8 @@ def test_requests_that_make_no_sense_are_refused(qwen3):
         for top_k in (0, VOCAB + 1):
             with pytest.raises(TeacherError, match="top_k"):
                 engine.score([], ScoreRequest(signal="topk", top_k=top_k))
-    with pytest.raises(ConfigError, match="fake, transformers"):
-        teacher_of(qwen3, "http")
+    with pytest.raises(ConfigError, match="fake, http, transformers, vllm"):
+        teacher_of(qwen3, "sglang")
 
 
 def test_a_greedy_path_has_the_likeliest_token_at_every_step(tmp_path):

@@ -1,0 +1,48 @@
+"""A live self-teacher without a pool of its own: the rollout replicas, which hold the student's weights, score too."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+
+from ..actors.worker import RolloutWorker
+from ..contracts.records import Receipt, ScoreRequest
+from ..teacher_service.worker import TeacherWorker
+
+
+class SelfTeachingWorker(RolloutWorker):
+    """A rollout replica whose model is also the teacher `teacher_id`."""
+
+    def __init__(
+        self,
+        *,
+        teacher_id: str,
+        tokens_per_batch: int,
+        engine: str,
+        model: str,
+        dtype: str,
+        templates: Mapping[str, str] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        shown: dict[str, Any] = {"templates": templates, "template_kwargs": template_kwargs}
+        super().__init__(engine=engine, model=model, dtype=dtype, **shown, **options)
+        self.teacher = TeacherWorker(
+            teacher_id=teacher_id,
+            engine=engine,
+            model=model,
+            dtype=dtype,
+            tokens_per_batch=tokens_per_batch,
+            shared=self.engine,
+            **shown,
+        )
+
+    def score(
+        self,
+        rollouts: pa.RecordBatch,
+        request: ScoreRequest,
+        prompts: pa.RecordBatch | None = None,
+        verdicts: pa.RecordBatch | None = None,
+    ) -> tuple[pa.RecordBatch, Receipt]:
+        """As teacher_service.worker.TeacherWorker.score, by the weights that this replica holds."""
+        return self.teacher.score(rollouts, request, prompts, verdicts)

@@ -1,0 +1,159 @@
+"""Whole runs on a real Ray cluster with vLLM for rollouts and teachers, a teacher behind http, and a shared one."""
+
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from rich.console import Console
+
+from tutorloop.cluster import run
+from tutorloop.contracts.errors import ConfigError, ResourceError
+from tutorloop.contracts.recipe import load_config
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["eval.path=", "eval.ood_path=", "eval.every=0", "checkpoint.every=0", "learner.warmup_steps=0"]
+VLLM = ["rollout.engine=vllm", "teacher.engine=vllm"]
+MARK = f"TUTORLOOP_TEST_{os.getpid()}"
+LIVE = ["teacher.follows=live", "teacher.signal=topk", "method_options.top_k=8"]
+
+
+@pytest.fixture(scope="module")
+def address():
+    from ray.cluster_utils import Cluster
+
+    os.environ[MARK] = "1"  # inherited by every process of the cluster
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
+    yield cluster.address
+    cluster.shutdown()
+
+
+def engine_processes():
+    """vLLM's engine cores that came of this module."""
+    found = psutil.process_iter(["cmdline", "environ"])
+    return {p.pid for p in found if MARK in (p.info["environ"] or {}) and "VLLM::" in " ".join(p.info["cmdline"] or [])}
+
+
+def train(name, folder, address, *overrides):
+    """Two or more steps of a recipe; its steps' rows. No engine outlives it."""
+    before = engine_processes()
+    config = load_config(ROOT / "recipes" / f"{name}.yaml", [f"output_dir={folder}", *SMALL, *overrides])
+    assert run.train(config.model_copy(update={"prompts_per_step": 24}), False, address, Console(file=io.StringIO()))
+    ends = time.monotonic() + 60
+    while engine_processes() - before and time.monotonic() < ends:
+        time.sleep(0.5)
+    assert not engine_processes() - before
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if row["kind"] == "step"]
+    assert all(math.isfinite(row["loss"]) for row in steps)
+    taken, trained = (sum(row["rollouts"][key] for row in steps) for key in ("taken", "trained"))
+    assert taken == trained + sum(steps[-1]["dropped"].values())  # nothing is lost
+    assert "stale" not in steps[-1]["dropped"]
+    return steps
+
+
+def test_distillation_with_vllm_on_both_sides(tmp_path, address):
+    """Asynchronous, with the sampler's own ids; weights arrive while rollouts run."""
+    ids = ["teacher.signal=topk", "method_options.support=student", "method_options.top_k=8"]
+    steps = train("quickstart", tmp_path / "run", address, *VLLM, *ids, "steps=8", "max_staleness=2")
+    assert {row["version"] for row in steps} == set(range(1, 9))
+    assert sum(row["loss"] for row in steps[-3:]) < sum(row["loss"] for row in steps[:3])
+    assert all("teacher_entropy" in row["learner"] for row in steps)  # the lab's vocabulary is scored whole
+
+
+def test_synchronous_runs_give_the_same_losses_twice(tmp_path, address):
+    """Each step's rollouts are drawn by the weights before it, by their seeds alone."""
+    overrides = [*VLLM, "steps=3", "max_staleness=0", "rollout.replicas=1"]
+    first, second = (train("quickstart", tmp_path / name, address, *overrides) for name in ("a", "b"))
+    assert [row["tokens"] for row in first] == [row["tokens"] for row in second]
+    for one, other in zip(first, second, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_broadcast_weights_are_those_of_the_object_store(zero, tmp_path, address):
+    """Into two replicas, from two ranks that shard the model or do not."""
+    overrides = ["rollout.engine=vllm", "rollout.replicas=2", "learner.ranks=2", f"learner.zero_stage={zero}"]
+    overrides += ["steps=3", "max_staleness=0"]
+    sent = train("quickstart", tmp_path / "sent", address, *overrides, "rollout.transfer=broadcast")
+    stored = train("quickstart", tmp_path / "stored", address, *overrides)
+    for one, other in zip(sent, stored, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert one["tokens"] == other["tokens"]
+
+
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+def test_a_self_teacher_shares_the_rollout_replicas_of_a_student_with_adapters(engine, tmp_path, address):
+    engines = [f"rollout.engine={engine}", f"teacher.engine={engine}"]
+    lora = ["student.lora.rank=4", "learner.learning_rate=1e-3"]
+    shared = train("opsd", tmp_path / "shared", address, *engines, *LIVE, *lora, "teacher.shared=true", "steps=3")
+    assert set(shared[0]["pools"]) == {"rollout", "verifier", "learner"}
+    assert any(row["learner"]["grad_norm"] > 0 for row in shared)
+
+
+def test_a_live_teacher_under_vllm_in_a_pool_of_its_own(tmp_path, address):
+    """By the same weights it says the same as one that shares them."""
+    overrides = [*VLLM, *LIVE, "steps=2", "max_staleness=0"]
+    own = train("opsd", tmp_path / "own", address, *overrides)
+    shared = train("opsd", tmp_path / "shared", address, *overrides, "teacher.shared=true")
+    for one, other in zip(own, shared, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+
+def test_a_teacher_behind_http(tmp_path, address, http_server, monkeypatch):
+    monkeypatch.setenv("LAB_KEY", http_server.key)
+    at = [f"teacher.urls=[{http_server.url}]", f"teacher.model={http_server.model}", "teacher.api_key_env=LAB_KEY"]
+    signal_ = ["teacher.engine=http", "teacher.signal=topk", "method_options.top_k=64"]
+    over_http = train("quickstart", tmp_path / "http", address, *at, *signal_, "steps=2", "max_staleness=0")
+    local = ["teacher.signal=topk", "method_options.top_k=64", "steps=2", "max_staleness=0"]
+    here = train("quickstart", tmp_path / "here", address, *local)
+    for one, other in zip(over_http, here, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert "teacher_entropy" in other["learner"] and "teacher_entropy" not in one["learner"]
+    assert http_server.key not in "".join(path.read_text() for path in (tmp_path / "http").glob("*.*"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rule"),
+    [
+        (["method_options.top_k=65"], "65; 64"),
+        (["teacher.signal=exact"], "sampled and the topk"),
+        (["teacher.model=another"], "another"),
+        (["teacher.api_key_env=NO_SUCH_KEY"], "NO_SUCH_KEY"),
+        (["teacher.urls=[http://127.0.0.1:9/v1]", "teacher.timeout_seconds=2"], "127.0.0.1:9"),
+    ],
+)
+def test_a_server_that_cannot_do_it_is_refused_before_the_run(overrides, rule, tmp_path, http_server, monkeypatch):
+    monkeypatch.setenv("LAB_KEY", http_server.key)
+    at = [f"teacher.urls=[{http_server.url}]", f"teacher.model={http_server.model}", "teacher.api_key_env=LAB_KEY"]
+    own = [f"output_dir={tmp_path / 'run'}", "teacher.engine=http", "teacher.signal=topk", *at]
+    config = load_config(ROOT / "recipes" / "quickstart.yaml", [*own, *overrides])
+    with pytest.raises((ConfigError, ResourceError)) as caught:
+        run.train(config, False, "127.0.0.1:1", Console(file=io.StringIO()))  # no cluster is asked
+    assert rule in str(caught.value) and http_server.key not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_killed_driver_leaves_no_engine_behind(tmp_path):
+    before = engine_processes()
+    command = [sys.executable, "-m", "tutorloop.cli.main", "train", str(ROOT / "recipes" / "quickstart.yaml")]
+    command += [f"output_dir={tmp_path / 'run'}", *SMALL, "rollout.engine=vllm", "steps=10000"]
+    with open(tmp_path / "log", "wb") as log:
+        driver = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"RAY_ADDRESS": "", MARK: "1"})
+    ends = time.monotonic() + 180
+    while not (engine_processes() - before and (tmp_path / "run" / "metrics.jsonl").exists()):
+        assert driver.poll() is None and time.monotonic() < ends, (tmp_path / "log").read_text()[-2000:]
+        time.sleep(0.5)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    ends = time.monotonic() + 90
+    while engine_processes() - before and time.monotonic() < ends:
+        time.sleep(0.5)
+    assert not engine_processes() - before
