@@ -10,6 +10,7 @@ own. The ready shards are the queue: references only, refused and counted when t
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count, islice
 
 import numpy as np
@@ -117,6 +118,7 @@ class Flow:
         self.admitted = first  # steps whose prompt groups have been dispatched
         self.shards: dict[int, list[Shard]] = {}
         self.dropped: Counter[str] = Counter()
+        self.scored_by_rollouts = 0  # tokens, by a teacher that shares the rollout pool
 
     @property
     def pools(self) -> list[Pool]:
@@ -207,15 +209,17 @@ class Flow:
         return asked
 
     def _score(self, shard: Shard, rollouts: ObjectRef, asked: list[tuple[str, ScoreRequest]], cost: int) -> None:
-        def scored(payload: ObjectRef, _: Receipt) -> None:
+        def scored(payload: ObjectRef, receipt: Receipt, shared: bool) -> None:
             shard.scores.append(payload)
             shard.awaited -= 1
+            self.scored_by_rollouts += receipt.tokens if shared else 0
 
         for name, request in asked:
             shown = () if request.context == "plain" else (self.prompts, shard.verdicts)
             pool = self.services.teachers[name]
-            counted = pool is not self.services.rollouts  # whose figures are those of generating
-            pool.submit(Call("score", (rollouts, request, *shown), cost, scored, counted))
+            shared = pool is self.services.rollouts  # whose own figures are those of generating
+            done = partial(scored, shared=shared)
+            pool.submit(Call("score", (rollouts, request, *shown), cost, done, counted=not shared))
 
     def _follow_up(self, shard: Shard) -> None:
         """Ask what the method wants on top of a judged shard; the answers join the step."""

@@ -135,14 +135,20 @@ class Pool:
         """Resident bytes at their peak, summed over the replicas."""
         return sum(get([peak_memory(replica) for replica in self.replicas], self.boundary, f"{self.name} pool"))
 
+    def least(self, figure: str) -> int:
+        """The least of its replicas' engines: `context`, `largest_k`."""
+        found = [
+            replica.__ray_call__.remote(lambda worker: getattr(worker.engine, figure)) for replica in self.replicas
+        ]
+        return min(get(found, self.boundary, f"{self.name} pool"))
+
     def check_room(self, tokens: int) -> None:
         """Raises ResourceError where a replica's engine has no memory for a prompt and response of `tokens`."""
-        contexts = [replica.__ray_call__.remote(lambda worker: worker.engine.context) for replica in self.replicas]
-        least = min(get(contexts, self.boundary, f"{self.name} pool"))
-        if least < tokens:
+        context = self.least("context")
+        if context < tokens:
             rule = "a replica has memory for the longest prompt and response"
             remedy = "more memory for it (num_gpus, tensor_parallel), or a shorter rollout.max_new_tokens"
-            raise ResourceError(rule, f"{self.name} pool: {least} tokens; {tokens} needed", remedy)
+            raise ResourceError(rule, f"{self.name} pool: {context} tokens; {tokens} needed", remedy)
 
     def close(self) -> None:
         for replica in self.replicas:
@@ -171,7 +177,7 @@ def torch_placement(pool: config.Pool) -> dict[str, Any]:
 
 def parts_of(pool: config.Pool) -> int:
     """Parts that a replica's model is split into, each with the pool's CPUs and GPUs."""
-    return getattr(pool, "tensor_parallel", 1)
+    return pool.tensor_parallel if isinstance(pool, config.ModelPool) else 1
 
 
 class Places:

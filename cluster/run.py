@@ -154,7 +154,11 @@ def _assemble(run: Run, number: int, composition: Composition, first: int, stack
         _evaluate_teachers(run, config, log)
     run.progress.phase(f"starting the teachers of {config.method}")
     teachers = stage_teachers(config, composition, generators["student"], run.inputs.servers)
-    _ready({name: pool for name, pool in teachers.items() if pool is not generators["student"]}, stack)
+    own = {name: pool for name, pool in teachers.items() if pool is not generators["student"]}
+    _ready(own, stack)
+    if composition.scoring and composition.scoring.top_k:
+        for pool in (own[name] for name in config.named_teachers if name in own):
+            run.progress.note(f"{pool.name}: top-k up to {pool.least('largest_k')} a token")
     following = {
         name: t.follows for name, t in config.named_teachers.items() if name in teachers and t.follows and not t.shared
     }

@@ -13,7 +13,7 @@ from ..teacher_service.http_engine import ServerLimits
 from ..teacher_service.worker import TeacherWorker
 from ..verifier_service.worker import VerifierWorker
 from .methods.composition import Composition
-from .pool import Pool, torch_placement
+from .pool import Pool, parts_of, torch_placement
 from .self_teaching import SelfTeachingWorker
 
 
@@ -61,7 +61,7 @@ def _placement(engine: str, pool: PoolConfig) -> dict[str, Any]:
     if engine != "vllm":
         return torch_placement(pool)
     share = pool.num_gpus if 0 < pool.num_gpus < 1 else 1.0
-    return torch_placement(pool) | {"tensor_parallel": getattr(pool, "tensor_parallel", 1), "gpu_share": share}
+    return torch_placement(pool) | {"tensor_parallel": parts_of(pool), "gpu_share": share}
 
 
 def start_verifiers(config: Config) -> Pool:

@@ -60,6 +60,8 @@ class Tally:
                 self.tokens[TOKENS_OF.get(name, "scored")] += tokens
         self.dropped.update(flow.dropped)
         flow.dropped.clear()
+        self.tokens["scored"] += flow.scored_by_rollouts
+        flow.scored_by_rollouts = 0
         return done
 
     def step_row(

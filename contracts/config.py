@@ -20,6 +20,12 @@ class Pool(Section):
     num_gpus: float = Field(default=0, ge=0, description="GPUs of each; more than 0 runs the model on CUDA")
 
 
+class ModelPool(Pool):
+    """A pool whose model the vllm engine may split; each part takes the CPUs and GPUs that are given."""
+
+    tensor_parallel: int = Field(default=1, ge=1, description="vllm: parts that each replica's model is split into")
+
+
 class Lora(Section):
     """Low-rank adapters (peft) on the student: only they are trained, published and saved."""
 
@@ -37,7 +43,7 @@ class Student(Section):
     lora: Lora | None = Field(default=None, description="train adapters instead of the weights: rank, alpha, targets")
 
 
-class Teacher(Pool):
+class Teacher(ModelPool):
     """A teacher pool."""
 
     model: str = Field(
@@ -98,7 +104,7 @@ class Reference(Pool):
     tokens_per_batch: int = Field(default=8192, ge=1, description="most tokens in one forward pass")
 
 
-class Rollout(Pool):
+class Rollout(ModelPool):
     """The rollout pool and how it samples. Its weights have the learner's dtype."""
 
     engine: Literal["transformers", "vllm"] = Field(default="transformers", description="what runs the model")
@@ -286,7 +292,9 @@ class Config(Section):
     reference: Reference | None = None
     data: Data
     rollout: Rollout = Rollout()
-    teacher_rollout: Pool = Field(default=Pool(), description="the teacher as a generator, for methods that ask for it")
+    teacher_rollout: ModelPool = Field(
+        default=ModelPool(), description="the teacher as a generator, for methods that ask for it"
+    )
     verifier: Verifier = Verifier()
     learner: Learner = Learner()
     off_policy: OffPolicy = OffPolicy()
@@ -311,6 +319,8 @@ class Config(Section):
             raise ValueError(
                 "rollout.transfer=broadcast is between whole GPUs: give rollout and learner num_gpus of 1 or more"
             )
+        if self.teacher_rollout.tensor_parallel > 1 and self.rollout.engine != "vllm":
+            raise ValueError("teacher_rollout.tensor_parallel is for rollout.engine=vllm")
         if self.learner.min_learning_rate > self.learner.learning_rate:
             raise ValueError("learner.min_learning_rate must not exceed learner.learning_rate")
         return self

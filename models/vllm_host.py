@@ -74,9 +74,11 @@ class VllmHost:
             "tensor_parallel_size": tensor_parallel,
             "max_num_seqs": at_once + 1,  # the canary never waits for a place
             **_task_arguments(task, device, self.vocab),
-            **({"kv_cache_memory_bytes": CPU_CACHE_BYTES} if device == "cpu" else {}),
-            **({} if device == "cpu" else {"gpu_memory_utilization": 0.9 * gpu_share}),
         }
+        if device == "cpu":
+            arguments |= {"kv_cache_memory_bytes": CPU_CACHE_BYTES, "enforce_eager": True}
+        else:
+            arguments["gpu_memory_utilization"] = 0.9 * gpu_share
         self._init_info = {"model": str(folder), "dtype": dtype, "lora": lora.model_dump() if lora else None}
         try:
             self._llm, self.context = self.run(_start(arguments, self._init_info))
@@ -104,24 +106,20 @@ class VllmHost:
             return outputs
 
         async def all_of_them() -> list[list[Any]]:
+            await self._settled()
             found = await asyncio.gather(*map(one, prompts, parameters))
-            async with self._idle:
-                await self._idle.wait_for(lambda: not self._loading)
-            self._check_proven()
+            await self._settled()
             return found
 
-        self._check_proven()
         return self.run(all_of_them())
 
     def score(self, sequences: Sequence[np.ndarray], parameters: Sequence[Any]) -> list[Any]:
         """The outputs of requests that only read. No update falls between the first and the last of them."""
 
         async def all_of_them() -> list[Any]:
-            async with self._idle:
-                await self._idle.wait_for(lambda: not self._loading)
-                self._scores += 1
+            await self._settled()
+            self._scores += 1
             try:
-                self._check_proven()
                 return await asyncio.gather(*map(self._request, sequences, parameters))
             finally:
                 async with self._idle:
@@ -138,7 +136,10 @@ class VllmHost:
             outputs = self._llm.generate(prompt, parameters, name, priority=priority)
         return [output async for output in outputs][-1]  # the parameters ask for the last alone
 
-    def _check_proven(self) -> None:
+    async def _settled(self) -> None:
+        """Wait for an update's end. Raises WeightsMismatch where its weights could not be proven."""
+        async with self._idle:
+            await self._idle.wait_for(lambda: not self._loading)
         if not self._proven:
             raise WeightsMismatch("a replica works with proven weights only", "its last load failed")
 
@@ -278,7 +279,6 @@ async def _start(arguments: dict[str, Any], init_info: dict[str, Any]) -> tuple[
             trust_remote_code=False,
             load_format="safetensors",
             generation_config="vllm",
-            enforce_eager="kv_cache_memory_bytes" in arguments,
             max_model_len=-1,  # the model's own, or what the memory allows
             distributed_executor_backend="mp" if arguments["tensor_parallel_size"] > 1 else "uni",
             disable_log_stats=True,

@@ -21,7 +21,7 @@ from .http_client import HttpClient, Reply
 from .requests import check_request, refusal
 
 MOST_ENTRIES = 1 << 22  # logprobs in an answer to `given`, 60 bytes each: whole vocabularies would be gigabytes
-SLACK = 1e-3  # of logprobs above 0 and of probabilities above 1: float32's rounding over a large vocabulary
+SLACK = 1e-3  # of probabilities that sum to 1: float32's rounding over a large vocabulary
 TOO_LONG = re.compile(r"context length|maximum model length|max_model_len|too long", re.IGNORECASE)
 BAD_IDS = re.compile(r"out of vocab", re.IGNORECASE)
 
@@ -210,7 +210,7 @@ def _position(reply: Reply, row: Any, k: int, position: int) -> tuple[np.ndarray
         logprobs = np.array([float(entry["logprob"]) for entry in row.values()])
     except (TypeError, ValueError, KeyError, OverflowError):
         raise _broken("a position maps ids to their logprobs", reply, f"something else at {position}") from None
-    if not (np.isfinite(logprobs).all() and (logprobs <= SLACK).all() and np.exp(logprobs).sum() <= 1 + SLACK):
+    if not (np.isfinite(logprobs).all() and np.exp(logprobs).sum() <= 1 + SLACK):
         found = f"from {logprobs.min():.4g} to {logprobs.max():.4g} at {position}"
         raise _broken("a position's logprobs are finite and of probabilities that sum to at most 1", reply, found)
     if ids.min() < 0:

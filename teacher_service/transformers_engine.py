@@ -161,11 +161,14 @@ def read_logprobs(
     """Logprobs `[R]` of `targets`, ids with their logprobs `[R, K]` (those `given`, else the `top_k` likeliest), and
     the entropy `[R]` in nats, left 0 where there are no ids.
 
-    All are of the whole vocabulary. hidden `[R, D]`, head `[V, D]`, targets int64 `[R]`.
+    All are of the whole vocabulary. hidden `[R, D]`, head `[V, D]`, targets int64 `[R]`. The likeliest id is left out
+    of the sum: float32 then keeps the logprob of one that is all but certain, and with it the mass of all others.
     """
     logprobs, ids, id_logprobs, entropy = [], [], [], []
     for rows, logits in logit_chunks(hidden, head):
-        total = logits.logsumexp(1, keepdim=True)
+        largest, likeliest = logits.max(1, keepdim=True)
+        others = logits.sub_(largest).exp().scatter_(1, likeliest, 0.0)
+        total = others.sum(1, keepdim=True).log1p()
         logprobs.append((logits.gather(1, targets[rows, None]) - total).squeeze(1))
         ids.append(logits.topk(top_k, 1).indices if given is None else given[rows])
         id_logprobs.append(logits.gather(1, ids[-1]) - total)

@@ -66,6 +66,9 @@ def coarsened(logprobs_CV: Tensor, ids_CK: Tensor) -> Tensor:
 
 
 def with_tail(logprobs_CK: Tensor) -> Tensor:
-    """Logprobs `[C, K+1]`: the given ones and log(1 − Σ exp), at least log(machine epsilon). No gradient needed."""
-    tail = 1 - logprobs_CK.exp().sum(1, keepdim=True)
-    return floored(torch.cat([logprobs_CK, tail.clamp(min=torch.finfo(tail.dtype).eps).log()], 1))
+    """Logprobs `[C, K+1]`: the given ones and log(1 − Σ exp), at least log(machine epsilon). No gradient needed.
+
+    Summed in float64: of a sharp teacher's tail float32 would leave noise.
+    """
+    tail = (1 - logprobs_CK.double().exp().sum(1, keepdim=True)).clamp(min=torch.finfo(logprobs_CK.dtype).eps)
+    return floored(torch.cat([logprobs_CK, tail.log().to(logprobs_CK.dtype)], 1))

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from bigram_server import KEY, BigramServer, V, edited, hang, serving, status, table
+from bigram_server import KEY, NEXT, BigramServer, V, edited, hang, serving, status, table
 from service_rows import fresh_random, random_rollout
 
 from tutorloop.contracts.errors import ConfigError, TeacherError
@@ -102,6 +102,20 @@ def test_given_asks_for_no_more_than_an_answer_may_hold(monkeypatch):
     with serving(server) as urls:
         teacher_of(urls).score([rollout], ScoreRequest(signal="given"))
     assert server.bodies[0]["prompt_logprobs"] == max(SUPPORT, 200 // len(rollout.token_ids)) < V
+
+
+def test_ids_that_the_tokenizer_lacks_refuse_their_row_alone():
+    """A model's vocabulary may be padded; a padded id among the likeliest is no student's."""
+    padded = np.concatenate([NEXT, np.full((V, 11), -40.0)], 1)
+    padded[3, V + 2] = 40.0
+    first, second = (
+        replace(random_rollout(fresh_random(), i, 1, 2), token_ids=np.array(ids, np.int32))
+        for i, ids in enumerate(([3, 4, 5], [6, 4, 5]))
+    )
+    with serving(BigramServer(logits=padded, most=20)) as urls:
+        scores = teacher_of(urls).score([first, second], ScoreRequest(signal="topk", top_k=SUPPORT))
+    assert [score.error_class for score in scores] == ["outside_vocabulary", ""]
+    check([second], scores[1:])
 
 
 def test_what_cannot_be_scored_is_refused_without_asking():

@@ -10,6 +10,7 @@ from tiny import tiny_qwen3
 
 from tutorloop.contracts.errors import ConfigError, WeightsMismatch
 from tutorloop.contracts.records import ScoreRequest
+from tutorloop.models import vllm_host
 from tutorloop.models.loading import load_causal_lm
 from tutorloop.teacher_service.transformers_engine import TransformersTeacher
 from tutorloop.teacher_service.vllm_engine import VllmTeacher
@@ -24,9 +25,12 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["logprobs", "hidden"])
 def teachers(request, folder):
-    """vLLM's, and the slow one."""
+    """vLLM's, in steps of 256 tokens, and the slow one."""
     hidden = request.param == "hidden"
+    patch = pytest.MonkeyPatch()
+    patch.setattr(vllm_host, "LOGITS_BYTES", 256 * 4 * VOCAB)
     vllm = VllmTeacher(folder, teacher_id="t", dtype="fp32", tokens_per_batch=1500, hidden=hidden)
+    patch.undo()
     yield vllm, TransformersTeacher(folder, teacher_id="t", dtype="fp32")
     vllm.host.close()
 
