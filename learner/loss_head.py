@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..contracts.errors import ModelError
+from ..models.loading import check_head
 from ..models.logits import logit_chunks
 from ..models.packing import packed_hidden_states
 
@@ -68,7 +69,9 @@ class PackedStudent(torch.nn.Module):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
-        _check_head(model)
+        check_head(model, model.name_or_path)
+        if not hasattr(model, "lm_head"):
+            raise ModelError("a student's head is its lm_head", type(model).__name__, "use a model like Qwen3")
         model.lm_head = LossHead(model.lm_head.weight)
         self.model = model.eval()
 
@@ -76,13 +79,3 @@ class PackedStudent(torch.nn.Module):
         """`read` rows `rows` int64 `[N]` of the hidden states of `token_ids` `[T]`, packed from `lengths` `[B]`."""
         hidden = packed_hidden_states(self.model, token_ids, lengths)
         return self.model.lm_head(hidden.index_select(0, rows), read)
-
-
-def _check_head(model: PreTrainedModel) -> None:
-    """The loss reads hidden @ head.T as the logits: refuse a model that does more to them."""
-    head = getattr(model, "lm_head", None)
-    if not isinstance(head, torch.nn.Linear) or head.bias is not None:
-        raise ModelError("a student ends in an lm_head without bias", type(model).__name__, "use a model like Qwen3")
-    for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(model.config, key, None) not in (None, 1, 1.0):
-            raise ModelError("a student's logits are its lm_head's output", f"{key} of {type(model).__name__}")

@@ -91,6 +91,11 @@ def check_architecture(name: str) -> None:
     """
     model = empty_causal_lm(name)
     check_attention(model, name)
+    check_head(model, name)
+
+
+def check_head(model: PreTrainedModel, name: str) -> None:
+    """Refuse a model whose logits are not its last hidden states times one matrix. Raises ModelError naming it."""
     kind, head, config = type(model).__name__, model.get_output_embeddings(), model.config.get_text_config()
     if not isinstance(head, torch.nn.Linear) or head.bias is not None:
         raise ModelError("a model's head is one matrix without bias", f"{name}: {kind} has {head}")
