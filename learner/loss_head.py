@@ -69,7 +69,7 @@ class PackedStudent(torch.nn.Module):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
-        check_head(model, model.name_or_path)
+        check_head(model, str(model.name_or_path))
         if not hasattr(model, "lm_head"):
             raise ModelError("a student's head is its lm_head", type(model).__name__, "use a model like Qwen3")
         model.lm_head = LossHead(model.lm_head.weight)
