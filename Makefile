@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 VLLM := $(VENV)/.vllm
 RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: setup vllm quickstart test test-unit test-ray test-vllm test-packaging lint lab methods clean
+.PHONY: setup vllm quickstart test test-unit test-ray test-vllm test-packaging lint types lab methods clean
 
 setup: $(STAMP)
 
@@ -31,7 +31,7 @@ quickstart: setup
 	$(BIN)/tutorloop train recipes/quickstart.yaml output_dir=$(RUN)
 
 # Fast ones first.
-test: setup lint test-unit test-packaging test-vllm test-ray
+test: setup lint test-unit types test-packaging test-vllm test-ray
 
 test-unit: setup
 	$(BIN)/python -m pytest tests/unit
@@ -49,6 +49,9 @@ test-packaging: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# With vLLM, whose types the code names; the unit tests before it show that nothing else needs vLLM.
+types: vllm
 	$(BIN)/pyright
 
 # The lab's data, tokenizer and models, made again from a seed (about twenty minutes on one core).
