@@ -20,34 +20,22 @@ from .generated import REFUSED, Generated
 class VllmEngine:
     """A `contracts.protocols.RolloutEngine`, called from several threads. `in_flight`: what a weight update does to
     running rollouts: "keep" them, "abort" them (they start again), or "wait" for their end; `max_running`: most at a
-    time."""
+    time; `placement`: VllmHost's."""
 
     def __init__(
         self,
         model: str,
         *,
         dtype: str,
-        device: str = "cpu",
-        threads: int = 1,
         max_running: int = 64,
-        tensor_parallel: int = 1,
-        gpu_share: float = 1.0,
         in_flight: InFlight = "keep",
         lora: Lora | None = None,
+        **placement: Any,
     ) -> None:
         self.tokenizer, self._decoding = load_tokenizer(model), threading.Lock()
         self.eos_ids = eos_ids(model)
         self.in_flight: InFlight = in_flight
-        self.host = VllmHost(
-            model,
-            dtype=dtype,
-            device=device,
-            threads=threads,
-            tensor_parallel=tensor_parallel,
-            gpu_share=gpu_share,
-            at_once=max_running,
-            lora=lora,
-        )
+        self.host = VllmHost(model, dtype=dtype, at_once=max_running, lora=lora, **placement)
         self.weight_version, self.context = 0, self.host.context
 
     def generate(self, prompts: Sequence[np.ndarray], seeds: Sequence[int], sampling: Sampling) -> list[Generated]:

@@ -32,7 +32,7 @@ WHOLE_VOCABULARY = 4096  # up to here ids of somebody else's choice are picked o
 
 class VllmTeacher:
     """A `contracts.protocols.TeacherEngine`. `hidden` starts it for the exact signal, and for that one alone;
-    `shared` is a rollout engine on vLLM, whose model it scores with."""
+    `shared` is a rollout engine on vLLM, whose model it scores with; `placement` is VllmHost's."""
 
     def __init__(
         self,
@@ -40,31 +40,17 @@ class VllmTeacher:
         *,
         teacher_id: str,
         dtype: str,
-        device: str = "cpu",
-        threads: int = 1,
         tokens_per_batch: int = 8192,
-        tensor_parallel: int = 1,
-        gpu_share: float = 1.0,
         hidden: bool = False,
         lora: Lora | None = None,
         shared: Any = None,
+        **placement: Any,
     ) -> None:
-        self.teacher_id, self.tokens_per_batch, self.device = teacher_id, tokens_per_batch, device
-        self.host: VllmHost = (
-            shared.host
-            if shared
-            else VllmHost(
-                model,
-                dtype=dtype,
-                device=device,
-                threads=threads,
-                tensor_parallel=tensor_parallel,
-                gpu_share=gpu_share,
-                task="embed" if hidden else "score",
-                lora=lora,
-            )
-        )
-        self.head = load_lm_head(model, dtype).to(device) if hidden else None
+        self.teacher_id, self.tokens_per_batch = teacher_id, tokens_per_batch
+        self.device = placement.get("device", "cpu")
+        task = "embed" if hidden else "score"
+        self.host: VllmHost = shared.host if shared else VllmHost(model, dtype=dtype, task=task, lora=lora, **placement)
+        self.head = load_lm_head(model, dtype).to(self.device) if hidden else None
         self.dtype = DTYPES[dtype]
         self.context = self.host.context - 1  # vLLM wants room for a token after what it reads
         self.largest_k = 0 if hidden else self.host.vocab
