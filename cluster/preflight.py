@@ -43,8 +43,8 @@ def check_inputs(config: Config, compositions: Sequence[Composition]) -> Inputs:
     for model in {config.student.model, *scorers.values()}:
         check_architecture(model)
         check_weights(model)
-    for model in _under_vllm(config):
-        check_vllm_architecture(model)
+    for model, parts in _under_vllm(config):
+        check_vllm_architecture(model, parts)
     if config.student.lora:
         check_targets(config.student.model, config.student.lora)
     contexts = {"student": context_length(config.student.model)}
@@ -76,10 +76,12 @@ def check_inputs(config: Config, compositions: Sequence[Composition]) -> Inputs:
     return Inputs(train=train, in_distribution=held_out[0], out_of_distribution=held_out[1], servers=servers)
 
 
-def _under_vllm(config: Config) -> set[str]:
-    """Models that the vllm engine will run."""
-    models = {teacher.model for teacher in config.named_teachers.values() if teacher.engine == "vllm"}
-    return models | ({config.student.model} if config.rollout.engine == "vllm" else set())
+def _under_vllm(config: Config) -> set[tuple[str, int]]:
+    """Models that the vllm engine will run, and the parts that each is split into."""
+    models = {(t.model, t.tensor_parallel) for t in config.named_teachers.values() if t.engine == "vllm"}
+    return models | (
+        {(config.student.model, config.rollout.tensor_parallel)} if config.rollout.engine == "vllm" else set()
+    )
 
 
 def _probe(teacher: Teacher, tokenizer: Any, compositions: Iterable[Composition]) -> ServerLimits:

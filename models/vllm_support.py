@@ -4,8 +4,9 @@ from ..contracts.errors import ModelError
 from .loading import load_config
 
 
-def check_vllm_architecture(model: str) -> None:
-    """Refuse a model of whose architecture vLLM has no implementation of its own. Raises ModelError.
+def check_vllm_architecture(model: str, parts: int = 1) -> None:
+    """Refuse a model of whose architecture vLLM has no implementation of its own, or that it cannot split into `parts`.
+    Raises ModelError.
 
     vLLM could run some others through transformers' modules; into those new weights were never tried.
     """
@@ -19,3 +20,7 @@ def check_vllm_architecture(model: str) -> None:
     if not set(named) & ModelRegistry.get_supported_archs():
         found = f"{model}: {', '.join(named) or 'its config.json names no architecture'}"
         raise ModelError("vLLM has the model's architecture", found, "set engine=transformers")
+    heads = load_config(model).get_text_config().num_attention_heads
+    if heads % parts:
+        rule = "a model's attention heads are split evenly (tensor_parallel)"
+        raise ModelError(rule, f"{model}: {heads} heads into {parts}", "set tensor_parallel to one of their divisors")

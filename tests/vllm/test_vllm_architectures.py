@@ -95,6 +95,12 @@ def test_an_architecture_goes_the_whole_way(architecture, tmp_path):
     check_scored(final, rollouts, exactly(final))
 
 
+def test_heads_that_cannot_be_split_are_counted():
+    check_vllm_architecture("lab:student", 3)
+    with pytest.raises(ModelError, match="3 heads into 2"):
+        check_vllm_architecture("lab:student", 2)
+
+
 def test_what_vllm_lacks_is_refused_by_name(tmp_path):
     from transformers import BigBirdConfig, BigBirdForCausalLM
 
