@@ -40,7 +40,7 @@ class TransformersEngine:
         self.tokenizer = load_tokenizer(model)
         self.device = device
         self.context = self.model.config.max_position_embeddings
-        self.eos_ids = torch.tensor(eos_ids(model), device=device)
+        self.eos_ids = torch.tensor(eos_ids(model, self.tokenizer), device=device)
         self.weight_version = 0
         self._proven = True
 

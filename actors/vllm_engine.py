@@ -33,7 +33,7 @@ class VllmEngine:
         **placement: Any,
     ) -> None:
         self.tokenizer, self._decoding = load_tokenizer(model), threading.Lock()
-        self.eos_ids = eos_ids(model)
+        self.eos_ids = eos_ids(model, self.tokenizer)
         self.in_flight: InFlight = in_flight
         self.host = VllmHost(model, dtype=dtype, at_once=max_running, lora=lora, **placement)
         self.weight_version, self.context = 0, self.host.context

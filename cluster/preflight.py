@@ -78,10 +78,13 @@ def check_inputs(config: Config, compositions: Sequence[Composition]) -> Inputs:
 
 def _under_vllm(config: Config) -> set[tuple[str, int]]:
     """Models that the vllm engine will run, and the parts that each is split into."""
-    models = {(t.model, t.tensor_parallel) for t in config.named_teachers.values() if t.engine == "vllm"}
-    return models | (
-        {(config.student.model, config.rollout.tensor_parallel)} if config.rollout.engine == "vllm" else set()
-    )
+    local = [teacher for teacher in config.named_teachers.values() if teacher.engine != "http"]
+    models = {(t.model, t.tensor_parallel) for t in local if t.engine == "vllm"}
+    if config.rollout.engine == "vllm":
+        models.add((config.student.model, config.rollout.tensor_parallel))
+        if config.eval.path or config.eval.ood_path:  # teachers are evaluated by the engine that generates
+            models |= {(teacher.model, teacher.tensor_parallel) for teacher in local}
+    return models
 
 
 def _probe(teacher: Teacher, tokenizer: Any, compositions: Iterable[Composition]) -> ServerLimits:

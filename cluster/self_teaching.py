@@ -21,21 +21,24 @@ class SelfTeachingWorker(RolloutWorker):
         engine: str,
         model: str,
         dtype: str,
+        device: str = "cpu",
+        threads: int = 1,
         templates: Mapping[str, str] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
-        shown: dict[str, Any] = {"templates": templates, "template_kwargs": template_kwargs}
-        super().__init__(engine=engine, model=model, dtype=dtype, **shown, **options)
-        self.teacher = TeacherWorker(
-            teacher_id=teacher_id,
-            engine=engine,
-            model=model,
-            dtype=dtype,
-            tokens_per_batch=tokens_per_batch,
-            shared=self.engine,
-            **shown,
-        )
+        both: dict[str, Any] = {
+            "engine": engine,
+            "model": model,
+            "dtype": dtype,
+            "device": device,
+            "threads": threads,
+            "templates": templates,
+            "template_kwargs": template_kwargs,
+        }
+        super().__init__(**both, **options)
+        own = {"teacher_id": teacher_id, "tokens_per_batch": tokens_per_batch}
+        self.teacher = TeacherWorker(shared=self.engine, **own, **both)
 
     def score(
         self,

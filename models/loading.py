@@ -163,10 +163,10 @@ def load_config(name: str) -> Any:
     return AutoConfig.from_pretrained(locate_model(name), local_files_only=True)
 
 
-def eos_ids(name: str) -> list[int]:
+def eos_ids(name: str, tokenizer: Any) -> list[int]:
     """Every id that ends a response: the generation configuration's, the model's and the tokenizer's."""
     folder = locate_model(name)
-    sources: list[Any] = [load_config(name), load_tokenizer(name)]
+    sources: list[Any] = [load_config(name), tokenizer]
     if (folder / "generation_config.json").is_file():
         sources.append(GenerationConfig.from_pretrained(folder, local_files_only=True))
     found = [getattr(source, "eos_token_id", None) for source in sources]
