@@ -9,10 +9,11 @@ import pyarrow as pa
 
 from .errors import RecordError
 from .records import EMPTY_FF, Prompt, Rollout, TeacherScores, Verdict
+from .skills import STRINGS, SkillPairs
 
-Record = TypeVar("Record", Prompt, Rollout, TeacherScores, Verdict)
+Record = TypeVar("Record", Prompt, Rollout, TeacherScores, Verdict, SkillPairs)
 
-MATRIX_COLUMNS = ("topk_ids", "topk_logprobs")  # [R,K], stored flat; R is the length of the row's `logprobs`
+MATRIX_COLUMNS = ("topk_ids", "topk_logprobs", "views")  # [R,K], stored flat; R is the length of the row's `logprobs`
 HIDDEN_DTYPE = b"hidden_dtype"
 
 
@@ -22,7 +23,9 @@ def encode(kind: type[Record], records: Sequence[Record]) -> pa.RecordBatch:
     columns = []
     for column in schema:
         values = [getattr(record, column.name) for record in records]
-        if pa.types.is_list(column.type):
+        if column.type == STRINGS:
+            columns.append(pa.array(values, STRINGS))
+        elif pa.types.is_list(column.type):
             columns.append(_ragged(values, column.type))
         elif pa.types.is_large_binary(column.type):
             columns.append(_binary(values))
@@ -73,6 +76,8 @@ def decode(kind: type[Record], batch: pa.RecordBatch, rows: Sequence[int] | None
 
 def _column(batch: pa.RecordBatch, name: str, rows: Sequence[int]) -> list[Any]:
     column = batch.column(name)
+    if column.type == STRINGS:
+        return [tuple(column[i].as_py()) for i in rows]
     if pa.types.is_list(column.type):
         offsets = column.offsets.to_numpy()
         flat = column.values.to_numpy(zero_copy_only=not pa.types.is_boolean(column.type.value_type))

@@ -3,27 +3,10 @@
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-
-class Section(BaseModel):
-    """Base of every section: frozen, and no key that nobody reads."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Pool(Section):
-    """A group of equal replicas and what each takes from the cluster."""
-
-    replicas: int = Field(default=1, ge=1, description="actors in the pool")
-    num_cpus: float = Field(default=0.2, ge=0, description="CPUs of each; whole ones are torch threads, at least one")
-    num_gpus: float = Field(default=0, ge=0, description="GPUs of each; more than 0 runs the model on CUDA")
-
-
-class ModelPool(Pool):
-    """A pool whose model the vllm engine may split; each part takes the CPUs and GPUs that are given."""
-
-    tensor_parallel: int = Field(default=1, ge=1, description="vllm: parts that each replica's model is split into")
+from .sections import ModelPool, Pool, Section
+from .verifier_config import Skills, Verifier
 
 
 class Lora(Section):
@@ -135,14 +118,6 @@ class Rollout(ModelPool):
         if self.transfer == "broadcast" and self.engine != "vllm":
             raise ValueError("rollout.transfer=broadcast is for rollout.engine=vllm")
         return self
-
-
-class Verifier(Pool):
-    """The verifier pool."""
-
-    num_cpus: float = Field(default=0.1, ge=0, description="CPUs of each replica")
-    kind: Literal["math", "exact", "none"] = Field(default="math", description="how an answer is judged")
-    timeout_seconds: float = Field(default=5.0, gt=0, description="budget of a sample; beyond it, killed and abstained")
 
 
 class Learner(Section):
@@ -296,6 +271,7 @@ class Config(Section):
         default=ModelPool(), description="the teacher as a generator, for methods that ask for it"
     )
     verifier: Verifier = Verifier()
+    skills: Skills | None = None
     learner: Learner = Learner()
     off_policy: OffPolicy = OffPolicy()
     eval: Eval = Eval()

@@ -50,6 +50,10 @@ class CheckpointError(InputError):
     """A checkpoint that cannot be resumed from."""
 
 
+class SkillError(InputError):
+    """A skill bank, or a file that should hold one."""
+
+
 class RecordError(TutorloopError, ValueError):
     """A record whose parts do not align: caught where it is made."""
 

@@ -1,6 +1,8 @@
 """The protocols of the exchangeable parts. An actor knows a protocol, never another actor."""
 
+import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -57,16 +59,44 @@ class TeacherEngine(Protocol):
         ...
 
 
-class Judgement(Protocol):
-    """A verifier's decision on one text: passed, and the canonical answer it read ("" for none)."""
+@dataclass(frozen=True, slots=True)
+class Response:
+    """What a verifier is given of one rollout."""
 
-    @property
-    def passed(self) -> bool: ...
-    @property
-    def answer(self) -> str: ...
+    text: str
+    gold: str = ""
+    prompt: str = ""  # the user's turn
+    row: str = ""  # the dataset's row as JSON, for verifiers that read more of it than the gold answer
+    tokens: int = 0  # of the response
+    truncated: bool = False  # the token limit ended it
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """A verifier's decision: correct, incorrect, or abstained, and then `error_class` says why."""
+
+    passed: bool
+    answer: str = ""  # canonical, "" where none was found
+    score: float = math.nan  # the reward; by default 1 where passed, else 0
+    error_class: str = ""
+    parts: tuple[tuple[str, float], ...] = ()  # of a composite reward: each part's own score
+
+    def __post_init__(self) -> None:
+        if math.isnan(self.score):
+            object.__setattr__(self, "score", float(self.passed))
 
 
 class Verifier(Protocol):
-    """Judges one response text against one gold answer. May hang or crash: it runs in a process that can be killed."""
+    """Judges one response at a time, in two parts.
 
-    def __call__(self, text: str, gold: str) -> Judgement: ...
+    `prepare` runs in the caller and cannot hang: everything in it is linear in the text. It decides what it can, or
+    returns what the rest must see: the less the better, since a poison sample is known by it. Calling the verifier with
+    that may hang or crash, and runs in a process that can be killed.
+    """
+
+    needs_gold: bool  # a response without a gold answer abstains
+    waits: bool  # it spends its time waiting for others, so that many run side by side
+
+    def prepare(self, response: Response) -> Judgement | Response: ...
+
+    def __call__(self, response: Response) -> Judgement: ...

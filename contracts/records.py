@@ -42,6 +42,7 @@ class Prompt:
     solution_ids: np.ndarray = field(default_factory=lambda: EMPTY_I)  # int32 [R], the solution as a response, with EOS
     tags: str = ""  # free label of the row: the family, the source
     teacher: str = ""  # name of the teacher to ask; "" asks none
+    row: str = ""  # the dataset's whole row as JSON, where the verifier reads it
 
     SCHEMA: ClassVar[pa.Schema] = pa.schema(
         {
@@ -53,6 +54,7 @@ class Prompt:
             "solution_ids": INTS,
             "tags": pa.string(),
             "teacher": pa.string(),
+            "row": pa.string(),
         }
     )
 
@@ -136,6 +138,9 @@ class TeacherScores:
     topk_logprobs: np.ndarray = field(default_factory=lambda: EMPTY_FF)  # float32 [R,K]; tail = log(1 - Σ exp)
     entropy: np.ndarray = field(default_factory=lambda: EMPTY_F)  # float32 [R], nats, over the whole vocabulary
     hidden: np.ndarray = field(default_factory=lambda: EMPTY_FF)  # [R,D] last hidden states, the head's input
+    # float32 [R,V], logprobs of the sampled tokens under each of V contexts; top-k arrays are then [R,V·K]
+    views: np.ndarray = field(default_factory=lambda: EMPTY_FF)
+    view_weights: np.ndarray = field(default_factory=lambda: EMPTY_F)  # float32 [V], sums to 1
     error_class: str = ""
 
     # Hidden states travel as raw bytes: float32, or bfloat16 bits, which neither Arrow nor numpy has.
@@ -150,15 +155,19 @@ class TeacherScores:
             "topk_logprobs": FLOATS,
             "entropy": FLOATS,
             "hidden": pa.large_binary(),
+            "views": FLOATS,
+            "view_weights": FLOATS,
             "error_class": pa.string(),
         }
     )
 
     def __post_init__(self) -> None:
         rows = len(self.logprobs)
-        for name in ("topk_ids", "topk_logprobs", "entropy", "hidden"):
+        for name in ("topk_ids", "topk_logprobs", "entropy", "hidden", "views"):
             if getattr(self, name).size:
                 _aligned(self, name, getattr(self, name), rows)
+        if self.views.size and self.views.shape[1] != len(self.view_weights):
+            raise RecordError("every view has a weight", f"{self.views.shape[1]} views, {len(self.view_weights)}")
         if self.topk_ids.shape != self.topk_logprobs.shape:
             raise RecordError(
                 "top-k ids and logprobs have one shape", f"{self.topk_ids.shape} and {self.topk_logprobs.shape}"
@@ -175,7 +184,7 @@ class Verdict:
     answer: str = ""  # the parsed answer, canonical; "" where none was found
     path: str = ""  # a digest of the reasoning path: equal for two responses that take the same steps
     abstained: bool = False
-    error_class: str = ""  # timeout | no_gold | memory | crash | an exception's name
+    error_class: str = ""  # timeout | memory | crash | quarantined | no_gold | an exception's name | …
     seconds: float = 0.0
 
     SCHEMA: ClassVar[pa.Schema] = pa.schema(
@@ -222,13 +231,15 @@ class ScoreRequest:
     """What a teacher returns: `sampled` logprobs; `topk` of its own; `given` ids (the rollout's); `hidden` states.
 
     `context` names the template of its prompt (models/contexts.py). `everyone`: each teacher scores every rollout, and
-    not only those that name it.
+    not only those that name it. `views`: the context is filled in with this many of the prompt's skill-mistake pairs,
+    one at a time, and each rollout is scored after every one of them.
     """
 
     signal: str = "sampled"
     top_k: int = 0
     context: str = "plain"
     everyone: bool = False
+    views: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -308,6 +319,8 @@ class StepReport:
     seconds: float
     metrics: dict[str, float]
     dropped: dict[str, int] = field(default_factory=dict)  # reason → rollouts that trained in no term
+    # rollout → what came of each of its teachers' views: 1 helpful, -1 harmful, 0 neutral
+    stances: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -328,6 +341,7 @@ class Receipt:
     paths: tuple[str, ...] = ()  # the verifier's digests of the reasoning paths, a row each
     abstained: tuple[bool, ...] = ()
     passed: tuple[bool, ...] = ()
+    parts: dict[str, float] = field(default_factory=dict)  # the verifier's parts of the reward: Σ of their scores
     errors: dict[str, int] = field(default_factory=dict)  # error class → count
 
 

@@ -1,0 +1,23 @@
+"""What every section of a configuration is made of. Imports neither torch nor Ray."""
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, and no key that nobody reads."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Pool(Section):
+    """A group of equal replicas and what each takes from the cluster."""
+
+    replicas: int = Field(default=1, ge=1, description="actors in the pool")
+    num_cpus: float = Field(default=0.2, ge=0, description="CPUs of each; whole ones are torch threads, at least one")
+    num_gpus: float = Field(default=0, ge=0, description="GPUs of each; more than 0 runs the model on CUDA")
+
+
+class ModelPool(Pool):
+    """A pool whose model the vllm engine may split; each part takes the CPUs and GPUs that are given."""
+
+    tensor_parallel: int = Field(default=1, ge=1, description="vllm: parts that each replica's model is split into")
