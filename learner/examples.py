@@ -14,7 +14,7 @@ from ..contracts.arrow import decode
 from ..contracts.config import REFERENCE
 from ..contracts.errors import LearnerError, RecordError
 from ..contracts.records import Rollout, StepPlan, TeacherScores, TrainRow
-from .terms.base import BoundTerm, Signal
+from .terms.base import BoundTerm, Gated, Signal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +61,8 @@ class Example:
         """Raises LearnerError where the teacher sent another signal."""
         if scores is None:
             return False
-        array = {"sampled": scores.logprobs, "topk": scores.topk_ids, "exact": scores.hidden}[signal]
+        arrays = {"sampled": "logprobs", "views": "views", "topk": "topk_ids", "exact": "hidden"}
+        array = getattr(scores, arrays[signal])
         if array.size or not self.rollout.response_length:
             return True
         raise LearnerError(
@@ -78,7 +79,7 @@ class Foreseen:
     old: np.ndarray  # log π_old
     weights: np.ndarray  # of the off-policy correction
     keep: np.ndarray  # bool: not rejected by it
-    gates: dict[str, np.ndarray]  # by term
+    gates: dict[str, Gated]  # by term
 
 
 Updates = list[list[list[Example]]]  # update → micro-batch → examples

@@ -5,8 +5,9 @@ of several updates, corrections that reject tokens (so that their denominators a
 a run needs none of these, there is no pass.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,19 @@ from ..models.logits import token_logprobs
 from .corrections import current_share, needs_rollout, weigh
 from .examples import Example, Foreseen, Updates
 from .micro_batch import Selection, collate
-from .terms.base import BoundTerm
+from .terms.base import BoundTerm, Gated
 
 OverRanks = Callable[[list[float]], list[float]]  # sums over ranks
+FromRanks = Callable[[Any], list[Any]]  # every rank's
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What the pass found out: of each rollout by id (None: there was no need), figures, and the views' stances."""
+
+    rollouts: dict[str, Foreseen] | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    stances: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of all ranks' rollouts
 
 
 class Foresight:
@@ -33,12 +44,10 @@ class Foresight:
         recomputed = updates > 1 and correction.proximal == "recompute"
         self.needed = bool(self.gated) or recomputed or needs_rollout(correction)
 
-    def look(
-        self, updates: Updates, version: int, over_ranks: OverRanks
-    ) -> tuple[dict[str, Foreseen] | None, dict[str, float]]:
-        """What was foreseen, by rollout id (None: no need), and metrics of what the correction rejected."""
+    def look(self, updates: Updates, version: int, over_ranks: OverRanks, from_ranks: FromRanks) -> Seen:
+        """What was foreseen; its metrics say what the correction rejected, and what the gates said."""
         if not self.needed:
-            return None, {}
+            return Seen()
         foreseen: dict[str, Foreseen] = {}
         for examples in (batch for update in updates for batch in update):
             foreseen.update(self._of(examples, version))
@@ -58,7 +67,27 @@ class Foresight:
                 foreseen[example.rollout.rollout_id] = replace(own, weights=scaled)
         vetoed, rows = over_ranks([float(sum(not (k & m).any() for k, _, m in masks)), float(len(masks))])
         metrics = {"rejected_tokens": 1 - kept / tokens, "rejected_sequences": vetoed / rows} if tokens else {}
-        return foreseen, metrics
+        said, stances = self._said(foreseen, from_ranks) if self.gated else ({}, {})
+        return Seen(foreseen, metrics | said, stances)
+
+    def _said(
+        self, foreseen: dict[str, Foreseen], from_ranks: FromRanks
+    ) -> tuple[dict[str, float], dict[str, tuple[int, ...]]]:
+        """Means of the gates' figures over the rollouts that have them, and the views' stances by rollout."""
+        sums, counts = Counter[str](), Counter[str]()
+        stances: dict[str, tuple[int, ...]] = {}
+        for rollout_id, known in foreseen.items():
+            for gated in known.gates.values():
+                sums.update(gated.figures)
+                counts.update(gated.figures.keys())
+                if gated.stances:
+                    stances[rollout_id] = gated.stances
+        total, number, all_stances = Counter[str](), Counter[str](), {}
+        for their_sums, their_counts, theirs in from_ranks((sums, counts, stances)):
+            total.update(their_sums)
+            number.update(their_counts)
+            all_stances |= theirs
+        return {name: total[name] / number[name] for name in sorted(number)}, all_stances
 
     @torch.no_grad()
     def _of(self, examples: Sequence[Example], version: int) -> dict[str, Foreseen]:
@@ -89,10 +118,13 @@ class Foresight:
         weights[mask], keep[mask] = weights_M.numpy(), keep_M.numpy()
         return Foreseen(old=old, weights=weights, keep=keep, gates=gates)
 
-    def _gate(self, term: BoundTerm, example: Example, current: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        gate = np.ones(len(mask), np.float32)
-        scores = example.of(term.teacher)
-        if scores is not None and term.loss.gate and example.asked_by(term):
-            d = (scores.logprobs[mask] - current[mask]).astype(np.float64)
-            gate[mask] = term.loss.gate(d, example.advantage, **term.options)
-        return gate
+    def _gate(self, term: BoundTerm, example: Example, current: np.ndarray, mask: np.ndarray) -> Gated:
+        """The gate's factors by token `[R]`, or by token and view `[R,W]` and then times the views' weights."""
+        scores, views = example.of(term.teacher), term.loss.signal == "views"
+        if scores is None or term.loss.gate is None or not example.asked_by(term) or (views and not example.has(term)):
+            return Gated(np.ones(len(mask), np.float32))
+        d = ((scores.views - current[:, None]) if views else scores.logprobs - current)[mask].astype(np.float64)
+        said = term.loss.gate(d, example.advantage, **term.options)
+        factors = np.ones((len(mask), *d.shape[1:]), np.float32)
+        factors[mask] = said.factors * scores.view_weights if views else said.factors
+        return replace(said, factors=factors)

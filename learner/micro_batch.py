@@ -44,6 +44,11 @@ class Selection:
         return cls(*map(tuple, zip(*kept, strict=True))) if kept else cls((), (), (), ())
 
     @property
+    def blind(self) -> bool:
+        """Nothing was foreseen."""
+        return None in self.foreseen
+
+    @property
     def counts(self) -> list[int]:
         """Trained tokens of each example."""
         return [int(np.count_nonzero(mask)) for mask in self.masks]
@@ -92,6 +97,7 @@ class TeacherTokens:
     topk_ids_NK: Tensor
     topk_logprobs_NK: Tensor
     entropy_N: Tensor
+    views_NW: Tensor
     hidden: tuple[TeacherHidden, ...]
 
 
@@ -113,7 +119,7 @@ class MicroBatch:
     teachers: dict[str, TeacherTokens]  # by the name that terms use
     masks: dict[str, Tensor]  # bool [N] by term: the token counts in it
     scales: dict[str, Tensor]  # [N] by term: what its reduction makes of one token
-    gates: dict[str, Tensor]  # [N] by term
+    gates: dict[str, Tensor]  # [N] by term; [N,W] of views
 
 
 def collate(
@@ -152,7 +158,7 @@ def collate(
             t.key: torch.from_numpy(selection.repeat([t.key in m for m in selection.members])).to(device) for t in terms
         },
         scales={term.key: floats(_scale(selection, term)) for term in terms},
-        gates={t.key: floats(_gate(selection, t.key)) for t in terms if t.loss.gate},
+        gates={t.key: floats(_gate(selection, t.key)) for t in terms if t.loss.gate and not selection.blind},
     )
 
 
@@ -163,29 +169,39 @@ def _scale(selection: Selection, term: BoundTerm) -> np.ndarray:
 
 
 def _gate(selection: Selection, key: str) -> np.ndarray:
-    return selection.flat([known.gates.get(key) if known else None for known in selection.foreseen], 1.0)
+    factors = [known.gates[key].factors for known in selection.foreseen if known]
+    width = next((array.shape[1:] for array in factors if array.ndim > 1), ())
+    wide = [array if array.ndim > len(width) else None for array in factors]  # None: the term does not count it
+    return selection.flat(wide, 1.0, width)
 
 
 def _teacher(selection: Selection, terms: Sequence[BoundTerm], name: str, device: str) -> TeacherTokens:
     """The scores of teacher `name`, as far as the terms that read them need."""
     read = [term for term in terms if term.teacher == name]
 
-    def known(signal: str, field: str) -> list[np.ndarray | None]:
-        """A field of each example's scores; None where none of the terms of that signal counts it."""
-        keys = {term.key for term in read if term.loss.signal == signal}
+    def known(field: str, *signals: str) -> list[np.ndarray | None]:
+        """A field of each example's scores; None where none of the terms of those signals counts it."""
+        keys = {term.key for term in read if term.loss.signal in signals}
         pairs = zip(selection.examples, selection.members, strict=True)
         return [getattr(e.of(name), field) if keys & members else None for e, members in pairs]
 
     def floats(array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(device, torch.float32)
 
-    ids, entropy = known("topk", "topk_ids"), known("topk", "entropy")
-    k = next((array.shape[1] for array in ids if array is not None), 1)
+    def sent(field: str) -> list[np.ndarray | None]:
+        """The same of top-k arrays, which views may come without."""
+        return [None if array is None or not array.size else array for array in known(field, "topk", "views")]
+
+    ids, entropy = sent("topk_ids"), known("entropy", "topk")
+    k, w = (
+        next((array.shape[1] for array in arrays if array is not None), 1) for arrays in (ids, known("views", "views"))
+    )
     return TeacherTokens(
-        sampled_N=floats(selection.flat(known("sampled", "logprobs"), 0.0)),
+        sampled_N=floats(selection.flat(known("logprobs", "sampled"), 0.0)),
         topk_ids_NK=torch.from_numpy(selection.flat(ids, 0, (k,))).to(device, torch.int64),
-        topk_logprobs_NK=floats(selection.flat(known("topk", "topk_logprobs"), -np.log(2.0 * k), (k,))),
+        topk_logprobs_NK=floats(selection.flat(sent("topk_logprobs"), -np.log(2.0 * k), (k,))),
         entropy_N=floats(selection.flat([_measured(a, ids) for a, ids in zip(entropy, ids, strict=True)], 0.0)),
+        views_NW=floats(selection.flat(known("views", "views"), 0.0, (w,))),
         hidden=_hidden(selection, {term.key for term in read if term.loss.signal == "exact"}, name, device),
     )
 
@@ -229,7 +245,12 @@ def _dummy(terms: Sequence[BoundTerm], device: str) -> MicroBatch:
     zero = torch.zeros(1, device=device)
     never = torch.zeros(1, dtype=torch.bool, device=device)
     silent = TeacherTokens(
-        sampled_N=zero, topk_ids_NK=index[:, None], topk_logprobs_NK=zero[:, None] - 1, entropy_N=zero, hidden=()
+        sampled_N=zero,
+        topk_ids_NK=index[:, None],
+        topk_logprobs_NK=zero[:, None] - 1,
+        entropy_N=zero,
+        views_NW=zero[:, None],
+        hidden=(),
     )
     return MicroBatch(
         token_ids=index,
@@ -246,5 +267,5 @@ def _dummy(terms: Sequence[BoundTerm], device: str) -> MicroBatch:
         teachers={term.teacher: silent for term in terms},
         masks={term.key: never for term in terms},
         scales={term.key: zero for term in terms},
-        gates={term.key: zero for term in terms if term.loss.gate},
+        gates={t.key: zero[:, None] if t.loss.signal == "views" else zero for t in terms if t.loss.gate},
     )

@@ -74,18 +74,20 @@ class Objective:
 
     def _rows(self, term: BoundTerm, at: slice, old_C: Tensor, teacher_logprobs_CV: Tensor | None) -> TokenRows:
         batch, teacher = self.micro_batch, self.micro_batch.teachers[term.teacher]
-        gate = batch.gates.get(term.key)
+        gate, views = batch.gates.get(term.key), term.loss.signal == "views"
         return TokenRows(
             targets_C=batch.targets_N[at],
             old_C=old_C,
             advantage_C=batch.advantage_N[at],
             teacher_C=teacher.sampled_N[at],
             reference_C=batch.reference_N[at],
-            gate_C=torch.ones_like(old_C) if gate is None else gate[at],
+            gate_C=torch.ones_like(old_C) if gate is None or views else gate[at],
             topk_ids_CK=teacher.topk_ids_NK[at],
             topk_logprobs_CK=teacher.topk_logprobs_NK[at],
             teacher_entropy_C=teacher.entropy_N[at],
             teacher_logprobs_CV=teacher_logprobs_CV,
+            views_CW=teacher.views_NW[at] if views else None,
+            view_gate_CW=gate[at] if views and gate is not None else None,
         )
 
     @torch.no_grad()

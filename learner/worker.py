@@ -25,7 +25,7 @@ from ..models.weight_broadcast import BroadcastGroup
 from .corrections import current_share, effective_share
 from .engine import build_engine, gradient_norm, join_group, learning_rate
 from .examples import Example, Updates, join
-from .foresight import Foresight
+from .foresight import Foresight, Seen
 from .loss_head import ChunkedLoss, PackedStudent
 from .micro_batch import Selection, collate
 from .objective import Objective, Sums, divisor_of
@@ -94,7 +94,8 @@ class LearnerWorker:
         updates = join(plan, batches)
         missing = sum(self._lacks_scores(e) for update in updates for batch in update for e in batch)
         rate = learning_rate(plan.step, self.steps, self.config)
-        counts, metrics = self._train(updates, plan.version, rate)
+        seen = self.foresight.look(updates, plan.version, self._over_ranks, self._from_ranks)
+        counts, metrics = self._train(updates, seen, plan.version, rate)
         metrics |= {"missing_scores": self._over_ranks([missing])[0], "learning_rate": rate}
         return StepReport(
             loss=sum(term.weight * metrics.get(f"loss_{term.key}", 0.0) for term in self.terms),
@@ -103,17 +104,18 @@ class LearnerWorker:
             seconds=time.perf_counter() - started,
             metrics=metrics,
             dropped={reason: counts[reason] for reason in ("teacher_refused", "off_policy") if counts[reason]},
+            stances=seen.stances,
         )
 
     def _lacks_scores(self, example: Example) -> bool:
         return any(example.asked_by(term) and not example.has(term) for term in self.terms)
 
-    def _train(self, updates: Updates, version: int, rate: float) -> tuple[Counter[str], dict[str, float]]:
+    def _train(self, updates: Updates, seen: Seen, version: int, rate: float) -> tuple[Counter[str], dict[str, float]]:
         """Every update of the step; what was counted, and the metrics over all updates."""
-        foreseen, metrics = self.foresight.look(updates, version, self._over_ranks)
+        metrics = dict(seen.metrics)
         sums, counts, norms = Sums(), Counter[str](), []
         for number, update in enumerate(updates):
-            selections = [Selection.of(examples, self.terms, foreseen) for examples in update]
+            selections = [Selection.of(examples, self.terms, seen.rollouts) for examples in update]
             of_update = self._count([example for examples in update for example in examples], selections)
             divisors = self._divisors(of_update)
             counts += of_update + Counter({divisor_of(key): divisor for key, divisor in divisors.items()})
@@ -190,6 +192,11 @@ class LearnerWorker:
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(total)
         return total.tolist()
+
+    def _from_ranks(self, own: Any) -> list[Any]:
+        everyone: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(everyone, own)
+        return everyone
 
     def publish(self, version: int) -> Iterator[WeightBucket | WeightManifest]:
         """Rank 0 yields the weights' buckets and then their manifest; the other ranks take part and yield nothing."""

@@ -86,6 +86,9 @@ class OneProcess(LearnerWorker):
     def _over_ranks(self, values):
         return list(values)
 
+    def _from_ranks(self, own):
+        return [own]
+
     def learn(self, examples, cuts=None, version=0):
         """One step; `cuts`: update → micro-batch → indices of examples (default: all in one). The report."""
         cuts = [[range(len(examples))]] if cuts is None else cuts
@@ -171,6 +174,8 @@ class World:
             topk_logprobs=top.values.numpy(),
             entropy=-(logprobs.exp() * logprobs).sum(1).numpy(),
             hidden=hidden.numpy(),
+            views=logprobs[torch.arange(len(targets)), targets].numpy()[:, None],
+            view_weights=np.ones(1, np.float32),
         )
 
     def example(self, name, source="student", teachers=("big", "small", REFERENCE), spread=0.5):

@@ -72,6 +72,8 @@ class Case:
             topk_ids_CK=ids,
             topk_logprobs_CK=q.gather(1, ids),
             teacher_logprobs_CV=q,
+            views_CW=self.picked(q)[:, None],
+            view_gate_CW=torch.ones_like(q[:, :1]),
         )
 
     def picked(self, logprobs):

@@ -17,6 +17,7 @@ from .exact_divergence import exact_divergence
 from .likelihood import nll, reference_kl
 from .policy_gradient import policy_gradient
 from .sign_gate import sign_gate, soft_gate, soft_gated_policy_gradient
+from .skill_gate import skill_gate, skill_polarity
 from .topk_divergence import topk_divergence
 
 TERMS: dict[str, LossTerm] = {
@@ -26,6 +27,7 @@ TERMS: dict[str, LossTerm] = {
     "policy_gradient": LossTerm(policy_gradient, "sampled"),
     "sign_gate": LossTerm(sign_gate, "sampled"),
     "soft_gate": LossTerm(soft_gated_policy_gradient, "sampled", soft_gate),
+    "skill_gate": LossTerm(skill_gate, "views", skill_polarity),
     "topk_divergence": LossTerm(topk_divergence, "topk"),
     "exact_divergence": LossTerm(exact_divergence, "exact"),
 }
@@ -40,6 +42,9 @@ RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "agree": ("0 or above", lambda x: x >= 0),
     "conflict": ("0 or above", lambda x: x >= 0),
     "blend": ("0 or above", lambda x: x >= 0),
+    "tau": ("above 0", lambda x: x > 0),
+    "delta_clip": ("above 0", lambda x: x > 0),
+    "confidence": ("0 or above", lambda x: x >= 0),
     "sharpness": ("above 0", lambda x: x > 0),
     "clip_low": ("in [0, 1]", lambda x: 0 <= x <= 1),
     "clip_high": ("0 or above", lambda x: x >= 0),

@@ -3,8 +3,8 @@
 A term is a pure, differentiable function of one chunk of response tokens: `term(student, rows, **options)`. It never
 sees rollouts, ranks or the batch: the learner weighs its token losses and divides by the term's own global count.
 
-Shape suffixes: C tokens of a chunk, R response tokens of one rollout, V vocabulary, K top-k ids. Every log is natural;
-floats are float32 or wider.
+Shape suffixes: C tokens of a chunk, R response tokens of one rollout, V vocabulary, K top-k ids of all views, W views.
+Every log is natural; floats are float32 or wider.
 """
 
 from collections.abc import Callable
@@ -14,8 +14,8 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
-Signal = Literal["none", "sampled", "topk", "exact"]
-SIGNALS: tuple[Signal, ...] = ("none", "sampled", "topk", "exact")  # from the weakest to the strongest
+Signal = Literal["none", "sampled", "views", "topk", "exact"]
+SIGNALS: tuple[Signal, ...] = ("none", "sampled", "views", "topk", "exact")  # from the weakest to the strongest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +43,8 @@ class TokenRows:
     topk_logprobs_CK: Tensor  # log π_T on that support
     teacher_entropy_C: Tensor  # H(π_T) in nats over the whole vocabulary; of the topk signal
     teacher_logprobs_CV: Tensor | None = None  # log π_T, of the exact signal only
+    views_CW: Tensor | None = None  # log π_T(y_t) under each view's context, of the views signal only
+    view_gate_CW: Tensor | None = None  # and each view's weight times what the term's `gate` said of it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,16 +55,26 @@ class TermOutput:
     metrics: dict[str, Tensor] = field(default_factory=dict)  # name → [C]
 
 
+@dataclass(frozen=True, slots=True)
+class Gated:
+    """What a gate says of one rollout: a factor for each token `[R]`, or for each view `[W]`; its figures, of which the
+    metrics are means over rollouts; and, of views, what came of each: 1 helpful, -1 harmful, 0 neutral."""
+
+    factors: np.ndarray
+    figures: dict[str, float] = field(default_factory=dict)
+    stances: tuple[int, ...] = ()
+
+
 TokenLoss = Callable[..., TermOutput]
-RowGate = Callable[..., np.ndarray]
+RowGate = Callable[..., Gated]
 
 
 @dataclass(frozen=True, slots=True)
 class LossTerm:
     """A term's function, the teacher's signal that a token must have to count in it, and maybe a gate by rollout.
 
-    `gate(d_R, advantage, **options)` → `[R]`, from d = log π_T − log π_old of a whole rollout, before the gradient; the
-    learner then makes one pass more over the batch. It is called with the term's options.
+    `gate(d, advantage, **options)` → `Gated`, from d = log π_T − log π_old of a whole rollout (`[R]`; `[R,W]` of views)
+    before the gradient; the learner then makes one pass more over the batch. It is called with the term's options.
     """
 
     function: TokenLoss

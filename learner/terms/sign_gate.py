@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from .base import StudentChunk, TermOutput, TokenRows
+from .base import Gated, StudentChunk, TermOutput, TokenRows
 from .policy_gradient import student_gap
 
 
@@ -63,7 +63,7 @@ def soft_gated_policy_gradient(student: StudentChunk, rows: TokenRows, *, sharpn
     return TermOutput(loss_C=-(rows.gate_C * gap) * student.sampled_C, metrics=metrics)
 
 
-def soft_gate(d_R: np.ndarray, advantage: float, *, sharpness: float = 1e-3) -> np.ndarray:
+def soft_gate(d_R: np.ndarray, advantage: float, *, sharpness: float = 1e-3) -> Gated:
     """g `[R]` of one rollout: σ(β z d/median|d|), times one factor that keeps Σ|g d| at Σ|d|; β `sharpness`.
 
     It moves the step's size to the tokens where the teacher's push has the verifier's sign, the more so the larger β.
@@ -73,8 +73,8 @@ def soft_gate(d_R: np.ndarray, advantage: float, *, sharpness: float = 1e-3) -> 
     size = np.abs(d_R)
     median = np.median(size) if len(d_R) else 0.0
     if median == 0 or advantage == 0:
-        return np.ones_like(d_R)
+        return Gated(np.ones_like(d_R))
     log_gate = -np.logaddexp(0.0, -sharpness * np.sign(advantage) * d_R / median)
     gate = np.exp(log_gate - log_gate.max())  # the factor below takes the scale out again
     kept = (gate * size).sum()
-    return gate * (size.sum() / kept) if kept > 0 else np.ones_like(d_R)
+    return Gated(gate * (size.sum() / kept) if kept > 0 else np.ones_like(d_R))

@@ -63,7 +63,8 @@ def updates_of(examples, cuts):
 
 
 def look(learner, updates, over_ranks=list, version=0):
-    return learner.foresight.look(updates, version, over_ranks)
+    seen = learner.foresight.look(updates, version, over_ranks, lambda own: [own])
+    return seen.rollouts, seen.metrics
 
 
 def test_there_is_no_pass_where_nothing_needs_one():
@@ -255,6 +256,6 @@ def test_a_gate_sees_the_whole_rollout_and_no_masked_token(parts):
         rollout, on = example.rollout, example.rollout.loss_mask
         gate = np.ones(len(on))
         d = example.scores["big"].logprobs[on] - own_logprobs(slow, rollout)[on]
-        gate[on] = soft_gate(d, example.advantage, sharpness=0.7)
+        gate[on] = soft_gate(d, example.advantage, sharpness=0.7).factors
         gates[rollout.rollout_id] = gate
     check_step(learner, report, terms, slow_losses(world, slow, examples, terms, gates=gates), slow)

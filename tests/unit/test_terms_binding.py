@@ -42,6 +42,7 @@ def test_options_out_of_range_are_refused_and_the_ends_taken():
             "policy_gradient": {"extrapolation": (-0.5, None)},
             "sign_gate": {"agree": (-1.0, None), "conflict": (-1.0, None), "blend": (-1.0, None)},
             "soft_gate": {"sharpness": (0.0, None)},
+            "skill_gate": {"tau": (0.0, None), "delta_clip": (0.0, None), "confidence": (-0.1, None)},
             "clipped_policy_gradient": {"clip_low": (-0.1, 1.1), "clip_high": (-0.1, None), "dual_clip": (1.0, 0.5)},
         }.items()
         for name, (low, high) in names.items()

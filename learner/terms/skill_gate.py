@@ -1,0 +1,97 @@
+"""Skill-conditioned gated self-distillation: teachers that saw a skill and a mistake, validated by the verifier.
+
+Each of W views is the student's own model under another context. Whether a view supports the whole response is its
+stance; outcome × stance is its polarity: the loss pulls to a view that was right, away from one that was wrong, and
+leaves out one without a stance. Source: SGSD, arXiv:2605.28791, and its code (walawalagoose/SGSD at f296a91).
+"""
+
+import math
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from .base import Gated, StudentChunk, TermOutput, TokenRows
+
+
+def skill_gate(
+    student: StudentChunk,
+    rows: TokenRows,
+    *,
+    tau: float = 1.0,
+    delta_clip: float = 3.0,
+    confidence: float = 0.05,
+    gate: bool = True,
+    support: Literal["sampled", "local"] = "sampled",
+) -> TermOutput:
+    """loss = Σ_k w_k p_k ℓ_k, ℓ = log 2 − softplus(−δ²/2τ) in [0, log 2); w_k p_k comes from `skill_polarity`.
+
+    δ by `support`: sampled  log π_T(y_t | k) − log π_θ(y_t), over the whole vocabulary;
+    local  KL(π_T ‖ π_θ) on the view's top-k ids and y_t, both renormalised there.
+    |∂ℓ/∂log π_θ(y_t)| = σ(−δ²/2τ) |δ|/τ is 0 at δ = 0 and for |δ| → ∞. Metrics: the views' weighted mean of |δ|, ℓ.
+    """
+    assert rows.views_CW is not None and rows.view_gate_CW is not None, "the term's signal is views"
+    if support == "local":
+        delta = local_divergence(student.logprobs_CV, rows)
+    else:
+        delta = rows.views_CW - student.sampled_C[:, None]
+    token_loss = math.log(2.0) - softplus(-delta.square() / (2.0 * tau))
+    share = rows.view_gate_CW.abs()
+    share = share / share.sum(1, keepdim=True).clamp(min=1e-12)
+    metrics = {"skill_gap": (share * delta.abs()).sum(1), "skill_token_loss": (share * token_loss).sum(1)}
+    return TermOutput(
+        loss_C=(rows.view_gate_CW * token_loss).sum(1),
+        metrics={name: value.detach() for name, value in metrics.items()},
+    )
+
+
+def skill_polarity(
+    d_RW: np.ndarray,
+    advantage: float,
+    *,
+    tau: float = 1.0,
+    delta_clip: float = 3.0,
+    confidence: float = 0.05,
+    gate: bool = True,
+    support: str = "sampled",
+) -> Gated:
+    """p_k `[W]` of one rollout = o · s_k: o the verifier's sign, s_k = sign(a_k) where |a_k| > `confidence`, else 0,
+    and a_k the mean of d_k clipped to ±`delta_clip` over the tokens that count. `gate` false: every view is trusted, p_k = 1.
+    """
+    if not len(d_RW):
+        return Gated(np.zeros(d_RW.shape[1]), stances=(0,) * d_RW.shape[1])
+    score = np.clip(d_RW, -delta_clip, delta_clip).mean(0)
+    stance = np.where(np.abs(score) > confidence, np.sign(score), 0.0)
+    polarity = np.sign(advantage) * stance
+    named = {"helpful": polarity > 0, "harmful": polarity < 0, "neutral": polarity == 0}
+    figures = {f"skill_{name}": float(is_so.mean()) for name, is_so in named.items()}
+    figures |= {"skill_support": float(score.mean()), "skill_support_size": float(np.abs(score).mean())}
+    outcome = "right" if advantage > 0 else "wrong" if advantage < 0 else "unjudged"
+    for name, sign in (("for", 1.0), ("against", -1.0), ("silent", 0.0)):
+        figures[f"skill_{outcome}_{name}"] = float((stance == sign).mean())
+    return Gated(polarity if gate else np.ones_like(polarity), figures, tuple(int(p) for p in polarity))
+
+
+def local_divergence(logprobs_CV: Tensor, rows: TokenRows) -> Tensor:
+    """KL(π_T ‖ π_θ) `[C,W]` on each view's top-k ids and the sampled token, both renormalised over them."""
+    ids, teacher = local_support(rows)
+    student = logprobs_CV[:, None, :].expand(-1, ids.shape[1], -1).gather(2, ids)
+    out = teacher.isneginf()
+    student = student.masked_fill(out, -torch.inf).log_softmax(2)
+    teacher = teacher.log_softmax(2)
+    gap = (teacher - student).masked_fill(out, 0.0)
+    return (teacher.exp() * gap).sum(2)
+
+
+def local_support(rows: TokenRows) -> tuple[Tensor, Tensor]:
+    """Ids and logprobs `[C,W,K+1]`: each view's top-k, then the sampled token, −∞ where it is among them."""
+    views = rows.views_CW
+    assert views is not None, "the term's signal is views"
+    ids = rows.topk_ids_CK.unflatten(1, (views.shape[1], -1))
+    logprobs = rows.topk_logprobs_CK.unflatten(1, (views.shape[1], -1)).to(views.dtype)
+    sampled = rows.targets_C[:, None, None].expand(-1, views.shape[1], 1)
+    among = (ids == sampled).any(2, keepdim=True)
+    own = views[:, :, None].masked_fill(among, -torch.inf)
+    return torch.cat([ids, sampled], 2), torch.cat([logprobs, own], 2)
