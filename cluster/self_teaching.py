@@ -46,6 +46,7 @@ class SelfTeachingWorker(RolloutWorker):
         request: ScoreRequest,
         prompts: pa.RecordBatch | None = None,
         verdicts: pa.RecordBatch | None = None,
+        skills: pa.RecordBatch | None = None,
     ) -> tuple[pa.RecordBatch, Receipt]:
         """As teacher_service.worker.TeacherWorker.score, by the weights that this replica holds."""
-        return self.teacher.score(rollouts, request, prompts, verdicts)
+        return self.teacher.score(rollouts, request, prompts, verdicts, skills)

@@ -38,9 +38,14 @@ TEMPLATES: dict[str, str] = {
     ),
     "peer@1": f"{{problem}}{PEER}\n\n{SOLVE}",  # SDPO, 2601.20802
     "feedback@1": f"{{problem}}{FEEDBACK}\n\n{SOLVE}",  # SDPO
+    "skills@1": (  # SGSD, 2605.28791: its headings; the sentence after them is ours
+        "### General Principles\n{skill}\n\n[[### Mistakes to Avoid\n{mistake}\n\n]]"
+        "Use what of this applies to the following problem.\n\nProblem: {problem}"
+    ),
+    "hint@1": "Hint: {skill}\n{problem}",  # the lab's models were trained with it
     "peer_feedback@1": f"{{problem}}[[{PEER}]][[{FEEDBACK}]]\n\n{SOLVE}",  # SDPO: whichever of the two there is
 }
-FIELDS = ("problem", "answer", "solution", "peer", "peer_answer", "feedback")
+FIELDS = ("problem", "answer", "solution", "peer", "peer_answer", "feedback", "skill", "mistake")
 
 NAME = re.compile(r"[\w.-]+@[\w.-]+")
 FIELD = re.compile(r"\{(\w+)\}")
@@ -88,7 +93,15 @@ class Prompter:
         check_templates(self.templates)
 
     def ids(
-        self, context: str, prompt: Prompt, *, peer_text: str = "", peer_answer: str = "", feedback: str = ""
+        self,
+        context: str,
+        prompt: Prompt,
+        *,
+        peer_text: str = "",
+        peer_answer: str = "",
+        feedback: str = "",
+        skill: str = "",
+        mistake: str = "",
     ) -> np.ndarray | None:
         """int32 `[P]`, chat template and generation prompt applied; None where a field that it needs is empty."""
         if context == PLAIN:
@@ -99,6 +112,8 @@ class Prompter:
             "peer": without_thinking(peer_text),
             "peer_answer": peer_answer,
             "feedback": feedback,
+            "skill": skill,
+            "mistake": mistake,
         }
         values = {field: inert(self.tokenizer, value) for field, value in values.items()}
         text = fill(_template(context, self.templates), {"problem": prompt.text, **values})

@@ -54,7 +54,7 @@ def in_context(
     verdict_of = {verdict.rollout_id: verdict for verdict in judged}
     passed = _passed_by_group(rollouts, verdict_of)
     shown: list[Rollout | None] = []
-    for rollout, prompt in zip(mine, _prompts_of(mine, prompts), strict=True):
+    for rollout, prompt in zip(mine, prompts_of(mine, prompts), strict=True):
         peer = _peer(rollout, passed[rollout.group_id])
         ids = prompt and prompter.ids(
             context,
@@ -63,16 +63,17 @@ def in_context(
             peer_answer=peer.answer if peer else "",
             feedback=feedback(rollout, verdict_of.get(rollout.rollout_id)),
         )
-        shown.append(None if ids is None else _after(rollout, ids, context))
+        shown.append(None if ids is None else after(rollout, ids, context))
     return shown
 
 
-def _after(rollout: Rollout, prompt_ids: np.ndarray, context: str) -> Rollout:
+def after(rollout: Rollout, prompt_ids: np.ndarray, context: str) -> Rollout:
+    """The rollout's response after another prompt; what aligns with the response stays."""
     token_ids = np.concatenate([prompt_ids, rollout.token_ids[rollout.prompt_length :]])
     return replace(rollout, token_ids=token_ids, prompt_length=len(prompt_ids), context=context)
 
 
-def _prompts_of(mine: Sequence[Rollout], prompts: pa.RecordBatch) -> list[Prompt | None]:
+def prompts_of(mine: Sequence[Rollout], prompts: pa.RecordBatch) -> list[Prompt | None]:
     """Each rollout's prompt; None where the batch lacks it."""
     wanted = pa.array([rollout.prompt_id for rollout in mine], pa.string())
     found_at = pc.index_in(wanted, value_set=prompts.column("prompt_id"))  # pyright: ignore[reportAttributeAccessIssue]

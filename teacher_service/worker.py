@@ -19,6 +19,7 @@ from ..models.loading import load_tokenizer
 from .contexts import in_context
 from .engines import make_engine
 from .follower import Averager, Follower, follower_of
+from .views import Viewed
 
 
 class TeacherWorker:
@@ -63,13 +64,15 @@ class TeacherWorker:
         request: ScoreRequest,
         prompts: pa.RecordBatch | None = None,
         verdicts: pa.RecordBatch | None = None,
+        skills: pa.RecordBatch | None = None,
     ) -> tuple[pa.RecordBatch, Receipt]:
         """Scores of the rows that ask for this teacher or for none by name, in their order; a refused one is a row too.
 
         With `request.everyone` of all rows. In a context other than "plain" each response is scored after the prompt
         that the context builds from its row of `prompts` and, for peers and feedback, from the same batch's `verdicts`;
-        a row for which it cannot be built is refused as "no_context". The receipt's lengths and tokens are those of
-        the rows really scored, as they were scored.
+        a row for which it cannot be built is refused as "no_context". With `request.views` each row's record holds the
+        views of its prompt's pairs in `skills` side by side. The receipt's lengths and tokens are those of the rows
+        really scored, as they were scored.
         """
         start = time.perf_counter()
         if self.follower:
@@ -77,12 +80,18 @@ class TeacherWorker:
         asked = rollouts.column("teacher").to_pylist()
         rows = [i for i, name in enumerate(asked) if request.everyone or name in ("", self.teacher_id)]
         mine: Sequence[Rollout] = decode(Rollout, rollouts, rows)
-        shown: Sequence[Rollout | None] = mine
-        if request.context != PLAIN:
-            with self._prompting:
-                shown = in_context(request.context, mine, self.prompter, rollouts, prompts, verdicts)
-        scores = self._scores(mine, shown, request)
-        served = [rollout for rollout, score in zip(shown, scores, strict=True) if rollout and not score.error_class]
+        if request.views:
+            served, scores, refused = self._views(mine, request, prompts, skills)
+        else:
+            shown: Sequence[Rollout | None] = mine
+            if request.context != PLAIN:
+                with self._prompting:
+                    shown = in_context(request.context, mine, self.prompter, rollouts, prompts, verdicts)
+            scores, refused = self._scores(mine, shown, request), Counter[str]()
+            pairs = zip(shown, scores, strict=True)
+            served = [rollout for rollout, score in pairs if rollout and not score.error_class]
+        version = self.version
+        scores = [replace(score, teacher_version=version) for score in scores] if version else scores
         receipt = Receipt(
             rows=len(mine),
             tokens=sum(len(rollout.token_ids) for rollout in served),
@@ -90,16 +99,30 @@ class TeacherWorker:
             lengths=tuple(len(rollout.token_ids) for rollout in served),
             response_lengths=tuple(rollout.response_length for rollout in served),
             weight_version=min((rollout.oldest_version for rollout in served), default=0),
-            errors=dict(Counter(score.error_class for score in scores if score.error_class)),
+            errors=dict(refused + Counter(score.error_class for score in scores if score.error_class)),
         )
         return encode(TeacherScores, scores), receipt
+
+    def _views(
+        self,
+        mine: Sequence[Rollout],
+        request: ScoreRequest,
+        prompts: pa.RecordBatch | None,
+        skills: pa.RecordBatch | None,
+    ) -> tuple[list[Rollout], list[TeacherScores], Counter[str]]:
+        """What was really scored, the views of each rollout side by side, and the refused views by error class."""
+        with self._prompting:
+            viewed = Viewed.of(mine, request, self.prompter, prompts, skills)
+        found = self.engine.score(viewed.shown, replace(request, views=0))
+        served = [rollout for rollout, score in zip(viewed.shown, found, strict=True) if not score.error_class]
+        return served, *viewed.fold(mine, found, request, self.teacher_id)
 
     def _scores(
         self, mine: Sequence[Rollout], shown: Sequence[Rollout | None], request: ScoreRequest
     ) -> list[TeacherScores]:
         """Scores in the order of `mine`, each of the rollout as it is shown, or refused for want of a context."""
         found = iter(self.engine.score([rollout for rollout in shown if rollout], request))
-        scores = [
+        return [
             next(found)
             if seen
             else TeacherScores(
@@ -110,8 +133,6 @@ class TeacherWorker:
             )
             for rollout, seen in zip(mine, shown, strict=True)
         ]
-        version = self.version
-        return [replace(score, teacher_version=version) for score in scores] if version else scores
 
     @property
     def version(self) -> int:

@@ -58,7 +58,8 @@ def skill_polarity(
     support: str = "sampled",
 ) -> Gated:
     """p_k `[W]` of one rollout = o · s_k: o the verifier's sign, s_k = sign(a_k) where |a_k| > `confidence`, else 0,
-    and a_k the mean of d_k clipped to ±`delta_clip` over the tokens that count. `gate` false: every view is trusted, p_k = 1.
+    and a_k the mean of d_k clipped to ±`delta_clip` over the tokens that count. Where `gate` is false every view is
+    trusted: p_k = 1.
     """
     if not len(d_RW):
         return Gated(np.zeros(d_RW.shape[1]), stances=(0,) * d_RW.shape[1])

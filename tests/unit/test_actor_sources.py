@@ -59,13 +59,13 @@ def test_the_dataset_answers_with_its_own_solution(engine, qwen3):
 def test_a_hinted_rollout_keeps_the_plain_prompt(qwen3):
     """Sampled after the hint, recorded without it (STaR)."""
     random = fresh_random()
-    own = {"hint@1": "{problem} {answer}!"}
+    own = {"clue@1": "{problem} {answer}!"}
     texts, answers = ["1+1", "2+3", "4"], ["2", "", "44"]
     prompts = [
         Prompt(prompt_id=f"p{i}", text=text, token_ids=np.array(chat_ids(text), np.int32), answer=answer)
         for i, (text, answer) in enumerate(zip(texts, answers, strict=True))
     ]
-    contexts = ("plain", "hint@1", "answer@1")
+    contexts = ("plain", "clue@1", "answer@1")
     requests = [asked(row, "student", context) for row in range(3) for context in contexts]
     seeds = random.integers(0, 2**62, len(requests)).tolist()
     requests = [replace(request, seed=seed) for request, seed in zip(requests, seeds, strict=True)]
@@ -80,7 +80,7 @@ def test_a_hinted_rollout_keeps_the_plain_prompt(qwen3):
         if not answer and request.context != "plain":
             assert rollout.finish_reason == "error" and rollout.response_length == 0
             continue
-        shown = {"plain": text, "hint@1": f"{text} {answer}!", "answer@1": f"{text}\nAnswer: {answer}"}
+        shown = {"plain": text, "clue@1": f"{text} {answer}!", "answer@1": f"{text}\nAnswer: {answer}"}
         ids = np.array(chat_ids(shown[request.context]))
         ours = rollout.token_ids[rollout.prompt_length :].tolist()
         slow, logprobs, _ = slow_rollout(model, ids, request.seed, sampling, {EOS}, ours)

@@ -54,11 +54,14 @@ def test_every_template_reads_as_the_chat_template_of_its_text(name):
     tokenizer = tokenizer_of(name)
     prompt = prompt_of(tokenizer, solution="3 + 4 = 7\n\\boxed{7}")
     peer, feedback = "<think>hm</think>It is \\boxed{7}", "The answer 8 is wrong."
+    skill, mistake = "Carry the ten.", "Forgetting the ten."
     prompter = Prompter(tokenizer)
     for context, template in TEMPLATES.items():
-        ids = prompter.ids(context, prompt, peer_text=peer, peer_answer="7", feedback=feedback)
+        ids = prompter.ids(
+            context, prompt, peer_text=peer, peer_answer="7", feedback=feedback, skill=skill, mistake=mistake
+        )
         text = template.replace("[[", "").replace("]]", "")
-        values = (prompt.text, "7", prompt.solution, "It is \\boxed{7}", "7", feedback)
+        values = (prompt.text, "7", prompt.solution, "It is \\boxed{7}", "7", feedback, skill, mistake)
         for field, value in zip(FIELDS, values, strict=True):
             text = text.replace(f"{{{field}}}", value)
         assert ids is not None and ids.dtype == np.int32
@@ -209,10 +212,10 @@ def test_chat_template_arguments_reach_it():
         ("@1", "{problem}", "NAME@VERSION"),
         ("plain", "{problem}", "NAME@VERSION"),
         ("answer@1", "{problem}", "not one of ours"),
-        ("hint@1", "{problem} {hint}", r"\{hint\}"),
-        ("hint@1", "{problem} \\boxed{x}", r"\{x\}"),
-        ("hint@1", "Solve it. {answer}", "shows the problem"),
-        ("hint@1", "[[{problem}]]", "shows the problem"),
+        ("clue@1", "{problem} {hint}", r"\{hint\}"),
+        ("clue@1", "{problem} \\boxed{x}", r"\{x\}"),
+        ("clue@1", "Solve it. {answer}", "shows the problem"),
+        ("clue@1", "[[{problem}]]", "shows the problem"),
     ],
 )
 def test_templates_that_cannot_be_used_are_named(name, template, message):

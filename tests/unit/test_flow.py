@@ -27,7 +27,7 @@ def test_every_ask_becomes_requests_of_its_prompt_by_source(monkeypatch):
         samples = {"student": 3, "teacher": 2 * (position % 3 == 0), "dataset": int(position % 4 == 0)}
         expected += Counter({(str(position), order.row(position), source): n for source, n in samples.items()})
     assert Counter((r.group_id, r.row, r.source) for r in found) == expected
-    assert {r.context for r in found if r.source == "student"} == {"hint@1"}
+    assert {r.context for r in found if r.source == "student"} == {"clue@1"}
     assert {r.context for r in found if r.source != "student"} == {"plain"}
     for name, call in world.calls("generate"):
         assert {r.source for r in call.args[1]} == {name.removesuffix("rollout").rstrip("_") or "student"}
@@ -70,7 +70,7 @@ def test_ids_and_seeds_are_unique_and_the_runs_seed_decides_them_alone(monkeypat
 
 def test_a_source_asked_twice_gives_rollouts_of_their_own(monkeypatch):
     world = World(fresh_rng(), monkeypatch)
-    asks = (Ask(samples=2), Ask(samples=2, context="hint@1"), Ask(source="teacher"), Ask(source="teacher"))
+    asks = (Ask(samples=2), Ask(samples=2, context="clue@1"), Ask(source="teacher"), Ask(source="teacher"))
     run(world, lambda config: replace(plain(config), asks=lambda step, position: asks), steps=1, prompts_per_step=1)
     found = world.requests()
     assert len({r.rollout_id for r in found}) == len({r.seed for r in found}) == 6

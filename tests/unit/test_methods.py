@@ -221,9 +221,9 @@ def test_self_teachers_are_shown_more() -> None:
     assert not opsd.after_verdicts
     sdft = only("sdft", {**SELF, "signal": "sampled", "follows": "live"})
     assert sdft.scoring and sdft.scoring.context == "demonstration@1" and sdft.terms[0].name == "policy_gradient"
-    own = {"hint@1": "{problem} It is {answer}."}
-    mine = only("opsd", {**SELF, "signal": "sampled"}, {"template": "hint@1"}, templates=own)
-    assert mine.scoring and mine.scoring.context == "hint@1"
+    own = {"clue@1": "{problem} It is {answer}."}
+    mine = only("opsd", {**SELF, "signal": "sampled"}, {"template": "clue@1"}, templates=own)
+    assert mine.scoring and mine.scoring.context == "clue@1"
 
 
 def test_sdpo_scores_judged_groups_on_the_students_ids() -> None:
