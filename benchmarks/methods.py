@@ -55,12 +55,13 @@ from tutorloop.contracts.config import Config, Data
 from tutorloop.contracts.errors import DataError, InputError
 from tutorloop.contracts.recipe import load_config
 from tutorloop.contracts.records import Prompt, Rollout, SampleRequest, Sampling, seed_of
+from tutorloop.contracts.verifier_config import Verifier
 from tutorloop.models.loading import load_tokenizer
 from tutorloop.verifier_service.worker import VerifierWorker
 
 ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "runs" / "methods"
-NOT_COMPARED = ("quickstart", "gsm8k_qwen3")  # opd again, and other models
+NOT_COMPARED = ("quickstart", "gsm8k_qwen3", "sgsd_qwen3")  # opd again, and other models
 TOKENS_PER_STEP = 2500  # about 96 answers of 25 tokens; times --steps is the budget
 SAMPLES, PROBLEMS, NEW_TOKENS, BATCH = 8, 400, 64, 128
 DATA = {"in_distribution": "lab:test", "out_of_distribution": "lab:ood"}
@@ -127,7 +128,7 @@ def measure(row: Row, model: str) -> Row:
     """The row with the accuracy, entropy and length of `model`. Raises DataError for a model without finite figures."""
     # One thread: several wait for each other many times as long where anything else runs.
     worker = RolloutWorker(engine="transformers", model=model, dtype="fp32", threads=1, max_batch=BATCH)
-    verifier = VerifierWorker(kind="math", timeout_seconds=5.0)
+    verifier = VerifierWorker(config=Verifier())
     accuracy, answers = {}, {}
     try:
         for split in SPLITS:

@@ -9,12 +9,14 @@ import sys
 import typer
 
 from .. import __version__
-from . import evaluate, train
+from . import bank, evaluate, train, verify
 from .outcome import INTERRUPTED, ends_clearly
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command("train")(ends_clearly(train.train))
 app.command("eval")(ends_clearly(evaluate.evaluate))
+app.command("verify")(ends_clearly(verify.verify))
+app.add_typer(bank.app, name="bank")
 
 
 def _show_version(wanted: bool) -> None:

@@ -22,14 +22,21 @@ def ends_clearly(command: Callable[Arguments, bool]) -> Callable[Arguments, None
         try:
             code = 0 if command(*args, **kwargs) else INTERRUPTED
         except TutorloopError as error:
-            sys.stderr.write(f"error: {error}\n")
+            sys.stderr.write(f"error: {_shown(error)}\n")
             code = INPUT if isinstance(error, InputError) else OTHER
         except KeyboardInterrupt:
             sys.stderr.write("interrupted\n")
             code = INTERRUPTED
         except OSError as error:
-            sys.stderr.write(f"error: the machine refused: {error}\n")
+            sys.stderr.write(f"error: the machine refused: {_shown(error)}\n")
             code = OTHER
         raise typer.Exit(code)
 
     return wrapped
+
+
+def _shown(error: Exception) -> str:
+    """Line by line without what could steer a terminal: it may hold text of a dataset, a server or a rollout."""
+    from ..cluster.progress import plain
+
+    return "\n".join(plain(line) for line in str(error).split("\n"))

@@ -7,6 +7,7 @@ to be saved but p.
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +77,17 @@ def _read_hub(path: str, name: str, split: str) -> list[dict[str, Any]]:
 
 
 def load_prompts(
-    data: Data, path: str, split: str, tokenizer: Any, limit: int | None = None, *, need_answer: bool = True
+    data: Data,
+    path: str,
+    split: str,
+    tokenizer: Any,
+    limit: int | None = None,
+    *,
+    need_answer: bool = True,
+    keep_rows: bool = False,
 ) -> list[Prompt]:
     """Checked prompts of `path`, tokenised for the student, at most `limit`; a row needs an answer unless nothing
-    verifies. Raises DataError."""
+    compares with it. With `keep_rows` each has its whole row as JSON, for the verifier. Raises DataError."""
     rows = read_rows(path, data.name, split)[:limit]
     if not rows:
         raise DataError("a dataset has at least one row", f"{path} is empty")
@@ -89,6 +97,9 @@ def load_prompts(
     for number, row in enumerate(rows):
         _check_row(row, needed, f"row {number} of {path}")
     prompts = [_to_prompt(row, number, data, tokenizer) for number, row in enumerate(rows)]
+    if keep_rows:
+        texts = [json.dumps(row, default=str) for row in rows]
+        prompts = [replace(prompt, row=text) for prompt, text in zip(prompts, texts, strict=True)]
     ids = {prompt.prompt_id for prompt in prompts}
     if len(ids) < len(prompts):
         raise DataError("the ids of a dataset's rows are unique", f"{path}: {len(prompts) - len(ids)} repeat")

@@ -69,7 +69,7 @@ def evaluate(
 
     def dispatch(part: tuple[SampleRequest, ...]) -> None:
         def generated(payload: ObjectRef, _: Receipt) -> None:
-            verifiers.submit(Call("judge", (payload,), len(part), judged, counted=False))
+            verifiers.submit(Call("judge", (payload, problems.prompts), len(part), judged, counted=False))
 
         def judged(_: ObjectRef, receipt: Receipt) -> None:
             nonlocal open_calls

@@ -65,6 +65,7 @@ class StepRow:
         float | None
     )  # −mean log μ of all tokens that the student sampled, nats; what a stage's trigger sees
     rollouts: dict[str, int]  # taken from the queue, and trained; the others were dropped
+    reward_parts: dict[str, float]  # mean score of each part of the reward, over the judged rollouts
     groups: dict[str, float]  # shares of the student's prompt groups: all_right, all_wrong, mixed, …
     tokens: dict[str, int]  # generated, teacher_generated, given, scored, trained: of this step
     pools: dict[str, PoolRow]
@@ -121,7 +122,7 @@ class MetricsLog:
         """
         kept = [row for row in read_rows(self._path) if _steps_done(row) <= step]
         aside = self._path.with_suffix(".tmp")
-        aside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
+        aside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         self._file.close()
         os.replace(aside, self._path)
         self._file = self._path.open("a", encoding="utf-8")
@@ -152,7 +153,7 @@ class MetricsLog:
         if nonfinite:
             line["nonfinite"] = nonfinite
             self._prometheus.nonfinite.inc(len(nonfinite))
-        self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
         prefix = f"eval/{row['split']}/{row['model']}/" if kind == "eval" else ""
         for name, value in figures.items():
@@ -232,6 +233,7 @@ class _Prometheus:
             "learning_rate": gauge("learning_rate", "Learning rate of the last step."),
         }
         self._sampler_entropy = gauge("sampler_entropy_nats", "Mean −log μ of all tokens that the student sampled.")
+        self._parts = gauge("reward_part", "Mean score of a part of the reward, unweighted.", "part")
         self._groups = gauge("prompt_groups_ratio", "Shares of the last step's prompt groups, by outcome.", "share")
         self._learner = gauge("learner_metric", "The learner's other metrics, by name.", "metric")
         self._pools = {
@@ -256,6 +258,8 @@ class _Prometheus:
             (self._named_learner.get(name) or self._learner.labels(name)).set(value)
         if row.sampler_entropy is not None:
             self._sampler_entropy.set(row.sampler_entropy)
+        for name, value in row.reward_parts.items():
+            self._parts.labels(name).set(value)
         for name, value in row.groups.items():
             self._groups.labels(name).set(value)
         for pool, figures in row.pools.items():

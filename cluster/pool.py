@@ -16,7 +16,7 @@ import psutil
 import ray
 from ray import ObjectRef
 from ray.util.placement_group import placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from ..contracts import config
 from ..contracts.errors import ResourceError, TutorloopError
@@ -40,8 +40,9 @@ class Call:
 class Pool:
     """Replicas of one worker class. `boundary` is the error that a lost replica becomes.
 
-    `at_once`: calls that one replica works on side by side. With one, a second waits beside it at the replica, which
-    takes everything in its order. With several, what is submitted after a broadcast waits here for its end.
+    `here`: its replicas run on the driver's node, whose files they read. `at_once`: calls that one replica works on
+    side by side. With one, a second waits beside it at the replica, which takes everything in its order. With several,
+    what is submitted after a broadcast waits here for its end.
     """
 
     def __init__(
@@ -52,13 +53,14 @@ class Pool:
         boundary: type[TutorloopError],
         *,
         at_once: int = 1,
+        here: bool = False,
         **arguments: Any,
     ) -> None:
         self.name, self.boundary = name, boundary
         self.tokens, self.busy_seconds = 0, 0.0
         self.errors: Counter[str] = Counter()
         self._outstanding, self._ordered = max(2, at_once), at_once == 1
-        self.places = Places(pool)
+        self.places = Places(pool, here)
         self.replicas: list[Any] = [
             ray.remote(worker).options(max_concurrency=1 if at_once == 1 else at_once + 1, **place).remote(**arguments)
             for place in self.places.options
@@ -186,9 +188,12 @@ class Places:
     A replica whose model is split needs its GPUs on one node: it gets a placement group of one bundle with all of them.
     """
 
-    def __init__(self, pool: config.Pool) -> None:
+    def __init__(self, pool: config.Pool, here: bool = False) -> None:
         parts = parts_of(pool)
-        own = {"num_cpus": pool.num_cpus * parts, "num_gpus": pool.num_gpus * parts}
+        own: dict[str, Any] = {"num_cpus": pool.num_cpus * parts, "num_gpus": pool.num_gpus * parts}
+        if here:
+            node = ray.get_runtime_context().get_node_id()
+            own["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
         self.options: list[dict[str, Any]] = [own] * pool.replicas
         self._groups = []
         if parts > 1:

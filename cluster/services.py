@@ -9,12 +9,16 @@ from ..actors.worker import RolloutWorker
 from ..contracts.config import REFERENCE, Config, Lora, Reference, Teacher
 from ..contracts.config import Pool as PoolConfig
 from ..contracts.errors import ConfigError, RolloutError, TeacherError, VerifierError
+from ..contracts.verifier_config import Verifier
 from ..teacher_service.http_engine import ServerLimits
 from ..teacher_service.worker import TeacherWorker
+from ..verifier_service.function_verifier import load_function
 from ..verifier_service.worker import VerifierWorker
 from .methods.composition import Composition
 from .pool import Pool, parts_of, torch_placement
 from .self_teaching import SelfTeachingWorker
+
+JUDGED_AT_ONCE = 4  # calls at one replica: a shard that waits for a poison sample holds up none of the others
 
 
 def stage_generators(config: Config, composition: Composition) -> dict[str, Pool]:
@@ -65,9 +69,20 @@ def _placement(engine: str, pool: PoolConfig) -> dict[str, Any]:
 
 
 def start_verifiers(config: Config) -> Pool:
+    """Reward functions of one's own are loaded here and travel by value: other nodes do not have their files."""
     verifier = config.verifier
-    arguments = {"kind": verifier.kind, "timeout_seconds": verifier.timeout_seconds}
-    return Pool("verifier", VerifierWorker, verifier, VerifierError, **arguments)
+    arguments = {
+        "config": verifier,
+        "functions": load_functions(verifier),
+        "api_key": key_of("verifier.api_key_env", verifier.api_key_env),
+    }
+    return Pool("verifier", VerifierWorker, verifier, VerifierError, at_once=JUDGED_AT_ONCE, **arguments)
+
+
+def load_functions(verifier: Verifier) -> dict[str, bytes]:
+    """The pickled reward functions of one's own that a verifier names. Raises ConfigError."""
+    kinds = [verifier.kind, *(reward.kind for reward in verifier.rewards)]
+    return {kind: load_function(kind) for kind in kinds if ":" in kind}
 
 
 def stage_teachers(
@@ -99,18 +114,18 @@ def _ask_servers(name: str, pool_name: str, teacher: Teacher, config: Config, li
         "urls": teacher.urls,
         "requests_per_url": teacher.requests_per_url,
         "timeout_seconds": teacher.timeout_seconds,
-        "api_key": api_key_of(teacher),
+        "api_key": key_of("teacher.api_key_env", teacher.api_key_env),
         "limits": limits,
     }
     return _teacher_pool(name, pool_name, teacher, config, arguments)
 
 
-def api_key_of(teacher: Teacher) -> str:
-    """From the environment, never from the recipe. Raises ConfigError."""
-    key = os.environ.get(teacher.api_key_env, "") if teacher.api_key_env else ""
-    if teacher.api_key_env and not key:
-        rule = "teacher.api_key_env names an environment variable that holds the servers' key"
-        raise ConfigError(rule, f"{teacher.api_key_env} is not set", f"export {teacher.api_key_env}=…")
+def key_of(setting: str, variable: str) -> str:
+    """The servers' key from the environment, never from the recipe. Raises ConfigError."""
+    key = os.environ.get(variable, "") if variable else ""
+    if variable and not key:
+        rule = f"{setting} names an environment variable that holds the servers' key"
+        raise ConfigError(rule, f"{variable} is not set", f"export {variable}=…")
     return key
 
 

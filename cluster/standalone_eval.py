@@ -17,7 +17,8 @@ from .services import start_generators, start_verifiers
 def evaluate_model(config: Config, address: str | None) -> EvalRow:
     """`config.student` on the first `config.eval.problems` rows of `config.data`. Raises InputError."""
     model, data = config.student.model, config.data
-    prompts = load_prompts(data, data.path, data.split, load_tokenizer(model), config.eval.problems)
+    needs = {"need_answer": config.verifier.needs_gold, "keep_rows": config.verifier.reads_rows}
+    prompts = load_prompts(data, data.path, data.split, load_tokenizer(model), config.eval.problems, **needs)
     check_context(prompts, config.rollout.max_new_tokens, context_length(model), data.path, "model")
     with cluster(address):
         rollout, verifier = config.rollout, config.verifier

@@ -126,12 +126,17 @@ class Tally:
         lengths = [length for receipt in generated for length in receipt.response_lengths]
         rewards = [reward for receipt in judged for reward in receipt.rewards]
         abstained = sum(count for receipt in judged for count in receipt.errors.values())
+        parts: Counter[str] = Counter()
+        for receipt in judged:
+            parts.update(receipt.parts)
+        counted = max(1, len(rewards) - abstained)
         stale = [(shard.staleness(step), shard.generated.rows) for shard in shards if shard.generated]
         self.staleness_sum += sum(age * count for age, count in stale)
         self.staleness_rows += rows
         self.staleness_max = max([self.staleness_max, *(age for age, _ in stale)])
         return {
-            "reward": sum(rewards) / max(1, len(rewards) - abstained),
+            "reward": sum(rewards) / counted,
+            "reward_parts": {name: total / counted for name, total in parts.items()},
             "pass_rate": pass_rate(shards),
             "abstained": abstained,
             "response_length": sum(lengths) / max(1, len(lengths)),

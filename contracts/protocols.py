@@ -86,6 +86,12 @@ class Judgement:
             object.__setattr__(self, "score", float(self.passed))
 
 
+def error_class_of(error: BaseException) -> str:
+    """An exception's name as an error class, unless it is a name that no honest code has."""
+    name = type(error).__name__
+    return name[:64] if name.isascii() and name.isidentifier() else "error"
+
+
 class Verifier(Protocol):
     """Judges one response at a time, in two parts.
 

@@ -224,6 +224,7 @@ class Sampling:
     max_new_tokens: int
     temperature: float = 1.0
     topk_support: int = 0
+    mask_special: bool = False  # no loss on special tokens, marks of thinking and runs of newlines
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

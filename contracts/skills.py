@@ -48,6 +48,7 @@ class SkillPairs:
     mistake_ids: tuple[str, ...]
     skills: tuple[str, ...]  # [K] as shown
     mistakes: tuple[str, ...]
+    titles: tuple[str, ...] = ()  # of the skills
     weights: np.ndarray = field(default_factory=lambda: EMPTY_F)  # float32 [K], sums to 1
     bank_version: int = 0
 
@@ -58,6 +59,7 @@ class SkillPairs:
             "mistake_ids": STRINGS,
             "skills": STRINGS,
             "mistakes": STRINGS,
+            "titles": STRINGS,
             "weights": FLOATS,
             "bank_version": pa.int64(),
         }

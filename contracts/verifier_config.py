@@ -16,8 +16,8 @@ class Reward(Section):
     weight: float = Field(description="its score is multiplied by this and added; a penalty has a negative one")
     pattern: str = Field(
         default="",
-        description="format: 1 where this regular expression matches the whole response; none: where it "
-        "holds one complete box",
+        description="format: 1 where this regular expression (. is newlines too) matches the whole response; none: "
+        "where it holds one complete box",
     )
     limit: int = Field(default=0, ge=0, description="length: most tokens; from `limit` on its score is -1")
     buffer: int = Field(default=0, ge=0, description="length: it falls from 0 to -1 over the last so many tokens")
@@ -57,6 +57,17 @@ class Verifier(Pool):
     memory_gib: float = Field(default=1.0, gt=0, description="memory of a sample; beyond it, it abstains")
     weight: float = Field(default=1.0, description="of the verifier's own score in the reward")
     rewards: tuple[Reward, ...] = Field(default=(), description="what else the reward is made of: kind, weight, …")
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether it is shown the dataset's whole rows."""
+        kinds = [self.kind, *(reward.kind for reward in self.rewards)]
+        return any(kind in ("reasoning_gym", "http") or ":" in kind for kind in kinds)
+
+    @property
+    def needs_gold(self) -> bool:
+        """Whether every row needs a gold answer."""
+        return self.kind in ("math", "exact", "numeric")
 
     @model_validator(mode="after")
     def _of_its_kind(self) -> "Verifier":

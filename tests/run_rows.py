@@ -43,6 +43,7 @@ def step_row(rng: np.random.Generator, step: int, **changes) -> StepRow:
         "staleness_max": int(rng.integers(0, 3)),
         "sampler_entropy": float(rng.random()),
         "rollouts": {"taken": 96, "trained": int(rng.integers(1, 97))},
+        "reward_parts": {"format": float(rng.random())},
         "groups": {name: float(rng.random()) for name in ("all_right", "all_wrong", "mixed")},
         "tokens": {kind: int(rng.integers(1, 1000)) for kind in ("generated", "scored", "trained")},
         "pools": pools,

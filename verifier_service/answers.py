@@ -1,21 +1,64 @@
-r"""Read answers out of text without sympy: the last box, and plain numbers. Linear in the text, so they cannot hang."""
+r"""Read answers out of responses and golds without sympy. Linear in the text, so it cannot hang.
+
+Where a response's answer stands: after the marker's last occurrence, where there is a marker. Else, after the last
+`</think>`: the last box, complete or not; where there is no box and `answers` is "any", the last complete
+`<answer>…</answer>`; else somewhere in the text, to be searched. What is read again reads the same: a verifier's
+prepared response is a response.
+"""
 
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Literal
 
-OPENING = re.compile(r"\\(?:boxed|fbox)\s*\{")
-BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # \{ and \} are text, not braces
+BOX_OR_BRACE = re.compile(r"\\\\?(?:boxed|fbox)\s*(?:\{|\Z)|\\.|[{}]", re.DOTALL)  # \{ and \} are text, not braces
+JOINT = re.compile(r"(?:\\quad|\\text|\\[ ,;]|[\s{}$,;]|and\b|or\b|for part|\([a-z]\))*+")  # what makes boxes a list
+ANYTHING = re.compile(r".*+", re.DOTALL)
+SEPARATED = re.compile(r"[,;]|and|or")
+REASONING_END = "</think>"
+TAGS = re.compile(r"<(/?)answer>")
+DOLLARS = re.compile(r"\$\$?|\\[\[\]()]")
 NUMBER = re.compile(r"([+-]?)\s*((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]*)?)(?:\s*/\s*([0-9]+))?")
+FRACTION = re.compile(
+    r"([+-]?)\s*([0-9]*)\s*\\[dtc]?frac\s*(?:\{\s*([+-]?)\s*([0-9]+)\s*\}|\s([0-9])|([0-9]))\s*"
+    r"(?:\{\s*([0-9]+)\s*\}|([0-9]))"
+)
+UNIT = re.compile(r"\s*\\(?:text|mbox|textrm)\s*\{\s*([A-Za-z ]*)\.?\s*\}(?:\^\{?[23]\}?)?\Z")
+NO_UNITS = {"hundred", "thousand", "million", "billion", "trillion", "dozen", "percent", "not", "is", "wrong"}
+MOST_JOINED = 100  # boxes of one list
+LONGEST_JOINT = 70  # characters between two boxes of one list, as math-verify has it
 LONGEST_NUMBER = 400  # characters; longer ones are left to the verifier that can be killed
+
+Box = tuple[int, int, int]  # begin, content's begin, content's end or -1: unterminated
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
-    """A `contracts.protocols.Judgement`."""
+class Found:
+    """An answer's text. Not `sure`: it is all of the response, and the answer somewhere in it."""
 
-    passed: bool
-    answer: str
+    text: str
+    sure: bool = True
+
+
+def read_answer(text: str, answers: Literal["box", "any"], marker: str, *, several: bool = False) -> Found | None:
+    """The answer of a response, None where it has none. `several`: boxes that are one list are one answer."""
+    if marker:
+        _, found, after = text.rpartition(marker)
+        answer = after.lstrip(" \t").partition("\n")[0].strip()
+        return Found(answer) if found and answer else None
+    text = text.rpartition(REASONING_END)[2]
+    boxes = _boxes(text)
+    if boxes:
+        answer = _content(text, boxes[-1])
+        if several and answer and values(answer) == 1:
+            answer = _joined(text, boxes, JOINT)
+        return Found(answer) if answer else None
+    if answers == "box":
+        return None
+    tag = _last_tag(text)
+    if tag is not None:
+        return Found(tag) if tag else None
+    return Found(text.strip(), sure=False) if text.strip() else None
 
 
 def last_box(text: str) -> str | None:
@@ -23,33 +66,116 @@ def last_box(text: str) -> str | None:
 
     None where there is none, or where the last one is unterminated or empty: an earlier box is then no answer.
     """
-    content = None
-    opening = OPENING.search(text)
-    while opening:
-        end = _closing(text, opening.end())
-        if end is None:
-            return None
-        content = text[opening.end() : end].strip()
-        opening = OPENING.search(text, end)
-    return content or None
+    boxes = _boxes(text)
+    return _content(text, boxes[-1]) if boxes else None
 
 
-def _closing(text: str, start: int) -> int | None:
-    """Where the brace opened just before `start` is closed."""
-    depth = 1
-    for brace in BRACE.finditer(text, start):
-        depth += {"{": 1, "}": -1}.get(brace.group(), 0)
-        if depth == 0:
-            return brace.start()
-    return None
+def gold_answer(gold: str) -> str:
+    """A gold's answer: its boxes, without the dollars around it; a solution in words stays as it is, to be searched."""
+    boxes = _boxes(gold)
+    if boxes and boxes[-1][2] < 0:  # the reader of the data may have cut it off
+        return gold[boxes[-1][1] :].strip()
+    answer = (_joined(gold, boxes, ANYTHING) or "") if boxes else gold
+    while (bare := without_dollars(answer)) != answer:
+        answer = bare
+    return answer.strip()
+
+
+def values(answer: str) -> int:
+    """How many values a list has: the parts between commas and semicolons outside of all brackets."""
+    inner = answer.strip()
+    if inner.startswith(("\\{", "{")) and inner.endswith("}"):
+        inner = inner.removeprefix("\\").removeprefix("{").removesuffix("}").removesuffix("\\")
+    depth = found = 0
+    for sign in re.finditer(r"[\[({})\],;]|\\text\{ *(?:and|or) *\}|\b(?:and|or)\b", inner):
+        depth += {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(sign[0], 0)
+        found += depth == 0 and sign[0][0] not in ")]}"
+    return found + 1
+
+
+def _boxes(text: str) -> list[Box]:
+    """The boxes that are in no complete box, in their order."""
+    boxes: list[Box] = []
+    open_braces: list[tuple[int, int]] = []  # begin of a box (-1: no box), begin of what is in the braces
+    for match in BOX_OR_BRACE.finditer(text):
+        token = match[0]
+        if token == "}":
+            begin, inner = open_braces.pop() if open_braces else (-1, 0)
+            if begin >= 0:
+                while boxes and boxes[-1][0] > begin:
+                    boxes.pop()
+                boxes.append((begin, inner, match.start()))
+        elif token == "{":
+            open_braces.append((-1, 0))
+        elif "box" in token:
+            open_braces.append((match.start(), match.end()))
+    boxes += [(begin, inner, -1) for begin, inner in open_braces if begin >= 0]
+    return sorted(boxes)
+
+
+def _content(text: str, box: Box) -> str | None:
+    return text[box[1] : box[2]].strip() or None if box[2] >= 0 else None
+
+
+def _joined(text: str, boxes: list[Box], joint: re.Pattern[str]) -> str | None:
+    """The last box, and before it those other ones joined to it by `joint` with a comma, `and` or `or`, as one list."""
+    contents, boxes = [_content(text, boxes[-1])], boxes[-MOST_JOINED:]
+    for left, right in zip(boxes[-2::-1], boxes[:0:-1], strict=True):
+        between, content = text[left[2] + 1 : right[0]], _content(text, left)
+        if not content or content in contents or len(between) > LONGEST_JOINT:
+            break
+        if not joint.fullmatch(between) or not SEPARATED.search(between):
+            break
+        contents.insert(0, content)
+    return ", ".join(content for content in contents if content) or None
+
+
+def _last_tag(text: str) -> str | None:
+    """Content of the last complete `<answer>…</answer>`; "" where it is empty, None where there is none."""
+    begin, content = -1, None
+    for tag in TAGS.finditer(text):
+        if not tag[1]:
+            begin = tag.end()
+        elif begin >= 0:
+            content, begin = text[begin : tag.start()].strip(), -1
+    return content
+
+
+def without_dollars(text: str) -> str:
+    r"""`$…$`, `$$…$$`, `\(…\)` or `\[…\]`, or a list of them, without the signs; anything else as it is."""
+    inner = text.strip()
+    outside = "".join(DOLLARS.split(inner)[::2])
+    signs = DOLLARS.findall(inner)
+    if signs and len(signs) % 2 == 0 and not re.sub(r"and|or|[\s,;.]", "", outside) and "\\$" not in inner:
+        return DOLLARS.sub(" ", inner).strip().rstrip(".,")
+    return text
 
 
 def plain_number(text: str) -> Fraction | None:
-    """Exact value of an integer, a decimal or a/b, with `$` and spaces around, thousands as `,` or `{,}`; else None."""
+    r"""Exact value of an integer, a decimal, a/b, `\frac{a}{b}` or a mixed number, with dollars, spaces or a unit in
+    words around it, thousands as `,` or `{,}`; None where the text is anything else."""
     if len(text) > LONGEST_NUMBER:
         return None
-    match = NUMBER.fullmatch(text.replace("\\$", "$").replace("{,}", ",").strip().strip("$").strip())
+    text = text.replace("\\$", "$").replace("{,}", ",").strip().strip("$").strip()
+    unit = UNIT.search(text)
+    if unit and unit[1].strip() and not NO_UNITS & set(unit[1].split()):
+        text = text[: unit.start()]
+    if "frac" in text:
+        return _fraction(text)
+    match = NUMBER.fullmatch(text)
     if not match or not any(c.isdigit() for c in match[2]) or (match[3] and ("." in match[2] or not int(match[3]))):
         return None
     value = Fraction(match[2].replace(",", "")) / int(match[3] or 1)
     return -value if match[1] == "-" else value
+
+
+def _fraction(text: str) -> Fraction | None:
+    match = FRACTION.fullmatch(text)
+    if not match:
+        return None
+    sign, whole, inner, *parts = match.groups()
+    over, under = (int(next(filter(None, group), "0")) for group in (parts[:3], parts[3:]))
+    if not under or (whole and (inner or over >= under)):
+        return None
+    value = int(whole or 0) + Fraction(over, under)
+    return -value if (sign == "-") != (inner == "-") else value

@@ -1,15 +1,28 @@
 """Equality of strings: for answers that are words, labels or lists with one spelling."""
 
-from .answers import Decision, last_box
+from typing import Literal
+
+from ..contracts.protocols import Judgement, Response
+from .answers import read_answer
 
 
 class ExactVerifier:
-    """Passes where the last box, or the whole text if it has no box at all, equals the gold, spaces around stripped."""
+    """Passes where the answer equals the gold, spaces around both stripped.
 
-    def __call__(self, text: str, gold: str) -> Decision:
-        answer = (last_box(text) or "") if "\\boxed" in text or "\\fbox" in text else text.strip()
-        return Decision(answer == gold.strip(), answer)
+    The answer of a response without marker, box and tag is all of it, whatever `answers` says.
+    """
 
-    def decide_quickly(self, text: str, gold: str) -> Decision | None:
+    needs_gold = True
+    waits = False
+
+    def __init__(self, answers: Literal["box", "any"] = "box", marker: str = "") -> None:
+        self.answers: Literal["box", "any"] = answers
+        self.marker = marker
+
+    def prepare(self, response: Response) -> Judgement:
         """Nothing here can hang."""
-        return self(text, gold)
+        found = read_answer(response.text, self.answers, self.marker)
+        return Judgement(found is not None and found.text == response.gold.strip(), found.text if found else "")
+
+    def __call__(self, response: Response) -> Judgement:
+        return self.prepare(response)

@@ -1,112 +1,108 @@
-"""Verifiers in processes that can be killed: a budget of seconds for each sample, and no verdict lost in silence.
+"""Verifiers in processes that can be killed: a budget of seconds and memory for each sample, no verdict lost.
 
-What a verifier can decide at once is decided in the calling process. The rest goes, one task a sample, to a pebble
-pool of forked processes. A sample over its budget costs its process, and abstains as "timeout"; a process that dies
-abstains as "crash"; an exception abstains under its name. The processes come from a fork server, started at the first
-need, which has the verifiers imported and warm: a killed one is replaced in about 10 ms, and start-up never counts
-against a sample's budget. They die with whoever owns the pool, however that ends.
+What a verifier can decide at once is decided in the calling thread (`prepare`). The rest goes to processes, one sample
+at a time in each. A sample over its budget costs its process and abstains as "timeout" or "memory"; a process that dies
+abstains as "crash"; an exception abstains under its name. What was killed twice is not run a third time, and abstains
+as "quarantined". Equal samples in flight run once.
 """
 
-import ctypes
-import multiprocessing
-import os
-import resource
-import signal
+import hashlib
+import pickle
+import threading
 import time
+from collections import OrderedDict
 from collections.abc import Sequence
-from concurrent.futures import Future, TimeoutError
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
-
-from pebble import ProcessExpired, ProcessPool
+from concurrent.futures import Future
 
 from ..contracts.errors import VerifierError
-from .verifiers import PooledVerifier
+from ..contracts.protocols import Judgement, Response, Verifier, error_class_of
+from .fork_server import request_of
+from .processes import Outcome, Processes, Task
 
-PROCESSES = 2  # so that one sample that hangs does not hold up the rest
-MEMORY_BYTES = 4 * 2**30  # address space of one verifier process
-PR_SET_PDEATHSIG = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of one sample; abstained where `error_class` is not empty."""
-
-    passed: bool
-    answer: str
-    seconds: float
-    error_class: str = ""
+WAITING_SLOTS = 16  # of verifiers that wait for others
+EXTRA = 4  # slow samples beside the slots, for each slot
+KILLS = ("timeout", "memory", "crash")
+MOST_KILLS = 2
+OFFENDERS = 4096  # the last so many are known
 
 
 class VerifierPool:
-    """Judges with `verifier`, which must pickle, in PROCESSES processes; `timeout_seconds` is each sample's budget."""
+    """Judges with `verifier`, which must pickle, in processes; all methods can be called from several threads at once.
 
-    def __init__(self, verifier: PooledVerifier, timeout_seconds: float) -> None:
+    timeout_seconds and memory_gib are each sample's budget, memory over what the warm process has. `processes` samples
+    run side by side, and beside them at most 4 · `processes` that have had 0.25 s of a CPU, or a second; 16 and none
+    where the verifier waits for others. Raises VerifierError: here where the verifier cannot be pickled, and from
+    `judge` or the future where no process could be started.
+    """
+
+    def __init__(
+        self, verifier: Verifier, *, timeout_seconds: float = 5.0, memory_gib: float = 1.0, processes: int = 2
+    ) -> None:
         self.verifier, self.timeout_seconds = verifier, timeout_seconds
-        self._pool: ProcessPool | None = None
-
-    def judge(self, texts: Sequence[str], golds: Sequence[str]) -> list[Outcome]:
-        """An outcome for each text, in order. An empty gold abstains as "no_gold". Raises VerifierError."""
-        outcomes: list[Outcome | None] = []
-        pending: dict[int, Future[Outcome]] = {}
-        for i, (text, gold) in enumerate(zip(texts, golds, strict=True)):
-            start = time.perf_counter()
-            if not gold.strip():
-                outcomes.append(Outcome(False, "", 0.0, "no_gold"))
-                continue
-            quick = self.verifier.decide_quickly(text, gold)
-            outcomes.append(Outcome(quick.passed, quick.answer, time.perf_counter() - start) if quick else None)
-            if quick is None:
-                pending[i] = self._schedule(text, gold)
-        for i, future in pending.items():
-            outcomes[i] = self._collect(future)
-        return [outcome for outcome in outcomes if outcome is not None]
-
-    def _schedule(self, text: str, gold: str) -> "Future[Outcome]":
-        if self._pool is None or not self._pool.active:
-            self.close()
-            self._pool = self._start()
-        return self._pool.schedule(_judge, args=(self.verifier, text, gold), timeout=self.timeout_seconds)
-
-    def _start(self) -> ProcessPool:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["__main__", f"{__package__}.preload"])
-        return ProcessPool(max_workers=PROCESSES, context=context, initializer=_start_process)
-
-    def _collect(self, future: "Future[Outcome]") -> Outcome:
+        self.slots, self.extra = (WAITING_SLOTS, 0) if verifier.waits else (processes, EXTRA * processes)
         try:
-            return future.result()
-        except TimeoutError:
-            return Outcome(False, "", self.timeout_seconds, "timeout")
-        except ProcessExpired:
-            return Outcome(False, "", 0.0, "crash")
-        except MemoryError:
-            return Outcome(False, "", 0.0, "memory")
-        except BrokenProcessPool as error:
-            remedy = "see the actor's log; the machine may be short of memory"
-            raise VerifierError("verifier processes start, and idle ones stay", str(error), remedy) from error
-        except Exception as error:  # whatever a verifier raises is its verdict's error class
-            return Outcome(False, "", 0.0, type(error).__name__)
+            self._pickled = pickle.dumps((verifier, int(memory_gib * 2**30)))
+        except Exception as error:  # whatever its attributes raise
+            found = f"{type(verifier).__name__}: {type(error).__name__}: {error}"
+            raise VerifierError("a verifier can be pickled", found, "make it a class of a module") from error
+        self._lock = threading.Lock()
+        self._processes: Processes | None = None
+        self._in_flight: dict[bytes, Future[Outcome]] = {}
+        self._kills: OrderedDict[bytes, int] = OrderedDict()
+
+    def judge(self, responses: Sequence[Response]) -> list[Outcome]:
+        """An outcome for each response, in order. Raises VerifierError."""
+        started = [self._start(response) for response in responses]
+        return [one if isinstance(one, Outcome) else one.result() for one in started]
+
+    def submit(self, response: Response) -> "Future[Outcome]":
+        """The outcome of one response, in the future; it cannot be cancelled."""
+        started = self._start(response)
+        if isinstance(started, Future):
+            return started
+        decided: Future[Outcome] = Future()
+        decided.set_result(started)
+        return decided
 
     def close(self) -> None:
-        """End the processes; the next sample that needs one starts them again."""
-        if self._pool is not None:
-            self._pool.stop()
-            self._pool.join()
-            self._pool = None
+        """End the processes; what they were at raises VerifierError, and the next sample starts new ones."""
+        with self._lock:
+            processes, self._processes = self._processes, None
+        if processes:
+            processes.close()
 
+    def _start(self, response: Response) -> "Outcome | Future[Outcome]":
+        start = time.perf_counter()
+        if self.verifier.needs_gold and not response.gold.strip():
+            return Outcome(Judgement(False, error_class="no_gold"), 0.0)
+        try:
+            prepared = self.verifier.prepare(response)
+        except Exception as error:  # data, as in the processes
+            prepared = Judgement(False, error_class=error_class_of(error))
+        if isinstance(prepared, Judgement):
+            return Outcome(prepared, time.perf_counter() - start)
+        return self._run(request_of(prepared))
 
-def _start_process() -> None:
-    """In each verifier process: die with the parent and at once when told to, and keep within the memory."""
-    parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler in Python would wait for the end of a long C call
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    def _run(self, request: bytes) -> "Outcome | Future[Outcome]":
+        key = hashlib.blake2b(request, digest_size=16).digest()
+        with self._lock:
+            if self._kills.get(key, 0) >= MOST_KILLS:
+                self._kills.move_to_end(key)
+                return Outcome(Judgement(False, error_class="quarantined"), 0.0)
+            if key in self._in_flight:
+                return self._in_flight[key]
+            task = Task(request, lambda outcome: self._ended(key, outcome))
+            while self._processes is None or not self._processes.submit(task):
+                self._processes = Processes(
+                    self._pickled, timeout_seconds=self.timeout_seconds, slots=self.slots, extra=self.extra
+                )
+            self._in_flight[key] = task.future
+            return task.future
 
-
-def _judge(verifier: PooledVerifier, text: str, gold: str) -> Outcome:
-    start = time.perf_counter()
-    judgement = verifier(text, gold)
-    return Outcome(judgement.passed, judgement.answer, time.perf_counter() - start)
+    def _ended(self, key: bytes, outcome: Outcome | None) -> None:
+        with self._lock:
+            self._in_flight.pop(key, None)
+            if outcome and outcome.judgement.error_class in KILLS:
+                self._kills[key] = self._kills.pop(key, 0) + 1
+                while len(self._kills) > OFFENDERS:
+                    self._kills.popitem(last=False)

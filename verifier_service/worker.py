@@ -2,31 +2,53 @@
 
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ..contracts.arrow import encode
+from ..contracts.protocols import Response
 from ..contracts.records import Receipt, Verdict
+from ..contracts.verifier_config import Verifier
 from .paths import reasoning_path
-from .pool import Outcome, VerifierPool
+from .pool import VerifierPool
+from .processes import Outcome
 from .verifiers import make_verifier
 
 ANSWER_CHARACTERS = 256  # of an answer, kept: it goes into the receipt, which the driver reads
+COLUMNS = ("prompt_id", "text", "answer", "finish_reason")
 
 
 class VerifierWorker:
-    """One replica with its own killable processes. `timeout_seconds` is each sample's budget."""
+    """One replica with its own killable processes. `judge` may be called from several threads at once.
 
-    def __init__(self, *, kind: str, timeout_seconds: float) -> None:
-        self.pool = VerifierPool(make_verifier(kind), timeout_seconds)
+    `functions`: the reward functions of one's own that the section names, pickled; `api_key`: of http verifiers.
+    Raises ConfigError.
+    """
 
-    def judge(self, rollouts: pa.RecordBatch) -> tuple[pa.RecordBatch, Receipt]:
-        """A verdict for every rollout, in order: passed (score 1), failed (0), or abstained (0, with the reason)."""
+    def __init__(self, *, config: Verifier, functions: Mapping[str, bytes] | None = None, api_key: str = "") -> None:
+        self.pool = VerifierPool(
+            make_verifier(config, functions, api_key),
+            timeout_seconds=config.timeout_seconds,
+            memory_gib=config.memory_gib,
+            processes=max(2, int(config.num_cpus)),
+        )
+
+    def judge(self, rollouts: pa.RecordBatch, prompts: pa.RecordBatch | None = None) -> tuple[pa.RecordBatch, Receipt]:
+        """A verdict for every rollout, in order: its score and whether it passed, or abstained and why.
+
+        `prompts`, where the verifier reads more than the gold answer: the batch that holds the rollouts' prompts.
+        Raises VerifierError.
+        """
         start = time.perf_counter()
+        responses = _responses(rollouts, prompts)
+        outcomes = self.pool.judge(responses)
         ids = rollouts.column("rollout_id").to_pylist()
-        texts = rollouts.column("text").to_pylist()
-        outcomes = self.pool.judge(texts, rollouts.column("answer").to_pylist())
-        verdicts = [_verdict(*row) for row in zip(ids, texts, outcomes, strict=True)]
+        verdicts = [
+            _verdict(rollout_id, response.text, outcome)
+            for rollout_id, response, outcome in zip(ids, responses, outcomes, strict=True)
+        ]
         receipt = Receipt(
             rows=len(verdicts),
             tokens=0,
@@ -36,6 +58,7 @@ class VerifierWorker:
             paths=tuple(verdict.path for verdict in verdicts),
             abstained=tuple(verdict.abstained for verdict in verdicts),
             passed=tuple(verdict.passed for verdict in verdicts),
+            parts=_parts(outcomes),
             errors=dict(Counter(verdict.error_class for verdict in verdicts if verdict.abstained)),
         )
         return encode(Verdict, verdicts), receipt
@@ -45,14 +68,40 @@ class VerifierWorker:
         self.pool.close()
 
 
+def _responses(rollouts: pa.RecordBatch, prompts: pa.RecordBatch | None) -> list[Response]:
+    """What the verifier is given of each rollout."""
+    asked = {}
+    if prompts is not None:
+        wanted = pc.unique(rollouts.column("prompt_id"))  # pyright: ignore[reportAttributeAccessIssue]
+        found = pc.index_in(wanted, value_set=prompts.column("prompt_id"))  # pyright: ignore[reportAttributeAccessIssue]
+        own = prompts.take(found.drop_null())
+        texts, rows = (own.column(name).to_pylist() for name in ("text", "row"))
+        asked = dict(zip(own.column("prompt_id").to_pylist(), zip(texts, rows, strict=True), strict=True))
+    prompt_ids, texts, golds, reasons = (rollouts.column(name).to_pylist() for name in COLUMNS)
+    lengths = rollouts.column("loss_mask").value_lengths().to_pylist()
+    return [
+        Response(text, gold, *asked.get(prompt_id, ("", "")), tokens=length, truncated=reason == "length")
+        for prompt_id, text, gold, reason, length in zip(prompt_ids, texts, golds, reasons, lengths, strict=True)
+    ]
+
+
 def _verdict(rollout_id: str, text: str, outcome: Outcome) -> Verdict:
+    judgement = outcome.judgement
     return Verdict(
         rollout_id=rollout_id,
-        score=float(outcome.passed),
-        passed=outcome.passed,
-        answer=outcome.answer[:ANSWER_CHARACTERS],
+        score=0.0 if judgement.error_class else judgement.score,
+        passed=judgement.passed and not judgement.error_class,
+        answer=judgement.answer[:ANSWER_CHARACTERS],
         path=reasoning_path(text),
-        abstained=bool(outcome.error_class),
-        error_class=outcome.error_class,
+        abstained=bool(judgement.error_class),
+        error_class=judgement.error_class,
         seconds=outcome.seconds,
     )
+
+
+def _parts(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """Each part's Σ of scores, over the outcomes that have it."""
+    sums: Counter[str] = Counter()
+    for outcome in outcomes:
+        sums.update(dict(outcome.judgement.parts))
+    return dict(sums)

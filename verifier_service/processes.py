@@ -1,0 +1,384 @@
+"""Runs requests in verifier processes, one at a time in each, and kills those over their budget.
+
+One thread watches over all of it. It keeps a process warm beyond those at work, so that the next sample starts at once
+after a kill. A sample that has had SLOW_CPU_SECONDS of a CPU, or run for SLOW_SECONDS, leaves its slot to another and
+goes on beside it, so that poison in every slot holds nobody up; beyond `extra` such samples they hold slots again.
+"""
+
+import contextlib
+import json
+import math
+import os
+import selectors
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from ..contracts.errors import VerifierError
+from ..contracts.protocols import Judgement
+
+SLOW_CPU_SECONDS, SLOW_SECONDS = 0.25, 1.0  # the first tells poison from a machine that is busy
+START_SECONDS = 120.0  # for a server, and for a process of it, on a machine that is busy
+ATTEMPTS = 3
+REPLY_BYTES = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one response; its judgement abstains where `error_class` is not empty."""
+
+    judgement: Judgement
+    seconds: float
+
+
+@dataclass(slots=True)
+class Task:
+    request: bytes
+    ended: Callable[[Outcome | None], None]  # called before the future has its result, or None: its error
+    future: "Future[Outcome]" = field(default_factory=Future)
+    lost: int = 0  # times that its process died before it had read the request
+
+    def __post_init__(self) -> None:
+        self.future.set_running_or_notify_cancel()  # nobody else can cancel it
+
+
+@dataclass(slots=True, eq=False)
+class Process:
+    """The owner's side of one verifier process: starting, idle, or at work on its task."""
+
+    number: int
+    connection: socket.socket
+    since: float
+    pid: int = 0  # known when it is ready
+    task: Task | None = None
+    cpu: float = 0.0  # seconds that it had used as its task began
+    patience: float = SLOW_CPU_SECONDS  # until it is looked at
+    slow: bool = False
+    unread: bool = False  # it died before it had read the request
+    outgoing: memoryview = field(default_factory=lambda: memoryview(b""))
+    incoming: bytearray = field(default_factory=bytearray)
+
+
+class Processes:
+    """`slots` samples side by side, and up to `extra` slow ones beside them. `verifier` is for the fork server.
+
+    A future raises VerifierError where no process could be started ATTEMPTS times in a row, and at `close`.
+    """
+
+    def __init__(self, verifier: bytes, *, timeout_seconds: float, slots: int, extra: int) -> None:
+        self.verifier, self.timeout_seconds, self.slots, self.extra = verifier, timeout_seconds, slots, extra
+        self.alive = True
+        self._queue: deque[Task] = deque()
+        self._all: dict[int, Process] = {}
+        self._idle: list[Process] = []
+        self._server: _Server | None = None
+        self._failures, self._started, self._found = 0, 0, ""
+        self._lock = threading.Lock()
+        self._selector = selectors.DefaultSelector()
+        self._woken, self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._selector.register(self._woken, selectors.EVENT_READ, lambda: os.read(self._woken, 4096))
+        self._thread = threading.Thread(target=self._run, name="verifier-processes", daemon=True)
+        self._thread.start()
+
+    def submit(self, task: Task) -> bool:
+        """Queue a task; False where these processes have ended."""
+        with self._lock:
+            if self.alive:
+                self._queue.append(task)
+                if len(self._queue) == 1:
+                    self._wake_up()
+            return self.alive
+
+    def close(self) -> None:
+        with self._lock:
+            open_still, self.alive = self.alive, False
+            if open_still:  # else the file descriptor may be another's by now
+                self._wake_up()
+        self._thread.join()
+
+    def _wake_up(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # full: it is awake
+            os.write(self._wake, b"!")
+
+    # ---- the thread --------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        error = VerifierError("a verifier pool judges while it is open", "it was closed", "judge before close()")
+        try:
+            while self.alive:
+                self._staff()
+                for key, _ in self._selector.select(self._pause()):
+                    key.data()
+                self._check_time()
+        except VerifierError as raised:
+            error = raised
+        except BaseException as raised:  # a bug here: whoever waits must hear of it
+            error = VerifierError("the verifier pool's thread goes on", f"{type(raised).__name__}: {raised}")
+            raise
+        finally:
+            self._end(error)
+
+    def _end(self, error: VerifierError) -> None:
+        with self._lock:
+            self.alive = False
+            waiting = [*self._queue, *(process.task for process in self._all.values() if process.task)]
+            self._queue.clear()
+            os.close(self._wake)
+        if self._server:
+            self._server.close()
+        for process in self._all.values():
+            process.connection.close()
+        self._selector.close()
+        os.close(self._woken)
+        for task in waiting:
+            task.ended(None)
+            task.future.set_exception(error)
+
+    def _staff(self) -> None:
+        """Start what is missing, and give each free slot a sample."""
+        if self._server is None:
+            if not self._queue:
+                return
+            self._server = _Server(self.verifier)
+            self._selector.register(self._server.control, selectors.EVENT_READ, self._hear)
+        if not self._server.ready:
+            return
+        working = [process for process in self._all.values() if process.task]
+        free = self.slots - len(working) + min(self.extra, sum(process.slow for process in working))
+        while self._queue and self._idle and free > 0:
+            self._give(self._idle.pop(), self._queue.popleft())
+            free -= 1
+        starting = sum(not process.pid for process in self._all.values())
+        for _ in range(min(len(self._queue), max(0, free)) + 1 - len(self._idle) - starting):
+            self._spawn()
+
+    def _spawn(self) -> None:
+        assert self._server
+        self._started += 1
+        try:
+            ours, theirs = socket.socketpair()
+            with theirs:
+                self._server.spawn(self._started, theirs)
+        except OSError as error:
+            return self._failed(str(error))
+        ours.setblocking(False)
+        process = Process(self._started, ours, time.monotonic())
+        self._all[process.number] = process
+        self._selector.register(ours, selectors.EVENT_READ, lambda: self._exchange(process))
+
+    def _give(self, process: Process, task: Task) -> None:
+        process.cpu, process.patience, process.slow = _cpu_seconds(process.pid), SLOW_CPU_SECONDS, False
+        process.task, process.since, process.outgoing = task, time.monotonic(), memoryview(task.request)
+        self._write(process)
+
+    def _write(self, process: Process) -> None:
+        try:
+            process.outgoing = process.outgoing[process.connection.send(process.outgoing) :]
+        except BlockingIOError:
+            pass
+        except OSError:  # it died: the server will say so
+            process.unread, process.outgoing = True, memoryview(b"")
+        self._listen(process, selectors.EVENT_READ | (selectors.EVENT_WRITE if process.outgoing else 0))
+
+    def _listen(self, process: Process, events: int) -> None:
+        key = self._selector.get_key(process.connection)
+        if key.events != events:
+            self._selector.modify(process.connection, events, key.data)
+
+    def _exchange(self, process: Process) -> None:
+        """Send what is left of the request, and take in what came."""
+        if process.number not in self._all:  # it was ended since the selector named it
+            return
+        if process.outgoing:
+            self._write(process)
+        try:
+            data = process.connection.recv(REPLY_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:  # ECONNRESET: Linux tells it from an orderly end
+            process.unread, data = True, b""
+        process.incoming += data
+        if not data or len(process.incoming) > REPLY_BYTES or (process.pid and not process.task):
+            self._selector.unregister(process.connection)
+            self._kill(process)  # and the server says how it ended
+            if process in self._idle:
+                self._idle.remove(process)
+        elif process.incoming.endswith(b"\n"):
+            self._read(process)
+
+    def _read(self, process: Process) -> None:
+        line, task = bytes(process.incoming), process.task
+        process.incoming.clear()
+        if task is None:
+            process.pid, self._failures = int(line), 0
+            self._idle.append(process)
+            return
+        try:
+            last, passed, answer, score, error_class, parts = json.loads(line)
+            parts = tuple((str(name), float(value)) for name, value in parts)
+            judgement = Judgement(bool(passed), str(answer), float(score), str(error_class), parts)
+        except (ValueError, TypeError):
+            last, judgement = True, Judgement(False, error_class="crash")
+        if last:
+            self._discard(process, judgement)
+            return
+        process.task = None
+        self._idle.append(process)
+        if len(self._idle) > self.slots + 1:  # slow samples had others started in their places
+            self._discard(self._idle[0], judgement)
+        _finish(task, judgement, process.since)
+
+    def _discard(self, process: Process, judgement: Judgement) -> None:
+        """Kill a process. If it had a task, this is its judgement."""
+        del self._all[process.number]
+        if process in self._idle:
+            self._idle.remove(process)
+        self._kill(process)
+        with contextlib.suppress(KeyError):
+            self._selector.unregister(process.connection)
+        process.connection.close()
+        if process.task:
+            _finish(process.task, judgement, process.since)
+
+    def _hear(self) -> None:
+        assert self._server
+        verb, _, rest = self._server.receive().partition(" ")
+        number, _, why = rest.partition(" ")
+        if verb == "ready":
+            self._server.ready = True
+        elif verb == "failed":
+            raise VerifierError("a verifier loads in its processes", rest, "see that its module can be imported there")
+        elif not verb:
+            self._lost("the server of verifier processes ended")
+        elif process := self._all.get(int(number)):
+            self._died(process, verb, why)
+
+    def _died(self, process: Process, how: str, why: str) -> None:
+        if process.task:
+            with contextlib.suppress(KeyError):
+                self._exchange(process)  # a reply that it still sent
+        if process.task and process.unread and process.task.lost < ATTEMPTS:
+            process.task.lost += 1
+            self._queue.appendleft(process.task)
+            process.task = None
+        if process.number in self._all:
+            self._discard(process, Judgement(False, error_class=how))
+        if not process.pid:
+            self._failed(why or "a process died before its first sample")
+
+    def _lost(self, found: str) -> None:
+        """The server is gone, and all processes with it."""
+        assert self._server
+        self._selector.unregister(self._server.control)
+        found = f"{found}; {self._server.close()}"
+        self._server = None
+        for process in list(self._all.values()):
+            self._discard(process, Judgement(False, error_class="crash"))
+        self._failed(found)
+
+    def _failed(self, found: str) -> None:
+        self._failures += 1
+        if self._failures >= ATTEMPTS:
+            remedy = "see whether the machine is short of memory, processes or open files"
+            raise VerifierError("verifier processes can be started", found, remedy)
+        time.sleep(0.1 * self._failures)
+
+    def _pause(self) -> float | None:
+        """Seconds until a process, or the server, has to be looked after; None: for ever."""
+        due = [process.since + self._limit(process) for process in self._all.values() if process not in self._idle]
+        if self._server and not self._server.ready:
+            due.append(self._server.since + START_SECONDS)
+        return max(0.0, min(due) - time.monotonic()) if due else None
+
+    def _limit(self, process: Process) -> float:
+        if not process.pid:
+            return START_SECONDS
+        return self.timeout_seconds if process.slow or not self.extra else min(process.patience, self.timeout_seconds)
+
+    def _check_time(self) -> None:
+        now = time.monotonic()
+        if self._server and not self._server.ready and now >= self._server.since + START_SECONDS:
+            return self._lost(f"the server of verifier processes was not ready in {START_SECONDS:.0f} s")
+        for process in list(self._all.values()):
+            if process in self._idle or now < process.since + self._limit(process):
+                continue
+            if not process.pid:
+                return self._lost(f"a verifier process was not ready in {START_SECONDS:.0f} s")
+            if now >= process.since + self.timeout_seconds:
+                self._discard(process, Judgement(False, error_class="timeout"))
+            elif process.patience >= SLOW_SECONDS or _cpu_seconds(process.pid) - process.cpu >= 0.9 * SLOW_CPU_SECONDS:
+                process.slow = True
+            else:
+                process.patience += SLOW_CPU_SECONDS
+
+    def _kill(self, process: Process) -> None:
+        if self._server:
+            self._server.kill(process.number)
+
+
+class _Server:
+    """The owner's side of a fork server."""
+
+    def __init__(self, verifier: bytes) -> None:
+        self.ready, self.since = False, time.monotonic()
+        self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._errors = os.memfd_create("stderr")
+        code = f"import sys; sys.path[:] = {sys.path!r}; from {__package__}.fork_server import serve; "
+        with theirs, tempfile.TemporaryFile() as stdin:
+            stdin.write(verifier)
+            stdin.seek(0)
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", f"{code}serve({theirs.fileno()}, {os.getpid()})"],
+                stdin=stdin,
+                stdout=subprocess.DEVNULL,
+                stderr=self._errors,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # no Ctrl-C of the owner's terminal reaches it
+            )
+
+    def kill(self, number: int) -> None:
+        with contextlib.suppress(OSError):  # it is gone, and its end is heard of
+            self.control.send(f"kill {number}".encode(), socket.MSG_NOSIGNAL)
+
+    def spawn(self, number: int, connection: socket.socket) -> None:
+        socket.send_fds(self.control, [f"spawn {number}".encode()], [connection.fileno()], socket.MSG_NOSIGNAL)
+
+    def receive(self) -> str:
+        """The next message; "" when it has ended."""
+        try:
+            return self.control.recv(8192).decode("utf-8", "replace")
+        except OSError:
+            return ""
+
+    def close(self) -> str:
+        """End it, and say how it ended."""
+        self.control.close()
+        try:
+            code = self._process.wait(5.0)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            code = self._process.wait()
+        said = os.pread(self._errors, 500, max(0, os.fstat(self._errors).st_size - 500))
+        os.close(self._errors)
+        return f"exit code {code}, {said.decode('utf-8', 'replace')!a}"
+
+
+def _cpu_seconds(pid: int) -> float:
+    """Of all threads of a process; infinite if it is gone. The clock is what clock_getcpuclockid(3) finds for it."""
+    try:
+        return time.clock_gettime(~pid << 3 | 2)
+    except OSError:
+        return math.inf
+
+
+def _finish(task: Task, judgement: Judgement, since: float) -> None:
+    outcome = Outcome(judgement, time.monotonic() - since)
+    task.ended(outcome)
+    task.future.set_result(outcome)
