@@ -13,6 +13,7 @@ import pyarrow as pa
 from ..contracts.arrow import decode, encode
 from ..contracts.protocols import Generation
 from ..contracts.records import (
+    EMPTY_I,
     EMPTY_II,
     BucketEntries,
     Prompt,
@@ -23,7 +24,7 @@ from ..contracts.records import (
     WeightBucket,
     WeightManifest,
 )
-from ..models.contexts import PLAIN, Prompter
+from ..models.contexts import PLAIN, Prompter, special_ids
 from ..models.loading import load_tokenizer
 from .clock import BusyClock
 from .engines import make_engine
@@ -89,8 +90,9 @@ class RolloutWorker:
         rows = sorted({request.row for request in requests})
         by_row = dict(zip(rows, decode(Prompt, prompts, rows), strict=True))
         responses = self._respond([by_row[request.row] for request in requests], requests, sampling)
+        untrained = self._special_ids if sampling.mask_special else EMPTY_I
         rollouts = [
-            self._rollout(by_row[request.row], request, response)
+            self._rollout(by_row[request.row], request, response, untrained)
             for request, response in zip(requests, responses, strict=True)
         ]
         batch = encode(Rollout, rollouts)
@@ -133,7 +135,12 @@ class RolloutWorker:
                 responses[i] = response
         return responses
 
-    def _rollout(self, prompt: Prompt, request: SampleRequest, response: Generation) -> Rollout:
+    @cached_property
+    def _special_ids(self) -> np.ndarray:
+        with self._prompting:
+            return special_ids(self.prompter.tokenizer)
+
+    def _rollout(self, prompt: Prompt, request: SampleRequest, response: Generation, untrained: np.ndarray) -> Rollout:
         return Rollout(
             rollout_id=request.rollout_id,
             prompt_id=prompt.prompt_id,
@@ -145,7 +152,7 @@ class RolloutWorker:
             prompt_length=len(prompt.token_ids),
             text=self.engine.decode(response.token_ids),
             logprobs=response.logprobs,
-            loss_mask=np.ones(len(response.token_ids), bool),
+            loss_mask=~np.isin(response.token_ids, untrained),
             topk_ids=response.topk_ids,
             weight_versions=response.weight_versions,
             finish_reason=response.finish_reason,

@@ -23,6 +23,7 @@ from .metrics import MetricsLog
 from .pool import Pool, pump
 from .progress import Progress
 from .run_folder import RunFolder
+from .skill_bank import SkillBank
 from .stages import EntropyCollapse
 from .tally import Tally, pass_rate, sampler_entropy
 from .weight_broadcast import WeightBroadcast
@@ -56,6 +57,7 @@ class Driver:
     folder: RunFolder
     flow: Flow
     learner: LearnerGroup
+    skills: SkillBank | None
     broadcasts: WeightBroadcast | None  # to the rollout pool, in place of the object store
     followers: Sequence[Pool]
     averages: Sequence[Pool]
@@ -84,7 +86,7 @@ class Driver:
                 with clock("learn"):
                     report = self.learn(shards)
                 self.step += 1
-                self.watch(shards)
+                self.watch(shards, report)
                 self.publish(clock)
                 self.record(shards, report, clock)
                 clock = Stopwatch()
@@ -122,8 +124,12 @@ class Driver:
             self.learner.finish_step(done)  # a failed rank is heard at once: the others would wait for it
         return self.learner.finish_step(reports)[0]
 
-    def watch(self, shards: list[Shard]) -> None:
-        """Show a finished step to the stage's trigger."""
+    def watch(self, shards: list[Shard], report: StepReport) -> None:
+        """Show a finished step to the skill bank and to the stage's trigger."""
+        if self.skills:
+            self.skills.record(shards, report)
+            if said := self.skills.grow(self.step, shards):
+                self.progress.note(f"the skill bank after step {self.step}: {said}")
         if self.trigger and self.trigger.observe(sampler_entropy(shards), pass_rate(shards)):
             self.progress.note(f"the entropy has collapsed: stage {self.stage} ends after step {self.step}")
 
@@ -172,6 +178,7 @@ class Driver:
                 "stage": self.stage,
                 "first": self.flow.first,
                 "trigger": self.trigger.state() if self.trigger else None,
+                "skills": self.skills.save() if self.skills else None,
                 "tally": self.tally.state(),
             }
             self.folder.save_checkpoint(self.step, state, self._write, self.config.checkpoint.keep)
@@ -188,6 +195,8 @@ class Driver:
             pool.call(pool.replicas, "load_average", str(checkpoint / f"{pool.name}.safetensors"))
         if self.trigger:
             self.trigger.resume(state["trigger"])
+        if self.skills:
+            self.skills.load(state["skills"])
         self.step = self.flow.admitted = state["step"]
 
     def record(self, shards: list[Shard], report: StepReport, clock: Stopwatch) -> None:

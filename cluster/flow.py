@@ -8,7 +8,7 @@ own. The ready shards are the queue: references only, refused and counted when t
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count, islice
@@ -34,6 +34,8 @@ class Shard:
     rollouts: ObjectRef | None = None
     generated: Receipt | None = None
     scores: list[ObjectRef] = field(default_factory=list)
+    skills: ObjectRef | None = None  # the skill-mistake pairs of its prompts
+    held: list[Callable[[], None]] = field(default_factory=list)  # what waits for them
     verdicts: ObjectRef | None = None
     judged: Receipt | None = None
     awaited: int = 0  # answers of services still to come
@@ -84,6 +86,7 @@ class Services:
     generators: Mapping[str, Pool]
     teachers: dict[str, Pool]  # the reference model among them, under its own name
     verifiers: Pool | None
+    skills: Pool | None = None  # retrieves what views are made of
 
     @property
     def rollouts(self) -> Pool:
@@ -91,7 +94,7 @@ class Services:
 
     @property
     def pools(self) -> list[Pool]:
-        pools = [*self.generators.values(), *self.teachers.values(), self.verifiers]
+        pools = [*self.generators.values(), *self.teachers.values(), self.verifiers, self.skills]
         return list(dict.fromkeys(pool for pool in pools if pool))
 
 
@@ -167,8 +170,24 @@ class Flow:
         for source, own in by_source.items():
             shard = Shard(step, tuple(own), attempt)
             self.shards[step].append(shard)
+            self._retrieve(shard)
             args = (self.prompts, shard.requests, self.composition.sampling)
             self.services.generators[source].submit(Call("generate", args, len(own), self._generated(shard)))
+
+    def _retrieve(self, shard: Shard) -> None:
+        """Ask for the skills of its prompts, if its teachers will be shown any, while it is generated."""
+        scoring = self.composition.scoring
+        if not scoring or not scoring.views or shard.source not in self.composition.scored:
+            return
+
+        def retrieved(payload: ObjectRef, receipt: Receipt) -> None:
+            shard.skills = payload
+            while shard.held:
+                shard.held.pop()()
+
+        assert self.services.skills, "a stage whose teachers have views has a bank"
+        rows = [request.row for request in shard.requests]
+        self.services.skills.submit(Call("retrieve", (self.prompts, rows, scoring.views), len(rows), retrieved))
 
     def _generated(self, shard: Shard):
         def done(payload: ObjectRef, receipt: Receipt) -> None:
@@ -193,7 +212,7 @@ class Flow:
             shard.awaited -= 1
 
         if verifiers:
-            verifiers.submit(Call("judge", (rollouts,), len(shard.requests), judged))
+            verifiers.submit(Call("judge", (rollouts, self.prompts), len(shard.requests), judged))
         if not (verifiers and self.composition.after_verdicts):
             self._score(shard, rollouts, asked, cost)
 
@@ -209,17 +228,22 @@ class Flow:
         return asked
 
     def _score(self, shard: Shard, rollouts: ObjectRef, asked: list[tuple[str, ScoreRequest]], cost: int) -> None:
+        if shard.skills is None and any(request.views for _, request in asked):
+            shard.held.append(partial(self._score, shard, rollouts, asked, cost))
+            return
+
         def scored(payload: ObjectRef, receipt: Receipt, shared: bool) -> None:
             shard.scores.append(payload)
             shard.awaited -= 1
             self.scored_by_rollouts += receipt.tokens if shared else 0
 
         for name, request in asked:
-            shown = () if request.context == "plain" else (self.prompts, shard.verdicts)
+            shown = () if request.context == "plain" else (self.prompts, shard.verdicts, shard.skills)
             pool = self.services.teachers[name]
             shared = pool is self.services.rollouts  # whose own figures are those of generating
             done = partial(scored, shared=shared)
-            pool.submit(Call("score", (rollouts, request, *shown), cost, done, counted=not shared))
+            views = max(1, request.views)
+            pool.submit(Call("score", (rollouts, request, *shown), cost * views, done, counted=not shared))
 
     def _follow_up(self, shard: Shard) -> None:
         """Ask what the method wants on top of a judged shard; the answers join the step."""

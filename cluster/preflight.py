@@ -15,7 +15,8 @@ from ..teacher_service.http_engine import ServerLimits, probe
 from .data import check_context, load_prompts
 from .methods.composition import Composition
 from .pool import parts_of
-from .services import api_key_of
+from .services import key_of, load_functions
+from .skill_bank import check_skills
 
 SHOWN = {"answer": "data.answer_field", "solution": "data.solution_field"}  # fields of templates that rows must have
 
@@ -45,6 +46,9 @@ def check_inputs(config: Config, compositions: Sequence[Composition]) -> Inputs:
         check_weights(model)
     for model, parts in _under_vllm(config):
         check_vllm_architecture(model, parts)
+    load_functions(config.verifier)
+    if config.skills:
+        check_skills(config.skills)
     if config.student.lora:
         check_targets(config.student.model, config.student.lora)
     contexts = {"student": context_length(config.student.model)}
@@ -61,9 +65,10 @@ def check_inputs(config: Config, compositions: Sequence[Composition]) -> Inputs:
             raise ConfigError("a teacher that follows the student has the learner's dtype", found, "set both alike")
 
     data = config.data
-    train = load_prompts(data, data.path, data.split, tokenizer, need_answer=verified)
+    needs = {"need_answer": config.verifier.needs_gold, "keep_rows": config.verifier.reads_rows}
+    train = load_prompts(data, data.path, data.split, tokenizer, **needs)
     held_out = [
-        load_prompts(data, path, evaluation.split, tokenizer, evaluation.problems) if path else []
+        load_prompts(data, path, evaluation.split, tokenizer, evaluation.problems, **needs) if path else []
         for path in (evaluation.path, evaluation.ood_path)
     ]
     for who, context in contexts.items():
@@ -90,7 +95,13 @@ def _under_vllm(config: Config) -> set[tuple[str, int]]:
 def _probe(teacher: Teacher, tokenizer: Any, compositions: Iterable[Composition]) -> ServerLimits:
     """What the teacher's servers can do; they must be able to do what the stages ask."""
     try:
-        limits = probe(teacher.model, teacher.urls, teacher.timeout_seconds, api_key_of(teacher), tokenizer)
+        limits = probe(
+            teacher.model,
+            teacher.urls,
+            teacher.timeout_seconds,
+            key_of("teacher.api_key_env", teacher.api_key_env),
+            tokenizer,
+        )
     except TeacherError as error:  # before the run it is the recipe's fault, and not the machine's
         raise ConfigError(error.rule, error.found, error.remedy) from error
     for scoring in (composition.scoring for composition in compositions if composition.scoring):
@@ -165,8 +176,7 @@ def _with_teachers(config: Config, compositions: Iterable[Composition], prompts:
 def resources_needed(config: Config, compositions: Iterable[Composition]) -> dict[str, float]:
     """Sum of what the pools and the learner take, by Ray's names."""
     pools: list[Pool] = [config.rollout, config.verifier, *(t for t in config.named_teachers.values() if not t.shared)]
-    if config.reference:
-        pools.append(config.reference)
+    pools += [pool for pool in (config.reference, config.skills) if pool]
     if any("teacher" in composition.generators for composition in compositions):
         pools.append(config.teacher_rollout)
     learner = config.learner

@@ -6,7 +6,7 @@ fresh optimizer.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,7 @@ from .report import write_report
 from .run_folder import RunFolder
 from .runtime import check_resources, cluster
 from .services import heads, stage_generators, stage_teachers, start_generators, start_verifiers
+from .skill_bank import SkillBank
 from .stages import EntropyCollapse
 from .tally import Tally
 from .weight_broadcast import WeightBroadcast
@@ -157,15 +158,16 @@ def _assemble(run: Run, number: int, composition: Composition, first: int, stack
     own = {name: pool for name, pool in teachers.items() if pool is not generators["student"]}
     _ready(own, stack)
     if composition.scoring and composition.scoring.top_k:
-        for pool in (own[name] for name in config.named_teachers if name in own):
-            run.progress.note(f"{pool.name}: top-k up to {pool.least('largest_k')} a token")
-    following = {
-        name: t.follows for name, t in config.named_teachers.items() if name in teachers and t.follows and not t.shared
-    }
+        _note_largest_k(run, [own[name] for name in config.named_teachers if name in own])
+    skills = _skills(run, config, composition, stack)
+    own_teachers = {name: teacher for name, teacher in config.named_teachers.items() if name in teachers}
+    following = {name: t.follows for name, t in own_teachers.items() if t.follows and not t.shared}
     flow = Flow(
         config,
         composition,
-        Services(generators=generators, teachers=teachers, verifiers=run.verifiers),
+        Services(
+            generators=generators, teachers=teachers, verifiers=run.verifiers, skills=skills.pool if skills else None
+        ),
         prompts=run.prompts,
         teacher_of_row=[prompt.teacher for prompt in run.inputs.train],
         first=first,
@@ -177,6 +179,7 @@ def _assemble(run: Run, number: int, composition: Composition, first: int, stack
         folder=run.folder,
         flow=flow,
         learner=learner,
+        skills=skills,
         broadcasts=broadcasts,
         followers=[teachers[name] for name in following],
         averages=[teachers[name] for name, follows in following.items() if follows == "ema"],
@@ -189,6 +192,21 @@ def _assemble(run: Run, number: int, composition: Composition, first: int, stack
         tally=run.tally,
         step=first,
     )
+
+
+def _note_largest_k(run: Run, teachers: Sequence[Pool]) -> None:
+    for pool in teachers:
+        run.progress.note(f"{pool.name}: top-k up to {pool.least('largest_k')} a token")
+
+
+def _skills(run: Run, config: Config, composition: Composition, stack: ExitStack) -> SkillBank | None:
+    """The run's bank, where teachers are shown skills; stages share it."""
+    if not composition.scoring or not composition.scoring.views:
+        return None
+    bank = SkillBank(config, run.folder.path / "bank", run.prompts, [prompt.prompt_id for prompt in run.inputs.train])
+    stack.callback(bank.pool.close)
+    bank.pool.ready()
+    return bank
 
 
 def _longest(inputs: Inputs, config: Config) -> int:

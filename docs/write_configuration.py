@@ -51,11 +51,9 @@ def _methods() -> str:
 def options_of(compose: Callable[[Config], Composition]) -> type[Section]:
     """The options' model of a method: the one that its module defines, or else the one that it imports."""
     module = sys.modules[compose.__module__]
-    models = [
-        value
-        for value in vars(module).values()
-        if isinstance(value, type) and issubclass(value, Section) and value.__module__ != Section.__module__
-    ]
+    shared = (Section.__module__, Config.__module__)
+    sections = [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, Section)]
+    models = [section for section in sections if section.__module__ not in shared]
     own = [model for model in models if model.__module__ == module.__name__] or models
     assert len(own) == 1, f"{module.__name__} has one model of options, found {own}"
     return own[0]

@@ -33,6 +33,11 @@ def rows(split: str) -> list[dict]:
         return [json.loads(line) for line in file]
 
 
+def bank_path() -> Path:
+    """The skill bank, in the published layout: hints, a quarter of them misleading (bank.py)."""
+    return ROOT / "data" / "bank.json"
+
+
 def skills() -> list[dict]:
     """The hints: rows of `id`, `skill`, `families`, `kind`, `text` and `misconceptions` (see contexts.py)."""
     return json.loads((ROOT / "data" / "skills.json").read_text(encoding="utf-8"))

@@ -6,19 +6,20 @@ a run needs none of these, there is no pass.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..contracts.records import Correction
-from ..models.logits import token_logprobs
+from ..models.logits import logit_chunks, token_logprobs
 from .corrections import current_share, needs_rollout, weigh
 from .examples import Example, Foreseen, Updates
-from .micro_batch import Selection, collate
-from .terms.base import BoundTerm, Gated
+from .micro_batch import MicroBatch, Selection, collate, token_rows
+from .terms.base import BoundTerm, Gated, StudentChunk
 
 OverRanks = Callable[[list[float]], list[float]]  # sums over ranks
 FromRanks = Callable[[Any], list[Any]]  # every rank's
@@ -93,20 +94,40 @@ class Foresight:
     def _of(self, examples: Sequence[Example], version: int) -> dict[str, Foreseen]:
         selection = Selection.of(examples, self.terms)
         batch = collate(selection, self.terms, self.device, lambda _: 1.0)
-        current = self.engine(
-            batch.token_ids, batch.lengths, batch.rows, lambda h, head: token_logprobs(h, head, batch.targets_N)
-        )
+        seen = self.engine(batch.token_ids, batch.lengths, batch.rows, lambda h, head: self._read(batch, h, head))
         if not selection.examples:
             return {}
-        arrays = selection.split(current.float().cpu().numpy(), 0.0)
+        arrays = selection.split(seen.float().cpu().numpy(), 0.0)
+        widths = {t.key: batch.teachers[t.teacher].views_NW.shape[1] for t in self.gated if t.loss.gap}
         return {
-            example.rollout.rollout_id: self._foresee(example, mask, array, version)
+            example.rollout.rollout_id: self._foresee(example, mask, array, widths, version)
             for example, mask, array in zip(selection.examples, selection.masks, arrays, strict=True)
         }
 
-    def _foresee(self, example: Example, mask: np.ndarray, current: np.ndarray, version: int) -> Foreseen:
-        rollout = example.rollout
-        gates = {term.key: self._gate(term, example, current, mask) for term in self.gated}
+    def _read(self, batch: MicroBatch, hidden: Tensor, head: Tensor) -> Tensor:
+        """log π_θ(y_t) in the first column; after it, in order, what the gates of views read of each token."""
+        reading = [term for term in self.gated if term.loss.gap]
+        if not reading:
+            return token_logprobs(hidden, head, batch.targets_N)[:, None]
+        parts = []
+        for at, logits in logit_chunks(hidden, head):
+            logprobs = logits.log_softmax(1)
+            sampled = logprobs.gather(1, batch.targets_N[at, None]).squeeze(1)
+            student = StudentChunk(logprobs_CV=logprobs, sampled_C=sampled)
+            gaps = [t.loss.gap(student, token_rows(batch, t, at, sampled), **t.options) for t in reading if t.loss.gap]
+            parts.append(torch.cat([sampled[:, None], *gaps], 1))
+        return torch.cat(parts)
+
+    def _foresee(
+        self, example: Example, mask: np.ndarray, seen: np.ndarray, widths: Mapping[str, int], version: int
+    ) -> Foreseen:
+        """`seen` is what `_read` gives; `widths`: its columns of each term that reads gaps."""
+        rollout, current, at = example.rollout, seen[:, 0], 1
+        gates = {}
+        for term in self.gated:
+            width = widths.get(term.key, 0)
+            gates[term.key] = self._gate(term, example, seen[:, at : at + width] if width else current, mask)
+            at += width
         weights, keep = np.ones(len(mask), np.float32), np.ones(len(mask), bool)
         if not example.sampled:
             return Foreseen(old=current, weights=weights, keep=keep, gates=gates)
@@ -118,12 +139,15 @@ class Foresight:
         weights[mask], keep[mask] = weights_M.numpy(), keep_M.numpy()
         return Foreseen(old=old, weights=weights, keep=keep, gates=gates)
 
-    def _gate(self, term: BoundTerm, example: Example, current: np.ndarray, mask: np.ndarray) -> Gated:
-        """The gate's factors by token `[R]`, or by token and view `[R,W]` and then times the views' weights."""
+    def _gate(self, term: BoundTerm, example: Example, seen: np.ndarray, mask: np.ndarray) -> Gated:
+        """The gate's factors by token `[R]`, or by token and view `[R,W]` and then times the views' weights.
+
+        `seen`: log π_θ of the tokens `[R]`, or the views' gaps `[R,W]`.
+        """
         scores, views = example.of(term.teacher), term.loss.signal == "views"
         if scores is None or term.loss.gate is None or not example.asked_by(term) or (views and not example.has(term)):
             return Gated(np.ones(len(mask), np.float32))
-        d = ((scores.views - current[:, None]) if views else scores.logprobs - current)[mask].astype(np.float64)
+        d = (seen if views else scores.logprobs - seen)[mask].astype(np.float64)
         said = term.loss.gate(d, example.advantage, **term.options)
         factors = np.ones((len(mask), *d.shape[1:]), np.float32)
         factors[mask] = said.factors * scores.view_weights if views else said.factors

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..contracts.config import REFERENCE
 from ..contracts.records import TeacherScores
 from .examples import Example, Foreseen
-from .terms.base import BoundTerm
+from .terms.base import BoundTerm, TokenRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +71,10 @@ class Selection:
         return np.repeat(np.asarray(values), self.counts)
 
     def split(self, tokens_N: np.ndarray, filler: float) -> list[np.ndarray]:
-        """`flat` backwards: an array `[R]` for each example, `filler` where a token is not trained."""
+        """`flat` backwards: an array `[R, …]` for each example, `filler` where a token is not trained."""
         arrays = []
         for mask, part in zip(self.masks, np.split(tokens_N, np.cumsum(self.counts)[:-1]), strict=True):
-            array = np.full(len(mask), filler, tokens_N.dtype)
+            array = np.full((len(mask), *tokens_N.shape[1:]), filler, tokens_N.dtype)
             array[mask] = part
             arrays.append(array)
         return arrays
@@ -159,6 +159,25 @@ def collate(
         },
         scales={term.key: floats(_scale(selection, term)) for term in terms},
         gates={t.key: floats(_gate(selection, t.key)) for t in terms if t.loss.gate and not selection.blind},
+    )
+
+
+def token_rows(batch: MicroBatch, term: BoundTerm, at: slice, old_C: Tensor, **more: Tensor | None) -> TokenRows:
+    """What a term is given of the tokens `at`."""
+    teacher, gate, views = batch.teachers[term.teacher], batch.gates.get(term.key), term.loss.signal == "views"
+    return TokenRows(
+        targets_C=batch.targets_N[at],
+        old_C=old_C,
+        advantage_C=batch.advantage_N[at],
+        teacher_C=teacher.sampled_N[at],
+        reference_C=batch.reference_N[at],
+        gate_C=torch.ones_like(old_C) if gate is None or views else gate[at],
+        topk_ids_CK=teacher.topk_ids_NK[at],
+        topk_logprobs_CK=teacher.topk_logprobs_NK[at],
+        teacher_entropy_C=teacher.entropy_N[at],
+        views_CW=teacher.views_NW[at] if views else None,
+        view_gate_CW=gate[at] if views and gate is not None else None,
+        **more,
     )
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..contracts.records import Correction
 from .corrections import mismatch, needs_rollout, token_weights
-from .micro_batch import MicroBatch, TeacherTokens
-from .terms.base import SIGNALS, BoundTerm, StudentChunk, TokenRows
+from .micro_batch import MicroBatch, TeacherTokens, token_rows
+from .terms.base import SIGNALS, BoundTerm, StudentChunk
 
 
 class Objective:
@@ -47,7 +47,8 @@ class Objective:
             teacher = self.micro_batch.teachers[term.teacher]
             if term.loss.signal == "exact" and term.teacher not in exact:
                 exact[term.teacher] = self._teacher_logprobs(teacher, logits_CV, at)
-            output = term(student, self._rows(term, at, old, exact.get(term.teacher)))
+            rows = token_rows(self.micro_batch, term, at, old, teacher_logprobs_CV=exact.get(term.teacher))
+            output = term(student, rows)
             mask = self.micro_batch.masks[term.key][at]
             scaled = torch.where(mask, output.loss_C, 0.0) * (weights * self.micro_batch.scales[term.key][at])
             if self.divisors[term.key]:
@@ -71,24 +72,6 @@ class Objective:
         if self.correction:
             weights = weights * torch.where(batch.sampled_N[at], token_weights(old, behaviour, self.correction), 1.0)
         return old, weights
-
-    def _rows(self, term: BoundTerm, at: slice, old_C: Tensor, teacher_logprobs_CV: Tensor | None) -> TokenRows:
-        batch, teacher = self.micro_batch, self.micro_batch.teachers[term.teacher]
-        gate, views = batch.gates.get(term.key), term.loss.signal == "views"
-        return TokenRows(
-            targets_C=batch.targets_N[at],
-            old_C=old_C,
-            advantage_C=batch.advantage_N[at],
-            teacher_C=teacher.sampled_N[at],
-            reference_C=batch.reference_N[at],
-            gate_C=torch.ones_like(old_C) if gate is None or views else gate[at],
-            topk_ids_CK=teacher.topk_ids_NK[at],
-            topk_logprobs_CK=teacher.topk_logprobs_NK[at],
-            teacher_entropy_C=teacher.entropy_N[at],
-            teacher_logprobs_CV=teacher_logprobs_CV,
-            views_CW=teacher.views_NW[at] if views else None,
-            view_gate_CW=gate[at] if views and gate is not None else None,
-        )
 
     @torch.no_grad()
     def _measure_student(self, student: StudentChunk, weights_C: Tensor, at: slice) -> None:

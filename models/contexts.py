@@ -42,12 +42,13 @@ TEMPLATES: dict[str, str] = {
         "### General Principles\n{skill}\n\n[[### Mistakes to Avoid\n{mistake}\n\n]]"
         "Use what of this applies to the following problem.\n\nProblem: {problem}"
     ),
-    "hint@1": "Hint: {skill}\n{problem}",  # the lab's models were trained with it
+    "hint@1": "Hint: {title}\n{problem}",  # the lab's models were trained with it
     "peer_feedback@1": f"{{problem}}[[{PEER}]][[{FEEDBACK}]]\n\n{SOLVE}",  # SDPO: whichever of the two there is
 }
-FIELDS = ("problem", "answer", "solution", "peer", "peer_answer", "feedback", "skill", "mistake")
+FIELDS = ("problem", "answer", "solution", "peer", "peer_answer", "feedback", "skill", "mistake", "title")
 
 NAME = re.compile(r"[\w.-]+@[\w.-]+")
+MARK = re.compile(r"</?think>|<\|.*\|>", re.DOTALL)
 FIELD = re.compile(r"\{(\w+)\}")
 OPTIONAL = re.compile(r"\[\[(.*?)\]\]", re.DOTALL)
 
@@ -102,6 +103,7 @@ class Prompter:
         feedback: str = "",
         skill: str = "",
         mistake: str = "",
+        title: str = "",
     ) -> np.ndarray | None:
         """int32 `[P]`, chat template and generation prompt applied; None where a field that it needs is empty."""
         if context == PLAIN:
@@ -114,6 +116,7 @@ class Prompter:
             "feedback": feedback,
             "skill": skill,
             "mistake": mistake,
+            "title": title,
         }
         values = {field: inert(self.tokenizer, value) for field, value in values.items()}
         text = fill(_template(context, self.templates), {"problem": prompt.text, **values})
@@ -160,6 +163,18 @@ def _control_names(tokenizer: Any) -> re.Pattern[str] | None:
     added = [token.content for token in getattr(tokenizer, "added_tokens_decoder", {}).values()]
     names = sorted((name for name in added if len(name.strip()) > 1), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, names))) if names else None
+
+
+def special_ids(tokenizer: Any) -> np.ndarray:
+    """Ids int32 of what says nothing of the reasoning: special tokens, `<think>`, `</think>`, `<|…|>`, 1-8 newlines.
+
+    Source: the masks of SGSD's code, 2605.28791.
+    """
+    added = getattr(tokenizer, "added_tokens_decoder", {}).items()
+    marks = [i for i, token in added if token.special or MARK.fullmatch(token.content)]
+    lines = [tokenizer("\n" * count, add_special_tokens=False)["input_ids"] for count in range(1, 9)]
+    runs = [ids[0] for ids in lines if len(ids) == 1]
+    return np.unique(np.asarray([*tokenizer.all_special_ids, *marks, *runs], np.int32))
 
 
 def tokenize_prompt(tokenizer: Any, text: str, template_kwargs: Mapping[str, Any]) -> np.ndarray:

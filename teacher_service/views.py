@@ -55,8 +55,8 @@ class Viewed:
         for rollout, prompt in zip(rollouts, prompts_of(rollouts, prompts), strict=True):
             pairs = pairs_of.get(rollout.prompt_id)
             own: list[View] = []
-            for skill, mistake, weight in _texts(pairs, request.views) if pairs else ():
-                ids = prompt and prompter.ids(request.context, prompt, skill=skill, mistake=mistake)
+            for texts, weight in _texts(pairs, request.views) if pairs else ():
+                ids = prompt and prompter.ids(request.context, prompt, **texts)
                 if ids is None:
                     own.append(View(None, weight))
                     continue
@@ -87,8 +87,12 @@ class Viewed:
         return folded, refused
 
 
-def _texts(pairs: SkillPairs, most: int) -> list[tuple[str, str, float]]:
-    return list(zip(pairs.skills, pairs.mistakes, map(float, pairs.weights), strict=True))[:most]
+def _texts(pairs: SkillPairs, most: int) -> list[tuple[dict[str, str], float]]:
+    """What each view's template is filled with, and its weight."""
+    titles = pairs.titles or ("",) * len(pairs.skills)
+    texts = zip(pairs.skills, pairs.mistakes, titles, strict=True)
+    shown = [{"skill": skill, "mistake": mistake, "title": title} for skill, mistake, title in texts]
+    return list(zip(shown, map(float, pairs.weights), strict=True))[:most]
 
 
 def _good(score: TeacherScores | None) -> bool:

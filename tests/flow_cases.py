@@ -23,7 +23,9 @@ class StandIn:
         self.name, self.world = name, world
 
     def submit(self, call):
-        assert call.method == {"verifier": "judge"}.get(self.name, "generate" if "rollout" in self.name else "score")
+        assert call.method == {"verifier": "judge", "skills": "retrieve"}.get(
+            self.name, "generate" if "rollout" in self.name else "score"
+        )
         self.world.submitted.append((self.name, call))
         self.world.pending.append((self.name, call))
 
@@ -34,7 +36,7 @@ class World:
     def __init__(self, rng, monkeypatch, passes=lambda request: True):
         self.rng, self.passes, self.version = rng, passes, 0
         self.submitted, self.pending, self.answered = [], [], []
-        names = ("rollout", "teacher_rollout", "dataset_rollout", "verifier", "a", "b", REFERENCE)
+        names = ("rollout", "teacher_rollout", "dataset_rollout", "verifier", "skills", "a", "b", REFERENCE)
         self.pools = {name: StandIn(name, self) for name in names}
         monkeypatch.setattr(module, "pump", lambda pools: self.answer_one())
 
@@ -59,6 +61,7 @@ class World:
             },
             teachers={name: self.pools[name] for name in ("a", "b", REFERENCE)},
             verifiers=self.pools["verifier"] if verifier else None,
+            skills=self.pools["skills"],
         )
         self.teacher_of_row = ["ab"[row % 2] for row in range(ROWS)]
         flow = Flow(config, composition, services, PROMPTS, self.teacher_of_row, first, Interrupt(print))
@@ -89,6 +92,10 @@ class World:
                 finish_reasons=tuple("length" if size == 6 else "stop" for size in sizes),
                 weight_version=self.version,
             )
+        if call.method == "retrieve":
+            prompts, rows, _ = call.args
+            assert prompts is PROMPTS
+            return ("skills", tuple(rows)), Receipt(rows=len(rows), tokens=0, seconds=0.0)
         kind, requests = call.args[0]
         assert kind == "rollouts"
         if call.method == "score":
@@ -125,7 +132,7 @@ def mixed(config):
 
     def asks(step, position):
         extra = [Ask(source="teacher", samples=2)] * (position % 3 == 0) + [Ask(source="dataset")] * (position % 4 == 0)
-        return (Ask(samples=3, context="hint@1"), *extra)
+        return (Ask(samples=3, context="clue@1"), *extra)
 
     return replace(plain(config), asks=asks, generators=("student", "teacher", "dataset"))
 

@@ -39,6 +39,7 @@ from . import (
     seqkd,
     sft,
     sg_opd,
+    sgsd,
     star,
 )
 from .checks import check_needs, check_used
@@ -56,6 +57,7 @@ METHODS: dict[str, Callable[[Config], Composition]] = {
     "constant_advantage": constant_advantage.compose,
     "sg_opd": sg_opd.compose,
     "opsd": opsd.compose,
+    "sgsd": sgsd.compose,
     "sdft": sdft.compose,
     "sdpo": sdpo.compose,
     "kdrl": kdrl.compose,

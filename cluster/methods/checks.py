@@ -12,6 +12,7 @@ from ...models.contexts import check_templates, fields_of
 from .composition import Composition
 
 OF_VERDICTS = {"peer", "peer_answer", "feedback"}  # fields that exist once a group is judged
+OF_SKILLS = {"skill", "mistake", "title"}  # and where a bank is asked
 
 
 def check_needs(config: Config, composition: Composition) -> None:
@@ -36,6 +37,24 @@ def check_needs(config: Config, composition: Composition) -> None:
     _check_followers(config, composition)
     _check_engines(config, composition)
     _check_contexts(config, composition)
+    _check_skills(config, composition)
+
+
+def _check_skills(config: Config, composition: Composition) -> None:
+    """Views are made of a bank's pairs, and only they show them."""
+    views = composition.scoring.views if composition.scoring else 0
+    if views and not config.skills:
+        raise ConfigError(f"{config.method} shows its teachers skills", "no bank is given", "give skills.path")
+    contexts = {ask.context for ask in composition.asks(0, 0)}
+    contexts |= {composition.scoring.context} if composition.scoring and not views else set()
+    for context in sorted(contexts):
+        shown = sorted(fields_of(context, config.templates) & OF_SKILLS)
+        if shown:
+            found = f"{context} shows {', '.join(f'{{{field}}}' for field in shown)}"
+            raise ConfigError(f"no skill is retrieved for {config.method}", found, "use another template, or sgsd")
+    if views and composition.scoring and not fields_of(composition.scoring.context, config.templates) & OF_SKILLS:
+        rule = f"a template of {config.method} shows a skill or a mistake"
+        raise ConfigError(rule, composition.scoring.context, "write {skill} into it")
 
 
 def _check_followers(config: Config, composition: Composition) -> None:
@@ -96,6 +115,8 @@ def check_used(config: Config, compositions: Sequence[Composition]) -> None:
     sampled_from = any("teacher" in c.generators for c in compositions)
     if config.named_teachers and not asked and not sampled_from:
         raise ConfigError(f"{methods} asks no teacher", ", ".join(config.named_teachers), "remove teacher and teachers")
+    if config.skills and not any(request.views for request in asked):
+        raise ConfigError(f"{methods} shows no teacher skills", f"skills.path: {config.skills.path}", "remove skills")
     if config.reference and not any(c.reference for c in compositions):
         found = f"reference.model: {config.reference.model}"
         raise ConfigError(f"{methods} with these options reads no reference model", found, "remove reference")

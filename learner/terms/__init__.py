@@ -17,7 +17,7 @@ from .exact_divergence import exact_divergence
 from .likelihood import nll, reference_kl
 from .policy_gradient import policy_gradient
 from .sign_gate import sign_gate, soft_gate, soft_gated_policy_gradient
-from .skill_gate import skill_gate, skill_polarity
+from .skill_gate import skill_gate, skill_polarity, view_gap
 from .topk_divergence import topk_divergence
 
 TERMS: dict[str, LossTerm] = {
@@ -27,7 +27,7 @@ TERMS: dict[str, LossTerm] = {
     "policy_gradient": LossTerm(policy_gradient, "sampled"),
     "sign_gate": LossTerm(sign_gate, "sampled"),
     "soft_gate": LossTerm(soft_gated_policy_gradient, "sampled", soft_gate),
-    "skill_gate": LossTerm(skill_gate, "views", skill_polarity),
+    "skill_gate": LossTerm(skill_gate, "views", skill_polarity, view_gap),
     "topk_divergence": LossTerm(topk_divergence, "topk"),
     "exact_divergence": LossTerm(exact_divergence, "exact"),
 }

@@ -67,6 +67,7 @@ class Gated:
 
 TokenLoss = Callable[..., TermOutput]
 RowGate = Callable[..., Gated]
+TokenGap = Callable[..., Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +75,14 @@ class LossTerm:
     """A term's function, the teacher's signal that a token must have to count in it, and maybe a gate by rollout.
 
     `gate(d, advantage, **options)` → `Gated`, from d = log π_T − log π_old of a whole rollout (`[R]`; `[R,W]` of views)
-    before the gradient; the learner then makes one pass more over the batch. It is called with the term's options.
+    before the gradient; the learner then makes one pass more over the batch. `gap(student, rows, **options)` → `[C,W]`:
+    the d that the gate of views reads. Both are called with the term's options.
     """
 
     function: TokenLoss
     signal: Signal
     gate: RowGate | None = None
+    gap: TokenGap | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

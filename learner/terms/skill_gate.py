@@ -75,6 +75,20 @@ def skill_polarity(
     return Gated(polarity if gate else np.ones_like(polarity), figures, tuple(int(p) for p in polarity))
 
 
+def view_gap(
+    student: StudentChunk, rows: TokenRows, *, support: Literal["sampled", "local"] = "sampled", **others: object
+) -> Tensor:
+    """δ `[C,W]` of the sampled token, from which stances are read; with the local support both models' logprobs are
+    renormalised on it."""
+    assert rows.views_CW is not None, "the term's signal is views"
+    if support == "sampled":
+        return rows.views_CW - student.sampled_C[:, None]
+    ids, teacher = local_support(rows)
+    own = student.logprobs_CV[:, None, :].expand(-1, ids.shape[1], -1).gather(2, ids)
+    mass = own.masked_fill(teacher.isneginf(), -torch.inf).logsumexp(2)
+    return (rows.views_CW - teacher.logsumexp(2)) - (student.sampled_C[:, None] - mass)
+
+
 def local_divergence(logprobs_CV: Tensor, rows: TokenRows) -> Tensor:
     """KL(π_T ‖ π_θ) `[C,W]` on each view's top-k ids and the sampled token, both renormalised over them."""
     ids, teacher = local_support(rows)

@@ -15,10 +15,12 @@ from safetensors.torch import load_file
 from tutorloop.cluster import run
 from tutorloop.contracts.config import Config
 from tutorloop.contracts.recipe import load_config, parse_config
+from tutorloop.contracts.skills import BankEntry
+from tutorloop.verifier_service.skills.store import SkillBank
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
-OTHERS = ("quickstart", "gsm8k_qwen3")  # run by test_command.py and test_train.py
+OTHERS = ("quickstart", "gsm8k_qwen3", "sgsd_qwen3")  # run by test_command.py and test_train.py, or of larger models
 SMALL = ["eval.path=", "eval.ood_path=", "eval.every=0", "checkpoint.every=0", "learner.warmup_steps=0"]
 ROUNDS = {"rest", "star"}
 
@@ -119,6 +121,33 @@ def test_an_averaged_self_teacher_resumes_bit_for_bit(tmp_path: Path, address: s
         shutil.rmtree(tmp_path / "cut" / "checkpoints" / f"step-{step:06d}")
     assert train(recipe("sdpo", tmp_path / "cut", *settings), address, resume=True) == rows
     assert weights_of(tmp_path / "cut") == weights_of(tmp_path / "whole")
+
+
+def bank_of(folder: Path) -> list[BankEntry]:
+    return SkillBank.open(str(folder / "bank")).entries()
+
+
+GROWING = ["skills.update_every=2", "skills.update_below=1.0", "skills.most_new=2"]
+
+
+@pytest.mark.parametrize("teacher", [[], ["teacher.follows=live", "teacher.shared=true"]], ids=["ema", "live"])
+def test_the_skill_bank_counts_grows_and_resumes_bit_for_bit(teacher: list[str], tmp_path: Path, address: str) -> None:
+    """Both runs are synchronous; the second ends after step 3, one step past the update of its bank, and goes on."""
+    settings = ["steps=6", "max_staleness=0", "checkpoint.every=3", "checkpoint.keep=2", *GROWING, *teacher]
+    rows = train(recipe("sgsd_lab", tmp_path / "whole", *settings), address)
+    grown = bank_of(tmp_path / "whole")
+    assert any(entry.entry_id.startswith("dyn_") and entry.rollout_ids for entry in grown)
+    answers = sum(row["rollouts"]["trained"] for row in rows)
+    for kind in ("skill", "mistake"):
+        used = [entry for entry in grown if entry.kind == kind]
+        assert sum(entry.uses for entry in used) == 4 * answers  # each with four pairs
+        assert all(entry.uses == entry.helpful + entry.harmful + entry.neutral for entry in used)
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "final")
+    shutil.rmtree(max((tmp_path / "cut" / "checkpoints").iterdir()))
+    assert train(recipe("sgsd_lab", tmp_path / "cut", *settings), address, resume=True) == rows
+    assert weights_of(tmp_path / "cut") == weights_of(tmp_path / "whole")
+    assert bank_of(tmp_path / "cut") == grown
 
 
 def test_several_updates_a_step_and_a_masked_correction(tmp_path: Path, address: str) -> None:

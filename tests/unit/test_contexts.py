@@ -54,14 +54,13 @@ def test_every_template_reads_as_the_chat_template_of_its_text(name):
     tokenizer = tokenizer_of(name)
     prompt = prompt_of(tokenizer, solution="3 + 4 = 7\n\\boxed{7}")
     peer, feedback = "<think>hm</think>It is \\boxed{7}", "The answer 8 is wrong."
-    skill, mistake = "Carry the ten.", "Forgetting the ten."
+    skill, mistake, title = "Carry the ten. It moves.", "Forgetting the ten.", "Carry"
     prompter = Prompter(tokenizer)
     for context, template in TEMPLATES.items():
-        ids = prompter.ids(
-            context, prompt, peer_text=peer, peer_answer="7", feedback=feedback, skill=skill, mistake=mistake
-        )
+        shown = {"skill": skill, "mistake": mistake, "title": title}
+        ids = prompter.ids(context, prompt, peer_text=peer, peer_answer="7", feedback=feedback, **shown)
         text = template.replace("[[", "").replace("]]", "")
-        values = (prompt.text, "7", prompt.solution, "It is \\boxed{7}", "7", feedback, skill, mistake)
+        values = (prompt.text, "7", prompt.solution, "It is \\boxed{7}", "7", feedback, skill, mistake, title)
         for field, value in zip(FIELDS, values, strict=True):
             text = text.replace(f"{{{field}}}", value)
         assert ids is not None and ids.dtype == np.int32

@@ -201,8 +201,8 @@ def test_teachers_that_are_shown_verdicts_are_asked_after_them(monkeypatch):
         if name == "verifier":
             judged.append(call.args[0][1])
         elif call.method == "score":
-            (_, requests), request, prompts, verdicts = call.args
-            assert requests in judged and request is peers and prompts is PROMPTS
+            (_, requests), request, prompts, verdicts, skills = call.args
+            assert skills is None and requests in judged and request is peers and prompts is PROMPTS
             assert verdicts == ("verdicts", requests), "those of the same rollouts"
     assert world.calls("score")
 

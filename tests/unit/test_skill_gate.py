@@ -12,7 +12,7 @@ from term_cases import PRECISIONS, close, golden, rows_of
 from tutorloop.contracts.records import Term
 from tutorloop.learner.terms import bind_terms
 from tutorloop.learner.terms.base import StudentChunk
-from tutorloop.learner.terms.skill_gate import local_divergence, local_support, skill_polarity
+from tutorloop.learner.terms.skill_gate import local_divergence, local_support, skill_polarity, view_gap
 
 TERM = bind_terms((Term(name="skill_gate"),))[0]
 OPTIONS = {"tau": 1.0, "delta_clip": 3.0, "confidence": 0.05}
@@ -179,3 +179,67 @@ def test_a_rollout_without_views_is_left_out_and_counted():
     term = Term(name="skill_gate", teacher="big", reduction="sequences")
     report = OneProcess(world.student(), (term,)).learn(examples)
     assert report.rollouts == 2 and report.dropped == {"teacher_refused": 1} and len(report.stances) == 2
+
+
+@pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
+def test_stances_on_the_local_support_read_renormalised_logprobs(dtype, tolerance):
+    inputs, expected = golden("sgsd_multi_teacher_gate")
+    toy, k = inputs["shared_toy"], inputs["local_support_top_k"]
+    student = torch.tensor(toy["student_logits"], dtype=dtype).log_softmax(1)
+    teacher = torch.tensor(toy["teacher_logits"], dtype=dtype).log_softmax(1)
+    targets = torch.tensor(toy["sampled_tokens"])
+    top, sampled = teacher.topk(k, 1), teacher.gather(1, targets[:, None])
+    known = {"topk_ids_CK": top.indices, "topk_logprobs_CK": top.values, "views_CW": sampled}
+    rows = replace(rows_of(student[:, 0]), targets_C=targets, **known)
+    chunk = StudentChunk(logprobs_CV=student, sampled_C=student.gather(1, targets[:, None])[:, 0])
+    wanted = np.subtract(expected["local_teacher_logp_sampled"], expected["local_student_logp_sampled"])
+    close(view_gap(chunk, rows, support="local")[:, 0], wanted, tolerance)
+    close(view_gap(chunk, rows)[:, 0], (sampled[:, 0] - chunk.sampled_C).double(), tolerance)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_learner_on_the_local_support(parts):
+    """Two views with top-k ids of their own: stances, loss and gradient against one token at a time."""
+    world, k, views = World(), 3, 2
+    examples = []
+    for example in (world.example(f"r{i}") for i in range(5)):
+        rollout = example.rollout
+        tokens = torch.from_numpy(rollout.token_ids).long()
+        last, targets = tokens[rollout.prompt_length - 1 : -1], tokens[rollout.prompt_length :]
+        full = world.normal(len(targets), views, world.vocab).log_softmax(2)
+        top = full.topk(k, 2)
+        scores = replace(
+            example.scores["big"],
+            views=full.gather(2, targets[:, None, None].expand(-1, views, 1))[:, :, 0].numpy(),
+            view_weights=np.asarray([0.7, 0.3], np.float32),
+            topk_ids=top.indices.flatten(1).int().numpy(),
+            topk_logprobs=top.values.flatten(1).numpy(),
+        )
+        sign = float(np.sign(example.advantage))
+        examples.append((replace(example, scores={"big": scores}, weight=1.0, advantage=sign), full, last, targets))
+    term = Term(name="skill_gate", teacher="big", reduction="sequences", options={"support": "local"})
+    learner = OneProcess(world.student(), (term,))
+    report = learner.learn([case[0] for case in examples], [world.cut(len(examples), parts)])
+
+    slow = world.student(torch.float64)
+    logprobs, total, stances = slow.logprobs(), 0.0, {}
+    for example, full, last, targets in examples:
+        own = []
+        on = np.flatnonzero(example.rollout.loss_mask)
+        for w, weight in enumerate((0.7, 0.3)):
+            gaps, losses = [], []
+            for t in on:
+                best = full[t, w].topk(k).indices.tolist()
+                ids = sorted({*best, int(targets[t])})
+                p, q = logprobs[last[t]][ids].log_softmax(0), full[t, w, ids].double().log_softmax(0)
+                at = ids.index(int(targets[t]))
+                gaps.append(float((q[at] - p[at]).detach()))
+                divergence = (q.exp() * (q - p)).sum()
+                losses.append(math.log(2) - torch.nn.functional.softplus(-(divergence**2) / 2))
+            mean = float(np.clip(gaps, -3, 3).mean())
+            own.append(int(example.advantage) * (0 if abs(mean) <= 0.05 else 1 if mean > 0 else -1))
+            total = total + weight * own[-1] * torch.stack(losses).mean() / len(examples)
+        stances[example.rollout.rollout_id] = tuple(own)
+    assert report.stances == stances
+    np.testing.assert_allclose(report.loss, total.item(), atol=1e-5)
+    check_gradients(learner.engine.gradients[0], torch.autograd.grad(total, list(slow.parameters())))

@@ -10,7 +10,7 @@ from tiny import EOS, tiny_qwen3, tiny_tokenizer
 from tutorloop.contracts.arrow import decode, encode
 from tutorloop.contracts.errors import ConfigError, TeacherError
 from tutorloop.contracts.records import Prompt, Rollout, ScoreRequest, TeacherScores, Verdict
-from tutorloop.models.contexts import TEMPLATES
+from tutorloop.models.contexts import TEMPLATES, fields_of
 from tutorloop.models.loading import load_causal_lm
 from tutorloop.teacher_service.worker import TeacherWorker
 
@@ -98,7 +98,7 @@ def slow_context(context, rollout, prompt, rollouts, verdicts):
 
 
 @pytest.mark.parametrize("signal", SIGNALS)
-@pytest.mark.parametrize("context", [*(c for c in TEMPLATES if "{skill}" not in TEMPLATES[c]), "own@1"])
+@pytest.mark.parametrize("context", [*(c for c in TEMPLATES if not fields_of(c, {}) & {"skill", "title"}), "own@1"])
 def test_scores_in_a_context_equal_dense_forwards_after_its_prompt(context, signal, tmp_path_factory):
     random = fresh_random()
     name = tiny_qwen3(tmp_path_factory.mktemp("long"), context=512)

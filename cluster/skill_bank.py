@@ -1,0 +1,107 @@
+"""A run's own skill bank: what came of each view is counted, and the bank grows where the student still errs.
+
+The bank is a copy in the run's folder, on the driver's machine; the service that retrieves from it runs there too. Its
+version stands in every checkpoint, and a resumed run goes on from that one.
+"""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ray import ObjectRef
+
+from .. import lab
+from ..contracts.config import Config
+from ..contracts.errors import ConfigError, SkillError, VerifierError
+from ..contracts.records import StepReport
+from ..contracts.verifier_config import Skills
+from ..verifier_service.skills.published import load_published
+from .flow import Shard
+from .pool import Pool
+from .runtime import get
+from .services import key_of
+from .tally import pass_rate
+
+
+def source_of(skills: Skills) -> str:
+    """Where a bank comes from: a folder, an object store's path or a published file."""
+    return str(lab.bank_path()) if skills.path == "lab:bank" else skills.path
+
+
+def check_skills(skills: Skills) -> None:
+    """What can be said of a bank before anything starts. Raises ConfigError, SkillError."""
+    source = source_of(skills)
+    if not find_spec("lancedb"):
+        raise ConfigError("a skill bank needs the extra `skills`", "no lancedb", "pip install 'tutorloop[skills]'")
+    if skills.embedder != "lexical" and not find_spec("sentence_transformers"):
+        rule = "retrieval by a sentence-transformers model needs the extra `embeddings`"
+        raise ConfigError(
+            rule, f"skills.embedder: {skills.embedder}", "pip install 'tutorloop[embeddings]', or lexical"
+        )
+    key_of("skills.api_key_env", skills.api_key_env)
+    if Path(source).is_file():
+        kinds = {entry.kind for entry in load_published(source)}
+        if kinds < {"skill", "mistake"}:
+            raise SkillError("a bank has skills and mistakes", f"{source}: {', '.join(kinds) or 'neither'}")
+    elif "://" not in source and not Path(source).is_dir():
+        remedy = "give a bank's folder or a published file; tutorloop bank build or import makes one"
+        raise SkillError("skills.path is a bank", f"{source}: no such folder or file", remedy)
+
+
+class SkillBank:
+    """The service and its bank in `folder`. `prompts`: the run's, in the object store; `prompt_ids`: of their rows.
+    Raises ConfigError, SkillError."""
+
+    def __init__(self, config: Config, folder: Path, prompts: ObjectRef, prompt_ids: Sequence[str]) -> None:
+        if config.skills is None:
+            raise ConfigError(f"{config.method} shows its teachers skills", "no bank is given", "give skills.path")
+        from ..verifier_service.skills.worker import SkillWorker  # with it LanceDB, an extra
+
+        self.settings: Skills = config.skills
+        self.prompts, self.prompt_ids = prompts, prompt_ids
+        arguments: dict[str, Any] = {
+            "path": str(folder),
+            "source": source_of(self.settings),
+            "embedder": self.settings.embedder,
+            "extractor": self.settings.extractor,
+            "extractor_model": self.settings.extractor_model,
+            "api_key": key_of("skills.api_key_env", self.settings.api_key_env),
+        }
+        self.pool = Pool("skills", SkillWorker, self.settings, VerifierError, here=True, **arguments)
+
+    def record(self, shards: Sequence[Shard], report: StepReport) -> None:
+        """Count each shown entry's use, and whether it was helpful, harmful or neutral."""
+        for shard in shards:
+            names = {request.rollout_id: self.prompt_ids[request.row] for request in shard.requests}
+            stances = [(names[rollout], values) for rollout, values in report.stances.items() if rollout in names]
+            if shard.skills is not None and stances:
+                self._first("count", shard.skills, stances)
+
+    def grow(self, step: int, shards: Sequence[Shard]) -> str:
+        """Update the bank from a step's rollouts where that is due and too few passed; what was done, in words."""
+        own = self.settings
+        if not own.update_every or step % own.update_every or pass_rate(shards) >= own.update_below:
+            return ""
+        judged = [shard for shard in shards if shard.verdicts is not None]
+        batches = [batch for shard in judged for batch in (shard.rollouts, shard.verdicts)]
+        said = self._first("grow", own.most_new, own.capacity, self.prompts, *batches)
+        self._refresh_others()
+        return said
+
+    def save(self) -> int:
+        """Write down what was counted; the version that a checkpoint names."""
+        return self._first("save")
+
+    def load(self, version: int) -> None:
+        """Go on from a checkpoint's version."""
+        self._first("restore", version)
+        self._refresh_others()
+
+    def _first(self, method: str, *args: Any) -> Any:
+        return get(getattr(self.pool.replicas[0], method).remote(*args), VerifierError, "skills pool")
+
+    def _refresh_others(self) -> None:
+        """Only the first replica writes; the others read what it has written."""
+        if self.pool.replicas[1:]:
+            self.pool.call(self.pool.replicas[1:], "refresh", self._first("save"))

@@ -1,0 +1,143 @@
+"""The skill worker: what a Ray actor of the skill pool runs, on a run's own bank.
+
+Prompts in, their skill-mistake pairs out; what came of the entries is counted, and the bank grows from the run's
+rollouts. Counts stay here until `save`, or until the bank grows: one commit a checkpoint, not one a step.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+
+from ...contracts.arrow import decode, encode
+from ...contracts.records import Prompt, Receipt, Rollout, Verdict
+from ...contracts.skills import SkillPairs
+from .build import online_update
+from .chat import ChatModel
+from .extract import Extractor, LabExtractor, LlmExtractor, Memory
+from .merge import LlmMerger
+from .published import load_metadata, load_published
+from .retrieval import Retriever
+from .store import SkillBank, bank_exists, copy_bank, create_bank
+
+PLACE = {1: 1, -1: 2, 0: 3}  # of a stance among (uses, helpful, harmful, neutral)
+LAB = "lab"
+
+
+class SkillWorker:
+    """One replica on the bank at `path`, which starts as a copy of `source`, a bank or a published file, if it is not
+    there. It retrieves from one version until it is told of another. Raises SkillError."""
+
+    def __init__(
+        self,
+        *,
+        path: str,
+        embedder: str,
+        source: str = "",
+        extractor: str = LAB,
+        extractor_model: str = "",
+        api_key: str = "",
+    ) -> None:
+        self.bank, self.embedder = own_bank(path, source), embedder
+        model = None if extractor == LAB else ChatModel(extractor, extractor_model, api_key)
+        self.extractor: Extractor = LlmExtractor(model) if model else LabExtractor()
+        self.merger = LlmMerger(model) if model else None
+        self._counts: Counter[tuple[str, int]] = Counter()
+        self.refresh(self.bank.version)
+
+    def refresh(self, version: int) -> int:
+        """Retrieve from this version from now on; its number. Raises SkillError."""
+        self.retriever = Retriever(self.bank.at(version).entries(), self.embedder)
+        self.version, self._found = version, {}
+        return version
+
+    def retrieve(self, prompts: pa.RecordBatch, rows: Sequence[int], k: int) -> tuple[pa.RecordBatch, Receipt]:
+        """At most `k` pairs for each distinct prompt of `rows`, a row of SkillPairs each, in order of first mention."""
+        start = time.perf_counter()
+        wanted = {prompt.prompt_id: prompt.text for prompt in decode(Prompt, prompts, rows)}
+        self._find({key: text for key, text in wanted.items() if (key, k) not in self._found}, k)
+        found = [self._found[key, k] for key in wanted]
+        receipt = Receipt(rows=len(found), tokens=0, seconds=time.perf_counter() - start)
+        return encode(SkillPairs, found), receipt
+
+    def _find(self, problems: dict[str, str], k: int) -> None:
+        pairs = self.retriever.pairs(list(problems.values()), k)
+        for prompt_id, found in zip(problems, pairs, strict=True):
+            self._found[prompt_id, k] = SkillPairs(
+                prompt_id=prompt_id,
+                skill_ids=tuple(entry.entry_id for entry in found.skills),
+                mistake_ids=tuple(entry.entry_id for entry in found.mistakes),
+                skills=tuple(entry.text for entry in found.skills),
+                mistakes=tuple(entry.text for entry in found.mistakes),
+                titles=tuple(entry.texts[0] for entry in found.skills),
+                weights=found.weights,
+                bank_version=self.version,
+            )
+
+    def count(self, pairs: pa.RecordBatch, stances: Sequence[tuple[str, tuple[int, ...]]]) -> None:
+        """What came of the pairs of each prompt, in their order: 1 helpful, -1 harmful, 0 neutral."""
+        shown = {row.prompt_id: row for row in decode(SkillPairs, pairs)}
+        for prompt_id, values in stances:
+            own = shown[prompt_id]
+            for skill, mistake, value in zip(own.skill_ids, own.mistake_ids, values, strict=False):  # views fill up
+                self._counts.update((entry, place) for entry in (skill, mistake) for place in (0, PLACE[value]))
+
+    def save(self) -> int:
+        """Write down what was counted; the bank's version."""
+        entries = sorted({entry for entry, _ in self._counts})
+        if entries:
+            own = self._counts
+            self.bank.record({e: (own[e, 0], own[e, 1], own[e, 2], own[e, 3]) for e in entries})
+            self._counts.clear()
+        return self.bank.version
+
+    def restore(self, version: int) -> int:
+        """Go on from an older version: the bank's content becomes that; its new version."""
+        if version != self.bank.version:
+            self.bank.restore(version)
+        self._counts.clear()
+        return self.refresh(self.bank.version)
+
+    def grow(self, most_new: int, capacity: int, prompts: pa.RecordBatch, *batches: pa.RecordBatch) -> str:
+        """Update the bank from rollouts and their verdicts, batch by batch in turn; what was done, in words."""
+        self.save()
+        memories = [m for at in range(0, len(batches), 2) for m in memories_of(prompts, batches[at], batches[at + 1])]
+        limits = {"most_new": most_new, "capacity": capacity}
+        update = online_update(self.bank, memories, self.extractor, merger=self.merger, **limits)
+        self.refresh(self.bank.version)
+        errors = "".join(f", {count} {name}" for name, count in sorted(update.errors.items()))
+        counts = f"{len(update.added)} added, {len(update.merged)} merged, {len(update.dropped)} dropped{errors}"
+        return f"version {self.bank.version} from {len(memories)} rollouts: {counts}"
+
+
+def own_bank(path: str, source: str) -> SkillBank:
+    """The bank at `path`, made from `source` where it is not there yet. Raises SkillError."""
+    if bank_exists(path) or not source:
+        return SkillBank.open(path)
+    if Path(source).is_file():
+        note = f"import of {source}"
+        return create_bank(path, load_published(source), note, load_metadata(source), exist_ok=True)
+    return copy_bank(source, path, exist_ok=True)
+
+
+def memories_of(prompts: pa.RecordBatch, rollouts: pa.RecordBatch, verdicts: pa.RecordBatch) -> list[Memory]:
+    """The judged rollouts as memories, in their order."""
+    text_of = dict(zip(prompts.column("prompt_id").to_pylist(), prompts.column("text").to_pylist(), strict=True))
+    verdict_of = {verdict.rollout_id: verdict for verdict in decode(Verdict, verdicts)}
+    memories = []
+    for rollout in decode(Rollout, rollouts):
+        verdict = verdict_of.get(rollout.rollout_id)
+        if verdict and not verdict.abstained:
+            memories.append(
+                Memory(
+                    problem=text_of[rollout.prompt_id],
+                    response=rollout.text,
+                    answer=verdict.answer,
+                    passed=verdict.passed,
+                    rollout_id=rollout.rollout_id,
+                    gold=rollout.answer,
+                )
+            )
+    return memories
