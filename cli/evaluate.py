@@ -22,7 +22,7 @@ def evaluate(
     samples: Annotated[int, typer.Option(min=1, help="Samples per problem, the k.")] = 8,
     temperature: Annotated[float, typer.Option(min=0)] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
-    verifier: Annotated[str, typer.Option(help="math or exact.")] = "math",
+    verifier: Annotated[str, typer.Option(help="As verifier.kind: math, exact, numeric, …")] = "math",
     replicas: Annotated[int, typer.Option(min=1)] = 1,
     batch_size: Annotated[int, typer.Option(min=1)] = 128,
     seed: Annotated[int, typer.Option(min=0)] = 0,
