@@ -8,7 +8,6 @@ are not followed (http_302), so that the key goes nowhere else; it is in the Aut
 """
 
 import contextlib
-import email.utils
 import itertools
 import json
 import math
@@ -19,18 +18,13 @@ from functools import cache
 from typing import Any
 
 import requests
-import urllib3
-from requests.auth import AuthBase
 
 from ..contracts.errors import ConfigError
 from ..contracts.protocols import Judgement, Response
+from .http import FAILURES, PLAIN, RETRIED, TIMEOUTS, Bearer, read_body, retry_after
 
-RETRIED = frozenset({408, 425, 429, *range(500, 600)})
 FIRST_REST, LONGEST_REST = 0.1, 2.0  # seconds
 SHARE = 0.8  # of a sample's budget: what is left tells why, before the process is killed
-MOST_BYTES = 1 << 20  # of an answer
-TIMEOUTS = (requests.Timeout, urllib3.exceptions.TimeoutError)
-FAILURES = (requests.RequestException, urllib3.exceptions.HTTPError)  # the second: while the body is read
 BAD_ANSWER = "http_bad_answer"
 
 
@@ -43,11 +37,8 @@ class HttpVerifier:
         for url in urls:
             if not url.startswith(("http://", "https://")):
                 raise ConfigError("verifier.urls are http:// or https:// addresses", url, "e.g. http://HOST:8000/judge")
-        if not (api_key.isascii() and api_key.isprintable()) or " " in api_key:
-            found = f"{len(api_key)} characters, with others among them"
-            raise ConfigError("a server's key is printable ASCII without blanks", found, "check verifier.api_key_env")
         self.urls, self.timeout_seconds, self.pass_score = tuple(urls), timeout_seconds, pass_score
-        self._auth = _Bearer(api_key)
+        self._auth = Bearer(api_key)
 
     def prepare(self, response: Response) -> Judgement | Response:
         """A server decides everything."""
@@ -76,15 +67,14 @@ class HttpVerifier:
         if len(self.urls) > 1:
             left /= 2  # so that another server can still take over
         ends = time.monotonic() + left
-        headers = {"Accept-Encoding": "identity"}  # what is short stays short
         try:
             with _session().post(
-                url, json=body, headers=headers, auth=self._auth, timeout=left, allow_redirects=False, stream=True
+                url, json=body, headers=PLAIN, auth=self._auth, timeout=left, allow_redirects=False, stream=True
             ) as reply:
                 if reply.status_code == 200:
-                    return self._judgement(_read(reply, ends)), None
-                rest = _retry_after(reply.headers.get("Retry-After", ""))
-                return _error(f"http_{reply.status_code}"), rest if reply.status_code in RETRIED else None
+                    return self._judgement(read_body(reply, ends)), None
+                rest = retry_after(reply) if reply.status_code in RETRIED else None
+                return _error(f"http_{reply.status_code}"), rest
         except requests.ConnectTimeout:
             return _error("http_unreachable"), 0.0
         except TIMEOUTS:
@@ -92,8 +82,8 @@ class HttpVerifier:
         except FAILURES:
             return _error("http_unreachable"), 0.0
 
-    def _judgement(self, body: bytes | None) -> Judgement:
-        """Of a body, None where it was too long."""
+    def _judgement(self, body: bytes) -> Judgement:
+        """Of a body, empty where it was too long."""
         try:
             found = json.loads(body or b"null")
         except (ValueError, RecursionError):
@@ -107,34 +97,10 @@ class HttpVerifier:
         return Judgement(score >= self.pass_score if passed is None else passed, answer, score)
 
 
-class _Bearer(AuthBase):
-    """The key in its header, if there is one, and so no other one from a netrc file."""
-
-    def __init__(self, key: str) -> None:
-        self._key = key
-
-    def __call__(self, r: requests.PreparedRequest) -> requests.PreparedRequest:
-        if self._key:
-            r.headers["Authorization"] = f"Bearer {self._key}"
-        return r
-
-
 @cache
 def _session() -> requests.Session:
     """This process's connections, kept from sample to sample."""
     return requests.Session()
-
-
-def _read(reply: requests.Response, ends: float) -> bytes | None:
-    """The body, None where it is longer than MOST_BYTES. Raises requests.Timeout at `ends`, of time.monotonic()."""
-    read = bytearray()
-    while chunk := reply.raw.read1(1 << 16, decode_content=False):
-        read += chunk
-        if len(read) > MOST_BYTES:
-            return None
-        if time.monotonic() > ends:
-            raise requests.Timeout
-    return bytes(read)
 
 
 def _finite(value: object) -> float | None:
@@ -143,18 +109,6 @@ def _finite(value: object) -> float | None:
         if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
             return float(value)
     return None
-
-
-def _retry_after(header: str) -> float:
-    """Seconds of a Retry-After header: a number of them, or a date (RFC 9110, 10.2.3); 0 where there is none."""
-    try:
-        seconds = float(header)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(header).timestamp() - time.time()
-        except (ValueError, OverflowError):
-            return 0.0
-    return max(seconds, 0.0) if math.isfinite(seconds) else 0.0
 
 
 def _error(name: str) -> Judgement:

@@ -14,7 +14,8 @@ from tutorloop.lab.problems import (
     subtract_without_borrow,
     work,
 )
-from tutorloop.verifier_service.skills.chat import AT_ONCE, MOST_BYTES, ChatModel
+from tutorloop.verifier_service.http import MOST_BYTES
+from tutorloop.verifier_service.skills.chat import AT_ONCE, ChatModel
 from tutorloop.verifier_service.skills.extract import (
     LESSONS,
     MOST,
