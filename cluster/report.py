@@ -31,6 +31,7 @@ Place = tuple[str, ...]  # keys into a row, outermost first
 
 
 OUTCOMES = ("all_right", "mixed", "all_wrong")  # of a prompt group
+POLARITIES, STANCES = ("helpful", "harmful", "neutral"), ("for", "against", "silent")  # of views
 
 
 def _variables(theme: int) -> str:
@@ -250,8 +251,7 @@ def _plots(steps: Rows, evals: Rows) -> Iterable[tuple[str, str, list[Panel]]]:
     """Title, one line of explanation, and panels; a panel without a figure to show is left out."""
     pools = _keys(steps, "pools")
     stages = {name: ("seconds", name) for name in _keys(steps, "seconds") if name not in ("total", *BETWEEN_STEPS)}
-    speed = {name: ("pools", name, "tokens_per_second") for name in pools}
-    busy = {name: ("pools", name, "busy_fraction") for name in pools}
+    speed, busy = ({name: ("pools", name, key) for name in pools} for key in ("tokens_per_second", "busy_fraction"))
 
     def panel(unit: str, places: dict[str, Place], share: bool = False, bars: bool = False) -> Panel:
         most = MOST_BARS if bars else MOST_POINTS
@@ -271,7 +271,17 @@ def _plots(steps: Rows, evals: Rows) -> Iterable[tuple[str, str, list[Panel]]]:
         ("Verifier", "Of the rollouts that could be judged, whether they trained or not."): [
             panel("mean reward", {"reward": ("reward",)}),
             panel("share that passed", {"passed": ("pass_rate",)}, share=True),
+            panel("parts of the reward", {name: ("reward_parts", name) for name in _keys(steps, "reward_parts")}),
             panel("prompt groups", {name.replace("_", " "): ("groups", name) for name in OUTCOMES}, share=True),
+        ],
+        ("Skills", "What the teachers' views of the answers were: verdict × stance, as shares."): [
+            panel("of all views", {name: ("learner", f"skill_{name}") for name in POLARITIES}, share=True),
+            panel(
+                "of right answers' views", {name: ("learner", f"skill_right_{name}") for name in STANCES}, share=True
+            ),
+            panel(
+                "of wrong answers' views", {name: ("learner", f"skill_wrong_{name}") for name in STANCES}, share=True
+            ),
         ],
         ("Responses", "Of all rollouts of the step."): [
             panel("mean length, tokens", {"length": ("response_length",)}),
@@ -301,7 +311,7 @@ def _plots(steps: Rows, evals: Rows) -> Iterable[tuple[str, str, list[Panel]]]:
 
 def _keys(rows: Rows, field: str) -> list[str]:
     """All keys that `field` has in any row, in order of first sight."""
-    return list(dict.fromkeys(key for row in rows for key in row[field]))
+    return list(dict.fromkeys(key for row in rows for key in row.get(field, ())))
 
 
 def _curves(rows: Rows, places: dict[str, Place], most: int) -> list[Series]:
