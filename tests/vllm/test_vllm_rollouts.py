@@ -43,12 +43,11 @@ def moved(model, random, scale=0.02):
 
 @torch.no_grad()
 def logprobs_of(model, prompt, response, temperature=1.0):
-    """Log-probability of each response token by one plain forward, and the ids by likelihood."""
+    """Log-probability of each response token by one plain forward, and of every id there."""
     ids = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64))
     logits = model(input_ids=ids[None], use_cache=False).logits[0, len(prompt) - 1 : -1].double()
     logprobs = (logits / (temperature or 1)).log_softmax(-1)
-    order = logits.argsort(-1, descending=True)
-    return logprobs.gather(1, ids[len(prompt) :, None])[:, 0].numpy(), order.numpy()
+    return logprobs.gather(1, ids[len(prompt) :, None])[:, 0].numpy(), logprobs.numpy()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
@@ -64,12 +63,15 @@ def test_logprobs_are_the_samplers_before_and_after_ten_updates(engine, folder, 
             engine.load_weights(*published(model, version=first))
         prompts = random_prompts(random, [1, 30, 7])
         for prompt, ours in zip(prompts, engine.generate(prompts, [3, 1, 2], sampling), strict=True):
-            wanted, order = logprobs_of(model, prompt, ours.token_ids, temperature)
+            wanted, by_id = logprobs_of(model, prompt, ours.token_ids, temperature)
+            best = -np.sort(-by_id, 1)
             np.testing.assert_allclose(ours.logprobs, wanted, atol=1e-4)
-            assert ours.topk_ids.tolist() == order[:, :3].tolist()
+            likely = np.take_along_axis(by_id, ours.topk_ids, 1)  # ids as likely as one another may stand in any order
+            np.testing.assert_allclose(likely, best[:, :3], atol=1e-4)
+            assert all(len(set(ids)) == 3 for ids in ours.topk_ids.tolist())
             assert set(ours.weight_versions.tolist()) == {first + update}
             if not temperature:
-                assert ours.token_ids.tolist() == order[:, 0].tolist()
+                np.testing.assert_allclose(wanted, best[:, 0], atol=1e-4)
 
 
 def test_a_draw_is_its_seeds_alone(engine):
