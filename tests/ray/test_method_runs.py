@@ -199,3 +199,28 @@ def test_a_method_from_outside_the_package_trains(tmp_path: Path, address: str) 
     settings = [f"method={tmp_path / 'mine.py'}", "method_options=", "steps=2"]
     rows = train(recipe("opd", tmp_path / "run", *settings), address)
     assert all(row["learner"]["loss_squared"] > 0 and "gap" in row["learner"] for row in rows)
+
+
+REWARDS = """
+def short(prompts, completions, answer, **columns):
+    assert columns["family"] and len(prompts) == len(completions) == len(answer) == 1
+    return [1.0 if len(completion) < 60 else 0.5 for completion in completions]
+
+
+def boxed(completions):
+    return [float("boxed" in completion) for completion in completions]
+"""
+
+
+def test_reward_functions_of_ones_own_judge_and_add_up(tmp_path: Path, address: str) -> None:
+    """They reach the verifier's processes by value, with the dataset's columns; each part is in the metrics."""
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    parts = [{"kind": "format", "weight": 0.1}, {"kind": f"{tmp_path}/rewards.py:boxed", "weight": 0.2}]
+    config = recipe("grpo", tmp_path / "run", "steps=2")
+    verifier = {"kind": f"{tmp_path}/rewards.py:short", "pass_score": 0.9, "rewards": parts}
+    rows = train(parse_config({**config.model_dump(exclude_unset=True), "verifier": verifier}), address)
+    for row in rows:
+        assert row["abstained"] == 0 and row["reward_parts"].keys() == {"format", "boxed"}
+        own = row["pass_rate"] + 0.5 * (1 - row["pass_rate"])
+        added = 0.1 * row["reward_parts"]["format"] + 0.2 * row["reward_parts"]["boxed"]
+        assert row["reward"] == pytest.approx(own + added)
