@@ -130,7 +130,11 @@ def bank_of(folder: Path) -> list[BankEntry]:
 GROWING = ["skills.update_every=2", "skills.update_below=1.0", "skills.most_new=2"]
 
 
-@pytest.mark.parametrize("teacher", [[], ["teacher.follows=live", "teacher.shared=true"]], ids=["ema", "live"])
+@pytest.mark.parametrize(
+    "teacher",
+    [[], ["teacher={model: 'lab:student', signal: sampled, follows: live, shared: true}"]],
+    ids=["ema", "live"],
+)
 def test_the_skill_bank_counts_grows_and_resumes_bit_for_bit(teacher: list[str], tmp_path: Path, address: str) -> None:
     """Both runs are synchronous; the second ends after step 3, one step past the update of its bank, and goes on."""
     settings = ["steps=6", "max_staleness=0", "checkpoint.every=3", "checkpoint.keep=2", *GROWING, *teacher]
