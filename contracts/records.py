@@ -21,6 +21,7 @@ EMPTY_F = np.zeros(0, np.float32)
 EMPTY_FF = np.zeros((0, 0), np.float32)
 EMPTY_II = np.zeros((0, 0), np.int32)
 
+Stances = tuple[int | None, ...]  # what came of each view: 1 helpful, -1 harmful, 0 neutral, None: not shown
 INTS, FLOATS, BOOLS = pa.list_(pa.int32()), pa.list_(pa.float32()), pa.list_(pa.bool_())
 
 
@@ -320,8 +321,7 @@ class StepReport:
     seconds: float
     metrics: dict[str, float]
     dropped: dict[str, int] = field(default_factory=dict)  # reason → rollouts that trained in no term
-    # rollout → what came of each of its teachers' views: 1 helpful, -1 harmful, 0 neutral
-    stances: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    stances: dict[str, Stances] = field(default_factory=dict)  # by rollout, of its teacher's views
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..contracts.records import Correction
+from ..contracts.records import Correction, Stances
 from ..models.logits import logit_chunks, token_logprobs
 from .corrections import current_share, needs_rollout, weigh
 from .examples import Example, Foreseen, Updates
@@ -31,7 +31,7 @@ class Seen:
 
     rollouts: dict[str, Foreseen] | None = None
     metrics: dict[str, float] = field(default_factory=dict)
-    stances: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of all ranks' rollouts
+    stances: dict[str, Stances] = field(default_factory=dict)  # of all ranks' rollouts
 
 
 class Foresight:
@@ -73,10 +73,10 @@ class Foresight:
 
     def _said(
         self, foreseen: dict[str, Foreseen], from_ranks: FromRanks
-    ) -> tuple[dict[str, float], dict[str, tuple[int, ...]]]:
+    ) -> tuple[dict[str, float], dict[str, Stances]]:
         """Means of the gates' figures over the rollouts that have them, and the views' stances by rollout."""
         sums, counts = Counter[str](), Counter[str]()
-        stances: dict[str, tuple[int, ...]] = {}
+        stances: dict[str, Stances] = {}
         for rollout_id, known in foreseen.items():
             for gated in known.gates.values():
                 sums.update(gated.figures)
@@ -148,7 +148,15 @@ class Foresight:
         if scores is None or term.loss.gate is None or not example.asked_by(term) or (views and not example.has(term)):
             return Gated(np.ones(len(mask), np.float32))
         d = (seen if views else scores.logprobs - seen)[mask].astype(np.float64)
-        said = term.loss.gate(d, example.advantage, **term.options)
         factors = np.ones((len(mask), *d.shape[1:]), np.float32)
-        factors[mask] = said.factors * scores.view_weights if views else said.factors
-        return replace(said, factors=factors)
+        if not views:
+            said = term.loss.gate(d, example.advantage, **term.options)
+            factors[mask] = said.factors
+            return replace(said, factors=factors)
+        shown = scores.view_weights > 0
+        said = term.loss.gate(d[:, shown], example.advantage, **term.options)
+        polarity = np.zeros(len(shown))
+        polarity[shown] = said.factors
+        factors[mask] = polarity * scores.view_weights
+        stances = iter(said.stances)
+        return replace(said, factors=factors, stances=tuple(next(stances) if seen else None for seen in shown))

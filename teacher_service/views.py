@@ -82,8 +82,7 @@ class Viewed:
             refused.update(
                 f"view_{score.error_class if score else 'no_context'}" for score, _ in found if not _good(score)
             )
-            good = [(score, weight) for score, weight in found if score and _good(score)]
-            folded.append(_side_by_side(rollout, good, request, teacher_id, found))
+            folded.append(_side_by_side(rollout, found, request, teacher_id))
         return folded, refused
 
 
@@ -100,20 +99,17 @@ def _good(score: TeacherScores | None) -> bool:
 
 
 def _side_by_side(
-    rollout: Rollout,
-    good: Sequence[tuple[TeacherScores, float]],
-    request: ScoreRequest,
-    teacher_id: str,
-    found: Sequence[tuple[TeacherScores | None, float]],
+    rollout: Rollout, found: Sequence[tuple[TeacherScores | None, float]], request: ScoreRequest, teacher_id: str
 ) -> TeacherScores:
-    """The good views in their order; repeats of the first, with weight 0, fill it up to as many as were asked for."""
+    """The views in their places, of as many as were asked for; one that is missing repeats a good one with weight 0."""
     base = TeacherScores(rollout_id=rollout.rollout_id, teacher_id=teacher_id, context=request.context)
-    if not good:
+    good = next((score for score, _ in found if score and _good(score)), None)
+    if good is None:
         first = next((score.error_class for score, _ in found if score), "no_context")
         return replace(base, error_class=first)
-    full = [*(score for score, _ in good), *[good[0][0]] * (request.views - len(good))]
-    weights = np.zeros(request.views, np.float32)
-    weights[: len(good)] = [weight for _, weight in good]
+    missing = request.views - len(found)
+    full = [score if score and _good(score) else good for score, _ in found] + [good] * missing
+    weights = np.array([weight if _good(score) else 0.0 for score, weight in found] + [0.0] * missing, np.float32)
     views = np.stack([score.logprobs for score in full], 1)
     own = {"logprobs": views @ (weights / weights.sum()), "views": views, "view_weights": weights / weights.sum()}
     if request.top_k:

@@ -14,6 +14,8 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
+from ...contracts.records import Stances
+
 Signal = Literal["none", "sampled", "views", "topk", "exact"]
 SIGNALS: tuple[Signal, ...] = ("none", "sampled", "views", "topk", "exact")  # from the weakest to the strongest
 
@@ -58,11 +60,11 @@ class TermOutput:
 @dataclass(frozen=True, slots=True)
 class Gated:
     """What a gate says of one rollout: a factor for each token `[R]`, or for each view `[W]`; its figures, of which the
-    metrics are means over rollouts; and, of views, what came of each: 1 helpful, -1 harmful, 0 neutral."""
+    metrics are means over rollouts; and, of views, what came of each."""
 
     factors: np.ndarray
     figures: dict[str, float] = field(default_factory=dict)
-    stances: tuple[int, ...] = ()
+    stances: Stances = ()
 
 
 TokenLoss = Callable[..., TermOutput]

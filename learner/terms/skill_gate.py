@@ -83,21 +83,22 @@ def view_gap(
     assert rows.views_CW is not None, "the term's signal is views"
     if support == "sampled":
         return rows.views_CW - student.sampled_C[:, None]
-    ids, teacher = local_support(rows)
-    own = student.logprobs_CV[:, None, :].expand(-1, ids.shape[1], -1).gather(2, ids)
-    mass = own.masked_fill(teacher.isneginf(), -torch.inf).logsumexp(2)
-    return (rows.views_CW - teacher.logsumexp(2)) - (student.sampled_C[:, None] - mass)
+    own, teacher = _on_support(student.logprobs_CV, rows)
+    return (rows.views_CW - teacher.logsumexp(2)) - (student.sampled_C[:, None] - own.logsumexp(2))
 
 
 def local_divergence(logprobs_CV: Tensor, rows: TokenRows) -> Tensor:
     """KL(π_T ‖ π_θ) `[C,W]` on each view's top-k ids and the sampled token, both renormalised over them."""
+    student, teacher = _on_support(logprobs_CV, rows)
+    student, teacher, out = student.log_softmax(2), teacher.log_softmax(2), teacher.isneginf()
+    return (teacher.exp() * (teacher - student).masked_fill(out, 0.0)).sum(2)
+
+
+def _on_support(logprobs_CV: Tensor, rows: TokenRows) -> tuple[Tensor, Tensor]:
+    """Both models' logprobs `[C,W,K+1]` on each view's support, −∞ where an id repeats."""
     ids, teacher = local_support(rows)
     student = logprobs_CV[:, None, :].expand(-1, ids.shape[1], -1).gather(2, ids)
-    out = teacher.isneginf()
-    student = student.masked_fill(out, -torch.inf).log_softmax(2)
-    teacher = teacher.log_softmax(2)
-    gap = (teacher - student).masked_fill(out, 0.0)
-    return (teacher.exp() * gap).sum(2)
+    return student.masked_fill(teacher.isneginf(), -torch.inf), teacher
 
 
 def local_support(rows: TokenRows) -> tuple[Tensor, Tensor]:

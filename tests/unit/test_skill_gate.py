@@ -243,3 +243,27 @@ def test_the_learner_on_the_local_support(parts):
     assert report.stances == stances
     np.testing.assert_allclose(report.loss, total.item(), atol=1e-5)
     check_gradients(learner.engine.gradients[0], torch.autograd.grad(total, list(slow.parameters())))
+
+
+def test_a_view_that_was_not_shown_has_no_stance_no_loss_and_no_figure():
+    """Beside a view of weight 0, in its midst, the step is that of the others alone."""
+    world = World()
+    alone = with_views(world, [world.example(f"r{i}") for i in range(4)], 2)
+    alone = [replace(e, advantage=float(np.sign(e.advantage))) for e in alone]
+    beside = []
+    for example in alone:
+        scores = example.scores["big"]
+        views = np.insert(scores.views, 1, -9.0, axis=1)
+        weights = np.insert(scores.view_weights, 1, 0.0)
+        own = {**example.scores, "big": replace(scores, views=views, view_weights=weights)}
+        beside.append(replace(example, scores=own))
+    term = Term(name="skill_gate", teacher="big", reduction="sequences")
+    for options in ({}, {"gate": False}):
+        terms = (replace(term, options=options),)
+        learners = [OneProcess(world.student(), terms) for _ in range(2)]
+        one, other = (learner.learn(given) for learner, given in zip(learners, (alone, beside), strict=True))
+        np.testing.assert_allclose(one.loss, other.loss, atol=1e-6)
+        check_gradients(learners[1].engine.gradients[0], [g.double() for g in learners[0].engine.gradients[0]])
+        assert other.stances == {name: (first, None, last) for name, (first, last) in one.stances.items()}
+        names = [name for name in one.metrics if name.startswith(("skill_helpful", "skill_support", "skill_right"))]
+        assert {n: other.metrics[n] for n in names} == pytest.approx({n: one.metrics[n] for n in names})

@@ -123,6 +123,20 @@ def test_a_view_that_does_not_fit_is_left_out_and_counted(qwen3):
         assert found.view_weights[-1] == 0 and np.isclose(found.view_weights.sum(), 1.0)
 
 
+def test_the_views_after_a_refused_one_keep_their_places(qwen3):
+    """The k-th view is the k-th pair's, whatever became of the others: what is found of it is counted for that pair."""
+    prompts, rollouts, pairs = rows(fresh_random())
+    request = ScoreRequest(signal="sampled", context="pair@t", views=3)
+    whole, _ = score(qwen3, prompts, rollouts, pairs, request)
+    broken = [replace(own, skills=("x " * CONTEXT, *own.skills[1:])) for own in pairs]
+    scores, _ = score(qwen3, prompts, rollouts, broken, request)
+    for before, found in zip(whole, scores, strict=True):
+        if not before.error_class:
+            assert found.view_weights[0] == 0
+            kept = before.view_weights[1:] > 0
+            np.testing.assert_allclose(found.views[:, 1:][:, kept], before.views[:, 1:][:, kept], atol=1e-5)
+
+
 def test_views_without_pairs_are_an_error_of_ours(qwen3):
     prompts, rollouts, _ = rows(fresh_random())
     worker = TeacherWorker(teacher_id="t", engine="transformers", model=str(qwen3), dtype="fp32", templates=TEMPLATE)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from ...contracts.arrow import decode, encode
-from ...contracts.records import Prompt, Receipt, Rollout, Verdict
+from ...contracts.records import Prompt, Receipt, Rollout, Stances, Verdict
 from ...contracts.skills import SkillPairs
 from .build import online_update
 from .chat import ChatModel
@@ -76,13 +76,14 @@ class SkillWorker:
                 bank_version=self.version,
             )
 
-    def count(self, pairs: pa.RecordBatch, stances: Sequence[tuple[str, tuple[int, ...]]]) -> None:
-        """What came of the pairs of each prompt, in their order: 1 helpful, -1 harmful, 0 neutral."""
+    def count(self, pairs: pa.RecordBatch, stances: Sequence[tuple[str, Stances]]) -> None:
+        """What came of the pairs of each prompt, in their order; of a view beyond them, nothing."""
         shown = {row.prompt_id: row for row in decode(SkillPairs, pairs)}
         for prompt_id, values in stances:
             own = shown[prompt_id]
-            for skill, mistake, value in zip(own.skill_ids, own.mistake_ids, values, strict=False):  # views fill up
-                self._counts.update((entry, place) for entry in (skill, mistake) for place in (0, PLACE[value]))
+            for skill, mistake, value in zip(own.skill_ids, own.mistake_ids, values, strict=False):
+                if value is not None:
+                    self._counts.update((entry, place) for entry in (skill, mistake) for place in (0, PLACE[value]))
 
     def save(self) -> int:
         """Write down what was counted; the bank's version."""
