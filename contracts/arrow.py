@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from .errors import RecordError
 from .records import EMPTY_FF, Prompt, Rollout, TeacherScores, Verdict
@@ -72,6 +73,13 @@ def decode(kind: type[Record], batch: pa.RecordBatch, rows: Sequence[int] | None
             row["hidden"] = row["hidden"].reshape(len(row["logprobs"]), -1) if row["hidden"].size else EMPTY_FF
         records.append(kind(**row))
     return records
+
+
+def rows_named(batch: pa.RecordBatch, column: str, names: pa.Array) -> pa.RecordBatch:
+    """The rows of `batch` whose `column`, unique in it, is one of `names`: each once, by first mention."""
+    wanted = pc.unique(names)  # pyright: ignore[reportAttributeAccessIssue]  # pyarrow makes its functions at import
+    found = pc.index_in(wanted, value_set=batch.column(column))  # pyright: ignore[reportAttributeAccessIssue]
+    return batch.take(found.drop_null())
 
 
 def _column(batch: pa.RecordBatch, name: str, rows: Sequence[int]) -> list[Any]:

@@ -109,3 +109,11 @@ class Skills(Pool):
     )
     extractor_model: str = Field(default="", description="the model's name at the server")
     api_key_env: str = Field(default="", description="environment variable that holds the server's key")
+
+    @model_validator(mode="after")
+    def _of_its_extractor(self) -> "Skills":
+        if self.extractor != "lab" and not self.extractor.startswith(("http://", "https://")):
+            raise ValueError("skills.extractor is lab, or a server's address such as http://HOST:8000/v1")
+        if (self.extractor == "lab") == bool(self.extractor_model):
+            raise ValueError("skills.extractor_model is given where skills.extractor is a server, and only there")
+        return self

@@ -12,9 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from ..contracts.arrow import decode
+from ..contracts.arrow import decode, rows_named
 from ..contracts.errors import TeacherError
 from ..contracts.records import Prompt, Rollout, Verdict
 from ..models.contexts import Prompter, fields_of
@@ -75,12 +74,9 @@ def after(rollout: Rollout, prompt_ids: np.ndarray, context: str) -> Rollout:
 
 def prompts_of(mine: Sequence[Rollout], prompts: pa.RecordBatch) -> list[Prompt | None]:
     """Each rollout's prompt; None where the batch lacks it."""
-    wanted = pa.array([rollout.prompt_id for rollout in mine], pa.string())
-    found_at = pc.index_in(wanted, value_set=prompts.column("prompt_id"))  # pyright: ignore[reportAttributeAccessIssue]
-    rows: list[int | None] = found_at.to_pylist()  # pyarrow defines its functions at import, unseen by pyright
-    distinct = sorted({row for row in rows if row is not None})
-    found = dict(zip(distinct, decode(Prompt, prompts, distinct), strict=True))
-    return [None if row is None else found[row] for row in rows]
+    own = rows_named(prompts, "prompt_id", pa.array([rollout.prompt_id for rollout in mine], pa.string()))
+    found = {prompt.prompt_id: prompt for prompt in decode(Prompt, own)}
+    return [found.get(rollout.prompt_id) for rollout in mine]
 
 
 def _passed_by_group(rollouts: pa.RecordBatch, verdict_of: dict[str, Verdict]) -> defaultdict[str, list[_Passed]]:

@@ -5,9 +5,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from ..contracts.arrow import encode
+from ..contracts.arrow import encode, rows_named
 from ..contracts.protocols import Response
 from ..contracts.records import Receipt, Verdict
 from ..contracts.verifier_config import Verifier
@@ -72,9 +71,7 @@ def _responses(rollouts: pa.RecordBatch, prompts: pa.RecordBatch | None) -> list
     """What the verifier is given of each rollout."""
     asked = {}
     if prompts is not None:
-        wanted = pc.unique(rollouts.column("prompt_id"))  # pyright: ignore[reportAttributeAccessIssue]
-        found = pc.index_in(wanted, value_set=prompts.column("prompt_id"))  # pyright: ignore[reportAttributeAccessIssue]
-        own = prompts.take(found.drop_null())
+        own = rows_named(prompts, "prompt_id", rollouts.column("prompt_id"))
         texts, rows = (own.column(name).to_pylist() for name in ("text", "row"))
         asked = dict(zip(own.column("prompt_id").to_pylist(), zip(texts, rows, strict=True), strict=True))
     prompt_ids, texts, golds, reasons = (rollouts.column(name).to_pylist() for name in COLUMNS)

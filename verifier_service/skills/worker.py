@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from ...contracts.arrow import decode, encode
+from ...contracts.arrow import decode, encode, rows_named
 from ...contracts.records import Prompt, Receipt, Rollout, Stances, Verdict
 from ...contracts.skills import SkillPairs
 from .build import online_update
@@ -125,7 +125,8 @@ def own_bank(path: str, source: str) -> SkillBank:
 
 def memories_of(prompts: pa.RecordBatch, rollouts: pa.RecordBatch, verdicts: pa.RecordBatch) -> list[Memory]:
     """The judged rollouts as memories, in their order."""
-    text_of = dict(zip(prompts.column("prompt_id").to_pylist(), prompts.column("text").to_pylist(), strict=True))
+    own = rows_named(prompts, "prompt_id", rollouts.column("prompt_id"))
+    text_of = dict(zip(own.column("prompt_id").to_pylist(), own.column("text").to_pylist(), strict=True))
     verdict_of = {verdict.rollout_id: verdict for verdict in decode(Verdict, verdicts)}
     memories = []
     for rollout in decode(Rollout, rollouts):
