@@ -8,21 +8,16 @@ row has no column of that name. What only a trainer has (`completion_ids`, `trai
 A function is made once, in the driver, and crosses as bytes: one of a FILE.py by value, one of a MODULE by name.
 """
 
-import hashlib
-import importlib
-import importlib.util
 import inspect
 import json
 import math
-import sys
 from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import cloudpickle
 
 from ..contracts.errors import ConfigError
+from ..contracts.own_code import is_file, load_module
 from ..contracts.protocols import Judgement, Response
 from .answers import last_box
 
@@ -36,14 +31,13 @@ def load_function(spec: str) -> bytes:
     place, _, name = spec.rpartition(":")
     if not place or not name:
         raise ConfigError(RULE, spec, "e.g. rewards.py:is_short")
-    is_file = place.endswith(".py") or "/" in place
-    module = _from_file(Path(place)) if is_file else _from_name(place)
+    module = load_module(place, RULE, "")
     function = getattr(module, name, None)
     if not callable(function):
         what = "not there" if function is None else f"a {type(function).__name__}"
         raise ConfigError("a reward function can be called", f"{spec} is {what}", "check its name")
     _check_signature(function, spec)
-    if is_file:
+    if is_file(place):
         cloudpickle.register_pickle_by_value(module)  # no other process has the file
     try:
         return cloudpickle.dumps(function)
@@ -78,30 +72,6 @@ def _parameters(signature: inspect.Signature) -> tuple[frozenset[str], bool]:
     parameters = signature.parameters.values()
     named = frozenset(p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD))
     return named, any(p.kind is p.VAR_KEYWORD for p in parameters)
-
-
-def _from_file(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise ConfigError(RULE, f"{path}: no such file", "check the path")
-    name = f"own_reward_{path.stem}_{hashlib.blake2b(str(path.resolve()).encode(), digest_size=4).hexdigest()}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ConfigError(RULE, f"{path} is no Python file", "name it FILE.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickle look a class's module up here
-    spec.loader.exec_module(module)
-    return module
-
-
-def _from_name(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise
-        raise ConfigError(RULE, f"{name}: {error}", "install it, set PYTHONPATH, or give FILE.py") from error
-    except (TypeError, ValueError) as error:  # a relative or an empty name
-        raise ConfigError(RULE, f"{name!r}: {error}", "write the module's full name") from error
 
 
 class FunctionVerifier:

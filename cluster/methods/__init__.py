@@ -5,16 +5,12 @@ of one's own that `method` names (docs/methods.md). Imports neither torch nor Ra
 """
 
 import difflib
-import hashlib
-import importlib
-import importlib.util
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 
 from ...contracts.config import Config
 from ...contracts.errors import ConfigError
+from ...contracts.own_code import is_file, load_module
 from . import (
     constant_advantage,
     dapo,
@@ -103,36 +99,11 @@ def own_module(method: str) -> ModuleType | None:
     the module by value with cloudpickle. Raises ConfigError where it is absent or has no `compose`; what its own code
     raises goes through.
     """
-    if "/" in method or method.endswith(".py"):
-        module = _from_file(Path(method))
-    elif "." in method:
-        module = _from_name(method)
-    else:
+    if not is_file(method) and "." not in method:
         return None
+    rule = "a method of one's own is a Python file that exists, or a module that can be imported"
+    module = load_module(method, rule, "method: ")
     if not callable(getattr(module, "compose", None)):
         rule = "a method of one's own defines compose(config) -> Composition"
         raise ConfigError(rule, f"method: {method}", "docs/methods.md has an example")
     return module
-
-
-def _from_file(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise ConfigError("a method of one's own is a Python file that exists", f"method: {path}", "check the path")
-    name = f"own_method_{path.stem}_{hashlib.blake2b(str(path.resolve()).encode(), digest_size=4).hexdigest()}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ConfigError("a method of one's own is a Python file", f"method: {path}", "name it FILE.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickle look a class's module up here
-    spec.loader.exec_module(module)
-    return module
-
-
-def _from_name(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise
-        rule = "a method of one's own is a module that can be imported"
-        raise ConfigError(rule, f"method: {name}: {error}", "install it, set PYTHONPATH, or give FILE.py") from error

@@ -80,13 +80,17 @@ def test_the_gate_s_curve_and_its_bound(dtype, tolerance):
     assert (loss >= 0).all() and (loss <= math.log(2)).all()
 
 
+def local_case(inputs, dtype):
+    """The shared toy: student's and view's logprobs [C,V], the sampled tokens, and K."""
+    toy = inputs["shared_toy"]
+    models = (torch.tensor(toy[name], dtype=dtype).log_softmax(1) for name in ("student_logits", "teacher_logits"))
+    return *models, torch.tensor(toy["sampled_tokens"]), inputs["local_support_top_k"]
+
+
 @pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
 def test_the_local_support_of_a_view(dtype, tolerance):
     inputs, expected = golden("sgsd_multi_teacher_gate")
-    toy, k = inputs["shared_toy"], inputs["local_support_top_k"]
-    student = torch.tensor(toy["student_logits"], dtype=dtype).log_softmax(1)
-    teacher = torch.tensor(toy["teacher_logits"], dtype=dtype).log_softmax(1)
-    targets = torch.tensor(toy["sampled_tokens"])
+    student, teacher, targets, k = local_case(inputs, dtype)
     top = teacher.topk(k, 1)
     sampled = teacher.gather(1, targets[:, None])
     rows = replace(
@@ -184,10 +188,7 @@ def test_a_rollout_without_views_is_left_out_and_counted():
 @pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
 def test_stances_on_the_local_support_read_renormalised_logprobs(dtype, tolerance):
     inputs, expected = golden("sgsd_multi_teacher_gate")
-    toy, k = inputs["shared_toy"], inputs["local_support_top_k"]
-    student = torch.tensor(toy["student_logits"], dtype=dtype).log_softmax(1)
-    teacher = torch.tensor(toy["teacher_logits"], dtype=dtype).log_softmax(1)
-    targets = torch.tensor(toy["sampled_tokens"])
+    student, teacher, targets, k = local_case(inputs, dtype)
     top, sampled = teacher.topk(k, 1), teacher.gather(1, targets[:, None])
     known = {"topk_ids_CK": top.indices, "topk_logprobs_CK": top.values, "views_CW": sampled}
     rows = replace(rows_of(student[:, 0]), targets_C=targets, **known)
