@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from .. import lab
-from ..contracts.config import Data
+from ..contracts.data_config import Data
 from ..contracts.errors import DataError
 from ..contracts.records import EMPTY_I, Prompt, seed_of
 from ..models.contexts import tokenize_prompt, tokenize_response

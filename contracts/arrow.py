@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from .errors import RecordError
-from .records import EMPTY_FF, Prompt, Rollout, TeacherScores, Verdict
-from .skills import STRINGS, SkillPairs
+from .records import EMPTY_FF, STRINGS, Prompt, Rollout, TeacherScores, Verdict
+from .skills import SkillPairs
 
 Record = TypeVar("Record", Prompt, Rollout, TeacherScores, Verdict, SkillPairs)
 

@@ -5,6 +5,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
+from .data_config import Data, Eval
 from .sections import ModelPool, Pool, Section
 from .verifier_config import Skills, Verifier
 
@@ -207,36 +208,11 @@ class Stage(Section):
         return self
 
 
-class Data(Section):
-    """Problems with gold answers."""
-
-    path: str = Field(description="JSONL or Parquet file, `lab:train`, or a hub id (extra `hub`)")
-    name: str = Field(default="", description="a hub dataset's configuration")
-    split: str = Field(default="train", description="a hub dataset's split")
-    prompt_field: str = Field(default="prompt", description="field of the problem")
-    answer_field: str = Field(default="answer", description="field of the gold answer; of `… #### 42`, the 42")
-    solution_field: str = Field(default="solution", description="field of a worked solution, for methods that show it")
-    prompt_suffix: str = Field(default="", description="text after every problem")
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, description="e.g. {enable_thinking: false}")
-
-
-class Eval(Section):
-    """Evaluation on held-out problems, before, during and after."""
-
-    path: str = Field(default="", description="in-distribution problems, as `data.path`; none: no evaluation")
-    ood_path: str = Field(default="", description="out-of-distribution problems")
-    split: str = Field(default="test", description="a hub dataset's split")
-    every: int = Field(default=0, ge=0, description="steps; 0 evaluates before and after only")
-    samples: int = Field(default=1, ge=1, description="samples per problem, the k of avg@k")
-    problems: int = Field(default=200, ge=1, description="first problems of each set")
-    temperature: float = Field(default=1.0, ge=0, description="0 is greedy")
-    max_new_tokens: int | None = Field(default=None, ge=1, description="none: the rollout's")
-
-
 class Checkpoint(Section):
-    """Checkpoints; one is always saved at the end and when interrupted."""
+    """Checkpoints on the way; one is always saved at the end and when interrupted."""
 
-    every: int = Field(default=0, ge=0, description="steps; 0 saves none on the way")
+    minutes: float = Field(default=10.0, gt=0, description="one is saved after the first step that ends so long after")
+    every: int = Field(default=0, ge=0, description="and after every so many steps; 0: by time alone")
     keep: int = Field(default=2, ge=1, description="newest ones kept")
 
 
@@ -258,6 +234,13 @@ class Config(Section):
     stages: tuple[Stage, ...] = Field(default=(), description="in place of method and steps: one after the other")
     prompts_per_step: int = Field(ge=1, description="prompt groups that a step trains")
     max_staleness: int = Field(default=0, ge=0, description="steps that rollouts may be behind; 0 is synchronous")
+    thinking: tuple[str, str] = Field(
+        default=("<think>", "</think>"),
+        description="the marks around the model's reasoning; what stands before the second is never the answer",
+    )
+    record: Literal["none", "some", "all"] = Field(
+        default="some", description="rollouts of each step that rollouts.jsonl shows with their verdicts"
+    )
     templates: dict[str, str] = Field(
         default_factory=dict, description="prompt templates of one's own, by NAME@VERSION"
     )

@@ -69,6 +69,7 @@ class Response:
     row: str = ""  # the dataset's row as JSON, for verifiers that read more of it than the gold answer
     tokens: int = 0  # of the response
     truncated: bool = False  # the token limit ended it
+    other_golds: tuple[str, ...] = ()  # as right as `gold`
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,6 @@ from pydantic import ValidationError
 from .config import (
     Checkpoint,
     Config,
-    Data,
-    Eval,
     Learner,
     Lora,
     Metrics,
@@ -32,6 +30,7 @@ from .config import (
     Until,
     Verifier,
 )
+from .data_config import Data, Eval
 from .errors import ConfigError
 
 

@@ -23,6 +23,7 @@ EMPTY_II = np.zeros((0, 0), np.int32)
 
 Stances = tuple[int | None, ...]  # what came of each view: 1 helpful, -1 harmful, 0 neutral, None: not shown
 INTS, FLOATS, BOOLS = pa.list_(pa.int32()), pa.list_(pa.float32()), pa.list_(pa.bool_())
+STRINGS = pa.list_(pa.string())
 
 
 def _aligned(record: object, name: str, array: np.ndarray, rows: int) -> None:
@@ -36,9 +37,11 @@ class Prompt:
     """One row of the dataset. Example: `Prompt(prompt_id="train-7", text="3 + 4 =", token_ids=…, answer="7")`."""
 
     prompt_id: str
-    text: str  # the user's turn, before the chat template
+    text: str  # the last user turn, before the chat template
+    turns: str = ""  # JSON of the turns before it, [{"role": …, "content": …}, …]; "" where it is the only one
     token_ids: np.ndarray  # int32 [P], chat template and generation prompt applied
     answer: str  # gold answer for the verifier; "" where the dataset has none
+    other_answers: tuple[str, ...] = ()  # golds that are as right as `answer`
     solution: str = ""  # a worked solution in words; "" where the dataset has none
     solution_ids: np.ndarray = field(default_factory=lambda: EMPTY_I)  # int32 [R], the solution as a response, with EOS
     tags: str = ""  # free label of the row: the family, the source
@@ -49,8 +52,10 @@ class Prompt:
         {
             "prompt_id": pa.string(),
             "text": pa.string(),
+            "turns": pa.string(),
             "token_ids": INTS,
             "answer": pa.string(),
+            "other_answers": STRINGS,
             "solution": pa.string(),
             "solution_ids": INTS,
             "tags": pa.string(),

@@ -9,9 +9,7 @@ from typing import ClassVar
 import numpy as np
 import pyarrow as pa
 
-from .records import EMPTY_F, FLOATS
-
-STRINGS = pa.list_(pa.string())
+from .records import EMPTY_F, FLOATS, STRINGS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
