@@ -59,9 +59,7 @@ def build_engine(module: nn.Module, config: Learner, whole_below: int) -> Any:
     import deepspeed
 
     trained = [p for p in module.parameters() if p.requires_grad]
-    optimizer = SittingAdamW(
-        trained, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
-    )
+    optimizer = SittingAdamW(trained, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
     zero = {
         "stage": config.zero_stage,
         "overlap_comm": False,

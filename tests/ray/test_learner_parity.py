@@ -4,15 +4,16 @@ two ranks.
 
 import socket
 import sys
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import ray
 import torch
 from parity_reference import (
+    BROKEN,
     MASKED,
     OPTIONS,
+    SAYS,
     SEED,
     SHORT,
     STEPS,
@@ -334,18 +335,6 @@ def test_what_cannot_be_trained_is_counted(hosts, models, data):
     assert report.tokens == 0 and report.metrics["missing_scores"] == len(asked)
     assert "reverse_kl" not in report.metrics, "a mean over nothing is no number"
     assert weights_of(hosts[2])[1].fingerprint == before
-
-
-BROKEN = {  # an item of the step → what is wrong with it, and what the message says
-    "teacher": lambda item: item._replace(scores=replace(item.scores, hidden=item.scores.hidden * np.nan)),
-    "sampler": lambda item: item._replace(rollout=replace(item.rollout, logprobs=item.rollout.logprobs * np.inf)),
-    "advantage": lambda item: item._replace(advantage=1e30),
-}
-SAYS = {
-    "teacher": "step 2, update 1 of 1: loss_exact_divergence is not finite, of rollouts {name}\n",
-    "sampler": "step 2: the sampler's logprobs, or an advantage or weight, are not finite, of rollouts {name}\n",
-    "advantage": "step 2, update 1 of 1: the gradients' norm is not finite, though every loss is\n",
-}
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -1,4 +1,4 @@
-"""What a step trains on is a function of the run, and not of who answered first: flow_cases.py answers in random order."""
+"""What a step trains on is a function of the run, and not of who answered first (flow_cases.py: a random one)."""
 
 import re
 from dataclasses import replace

@@ -111,7 +111,7 @@ def raised(word, by=0.2):
 
 
 def check_sampled(term):
-    """The advantage of a word is made of the teacher's logprob of that word, and of no other figure of the teacher's."""
+    """The advantage of a word is made of the teacher's logprob of that word, and of nothing else of the teacher's."""
     read = "views_CW" if term.loss.signal == "views" else "teacher_C"
     advantages = advantage_of(by_word(term))
     assert advantages is not None
