@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -115,33 +116,40 @@ def _shake_hands(address: Address, for_ray: Address) -> None:
     failure: OSError | None = None
     for target in dict.fromkeys(targets):
         try:
-            connection = socket.create_connection(target, timeout=ANSWER_SECONDS)
+            said = _answer(target, HELLO)
         except OSError as error:
             failure = failure or error
             continue
-        with connection:
-            _check_answer(connection, address)
+        if said is None or len(said) < 9 or said[3] != SETTINGS:
+            _refuse_stranger(address, target, said)
         return
-    assert failure is not None
     if isinstance(failure, TimeoutError):
         address.refuse(f"no answer within {ANSWER_SECONDS:g} s", "is a firewall between? Is the head running?")
-    address.refuse(f"nothing listens there ({failure.strerror or failure})")
+    address.refuse(f"nothing listens there ({failure and failure.strerror})")
 
 
-def _check_answer(connection: socket.socket, address: Address) -> None:
+def _answer(target: tuple[str, int], hello: bytes) -> bytes | None:
+    """The first nine bytes that come back, fewer if it hangs up; None: it says nothing. Raises OSError unconnected."""
     said = b""
-    try:
-        connection.settimeout(ANSWER_SECONDS)
-        connection.sendall(HELLO)
-        while len(said) < 9 and (more := connection.recv(9 - len(said))):
-            said += more
-    except TimeoutError:
+    with socket.create_connection(target, timeout=ANSWER_SECONDS) as connection:
+        try:
+            connection.sendall(hello)
+            while len(said) < 9 and (more := connection.recv(9 - len(said))):
+                said += more
+        except TimeoutError:
+            return said or None
+        except OSError:
+            pass  # it hung up: judged by what it said
+    return said
+
+
+def _refuse_stranger(address: Address, target: tuple[str, int], said: bytes | None) -> NoReturn:
+    """It is not Ray: what is it?"""
+    with suppress(OSError):
+        if (_answer(target, b"GET / HTTP/1.0\r\n\r\n") or b"").startswith(b"HTTP/"):
+            remedy = f"use the port of Ray's head ({RAY_PORT} by default); 8265 is the dashboard, for `ray job submit`"
+            address.refuse("an HTTP server, and not Ray", remedy)
+    if said is None:
         address.refuse(f"it accepts a connection and says nothing for {ANSWER_SECONDS:g} s", "is it Ray's port?")
-    except OSError:
-        pass  # it hung up: judged by what it said
-    if said.startswith(b"HTTP"):
-        remedy = f"use the port of Ray's head ({RAY_PORT} by default); 8265 is the dashboard, for `ray job submit`"
-        address.refuse("an HTTP server, and not Ray", remedy)
-    if len(said) < 9 or said[3] != SETTINGS:
-        found = "something else than Ray answers" if said else "it ends the connection without a word"
-        address.refuse(found, f"use the port of Ray's head ({RAY_PORT} by default)")
+    found = "something else than Ray answers" if said else "it ends the connection without a word"
+    address.refuse(found, f"use the port of Ray's head ({RAY_PORT} by default)")

@@ -167,18 +167,7 @@ def _assemble(run: Run, number: int, composition: Composition, first: int, stack
     if number:
         student = config.student.model_copy(update={"model": str(_left_by(run.folder, number - 1))})
         config = config.model_copy(update={"student": student})
-    run.startup.phase("placing", f"finding room for the learner of {config.method}")
-    parts = (composition.terms, composition.correction, heads(config, composition), run.progress.note)
-    learner = LearnerGroup(config, *parts)
-    stack.callback(learner.close)
-    generators = stage_generators(config, composition)
-    run.startup.phase("learner", f"loading the learner of {config.method}")
-    learner.ready()
-    run.startup.phase("generators", f"loading the generators of {config.method}")
-    _ready(generators, run, stack)
-    if run.verifiers:
-        run.startup.phase("verifiers", "starting the verifiers")
-        run.verifiers.ready(run.progress.note)
+    learner, generators = _start_student(run, config, composition, stack)
     generators["student"].check_room(_longest(run.inputs, config))
     broadcasts = None
     if config.rollout.transfer == "broadcast":
@@ -225,6 +214,25 @@ def _assemble(run: Run, number: int, composition: Composition, first: int, stack
         tally=run.tally,
         step=first,
     )
+
+
+def _start_student(
+    run: Run, config: Config, composition: Composition, stack: ExitStack
+) -> tuple[LearnerGroup, dict[str, Pool]]:
+    """The learner, the generators and the verifiers, which load side by side."""
+    run.startup.phase("placing", f"finding room for the learner of {config.method}")
+    parts = (composition.terms, composition.correction, heads(config, composition), run.progress.note)
+    learner = LearnerGroup(config, *parts)
+    stack.callback(learner.close)
+    generators = stage_generators(config, composition)
+    run.startup.phase("learner", f"loading the learner of {config.method}")
+    learner.ready()
+    run.startup.phase("generators", f"loading the generators of {config.method}")
+    _ready(generators, run, stack)
+    if run.verifiers:
+        run.startup.phase("verifiers", "starting the verifiers")
+        run.verifiers.ready(run.progress.note)
+    return learner, generators
 
 
 def _note_largest_k(run: Run, teachers: Sequence[Pool]) -> None:
