@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray._private import worker
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from ..contracts.errors import TutorloopError
@@ -45,6 +46,7 @@ def cluster(address: str | None, tell: Callable[[str], None] = say) -> Iterator[
         give_token(os.environ)
         check_shared_memory(os.environ, tell, folder)
         options |= {"address": "local", "include_dashboard": False, "_temp_dir": folder}
+    ray_prints, worker.print_to_stdstream = worker.print_to_stdstream, _nothing
     try:
         try:
             with unbroken():
@@ -57,13 +59,18 @@ def cluster(address: str | None, tell: Callable[[str], None] = say) -> Iterator[
     finally:
         with unbroken():
             ray.shutdown()
+        worker.print_to_stdstream = ray_prints
         _names.clear()
 
 
-def make_actor(who: str, worker: type, options: dict[str, Any], **arguments: Any) -> Any:
-    """An actor of `worker`. What its constructor raises is kept for `started`: Ray would make a dead actor of it."""
+def _nothing(*_: Any, **__: Any) -> None:
+    """In place of what Ray prints of a dead worker, on stdout and whatever its settings: `get` says it."""
 
-    class Actor(worker):
+
+def make_actor(who: str, kind: type, options: dict[str, Any], **arguments: Any) -> Any:
+    """An actor of a class. What its constructor raises is kept for `started`: Ray would make a dead actor of it."""
+
+    class Actor(kind):
         def __init__(self, **arguments: Any) -> None:
             self._refusal: Exception | None = None
             try:
@@ -75,7 +82,7 @@ def make_actor(who: str, worker: type, options: dict[str, Any], **arguments: Any
             if self._refusal is not None:
                 raise self._refusal
 
-    Actor.__name__ = Actor.__qualname__ = worker.__name__
+    Actor.__name__ = Actor.__qualname__ = kind.__name__
     actor = ray.remote(Actor).options(**options).remote(**arguments)
     _names[actor._actor_id.hex()] = who
     return actor
@@ -116,7 +123,7 @@ def _value(ref: Any, boundary: type[TutorloopError], who: str) -> Any:
 def _failure(error: RayTaskError, cause: BaseException | None) -> str:
     """An exception of someone else's: what it says, and where it was raised."""
     said = f"{type(cause).__name__}: {cause}" if cause is not None else first_line(str(error))
-    trace = [line for line in tail_of(error.traceback_str, 7) if line.strip() not in said]
+    trace = [line for line in tail_of(str(error), 12) if line.strip(" ^~") and line.strip() not in said]
     return "\n".join([*tail_of(said, 8), *(f"| {line}" for line in trace[-4:])])
 
 
