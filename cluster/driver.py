@@ -14,7 +14,7 @@ from typing import Any
 import ray
 
 from ..contracts.config import Config
-from ..contracts.errors import LearnerError, StorageError, TutorloopError
+from ..contracts.errors import LearnerError, RunFolderError, StorageError, TutorloopError
 from ..contracts.records import StepReport
 from .evaluation import EvalPlan, ProblemSet, evaluate
 from .flow import Flow, Shard
@@ -147,7 +147,7 @@ class Driver:
 
     def rescue(self, error: TutorloopError, clock: Stopwatch) -> None:
         """Before a failure ends the run: save the last finished step, where the learner can, and say what stands."""
-        if not isinstance(error, LearnerError | StorageError) and self.step > self.flow.first:
+        if not isinstance(error, LearnerError | StorageError | RunFolderError) and self.step > self.flow.first:
             self.progress.phase("saving a checkpoint before the run ends")
             self.flow.abandon("interrupted")
             self.tally.count(self.flow)
