@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any, ClassVar
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+TELL_SECONDS = 5.0  # at most, for a word to a terminal that does not take it
 
 
 class Interrupted(Exception):
@@ -25,7 +26,8 @@ class Interrupt:
 
     def __init__(self, tell: Callable[[str], None]) -> None:
         self.requested = False
-        self._tell, self._told, self._saves = tell, False, False
+        self._tell, self._saves = tell, False
+        self._teller: threading.Thread | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupt":
@@ -36,6 +38,8 @@ class Interrupt:
 
     def __exit__(self, *_: object) -> None:
         Interrupt.active = None
+        if self._teller is not None:
+            self._teller.join(TELL_SECONDS)
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -56,9 +60,9 @@ class Interrupt:
 
     def tell(self, text: str) -> None:
         """Say, once, that the signal was heard. From a thread: here it could interrupt a print."""
-        if not self._told:
-            self._told = True
-            threading.Thread(target=self._tell, args=(text,), daemon=True).start()
+        if self._teller is None:
+            self._teller = threading.Thread(target=self._tell, args=(text,), daemon=True)
+            self._teller.start()
 
     def check(self) -> None:
         """Raises Interrupted once a stop has been requested."""

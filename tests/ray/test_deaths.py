@@ -93,7 +93,7 @@ def test_another_error_of_a_constructor_is_said_with_its_place(joined: None) -> 
 def test_a_death_is_described(joined: None) -> None:
     pool = pool_of(replicas=2)
     pool.ready()
-    pid = ray.get(pool.replicas[1].pid.remote())
+    pid: Any = ray.get(pool.replicas[1].pid.remote())
     for _ in range(2):
         pool.submit(Call("generate", (600.0,), 1, lambda *_: None))
     time.sleep(1)  # they have begun
