@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
-from ray._private import worker
+from ray._private import services, worker
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from ..contracts.errors import TutorloopError
@@ -46,10 +46,9 @@ def cluster(address: str | None, tell: Callable[[str], None] = say) -> Iterator[
         give_token(os.environ)
         check_shared_memory(os.environ, tell, folder)
         options |= {"address": "local", "include_dashboard": False, "_temp_dir": folder}
-    ray_prints, worker.print_to_stdstream = worker.print_to_stdstream, _nothing
     try:
         try:
-            with unbroken():
+            with unbroken(), _quiet_and_apart():
                 ray.init(**options)
         except (ConnectionError, ValueError, RuntimeError) as error:
             if not running:
@@ -59,12 +58,30 @@ def cluster(address: str | None, tell: Callable[[str], None] = say) -> Iterator[
     finally:
         with unbroken():
             ray.shutdown()
-        worker.print_to_stdstream = ray_prints
         _names.clear()
+
+
+class _Apart(services.ConsolePopen):
+    """A process of Ray's in a group of its own: what ends the command's group (a terminal's Ctrl-C, `timeout`, a
+    shell's `kill %1`) must not end Ray before the run has saved."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options, process_group=0)
 
 
 def _nothing(*_: Any, **__: Any) -> None:
     """In place of what Ray prints of a dead worker, on stdout and whatever its settings: `get` says it."""
+
+
+@contextmanager
+def _quiet_and_apart() -> Iterator[None]:
+    """Ray has no setting for either."""
+    worker.print_to_stdstream = _nothing
+    before, services.ConsolePopen = services.ConsolePopen, _Apart
+    try:
+        yield
+    finally:
+        services.ConsolePopen = before
 
 
 def make_actor(who: str, kind: type, options: dict[str, Any], **arguments: Any) -> Any:
