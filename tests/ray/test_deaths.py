@@ -40,7 +40,7 @@ def address() -> Iterator[str]:
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # an actor cannot import a test
     both = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
     both.add_node(num_cpus=2)
-    yield both.address
+    yield str(both.address)
     both.shutdown()
 
 
