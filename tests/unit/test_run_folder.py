@@ -4,11 +4,15 @@ import errno
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from run_rows import fresh_rng, step_row
 
+from tutorloop.cluster.metrics import MetricsLog, read_rows
 from tutorloop.cluster.run_folder import RunFolder
 from tutorloop.contracts.config import Config
 from tutorloop.contracts.errors import CheckpointError, LearnerError, RunFolderError, StorageError
@@ -210,6 +214,19 @@ def test_a_full_disk_keeps_what_stands_and_says_so(full_disk: Path) -> None:
         assert before == files()
         found = folder.latest_checkpoint()
         assert found is not None and found[1]["step"] == 1
+
+
+def test_metrics_that_find_no_room_end_the_run_clearly(full_disk: Path) -> None:
+    folder, before = RunFolder(full_disk), threading.enumerate()
+    with pytest.raises(StorageError, match="the run needs room"), folder.room_for("the run"), ExitStack() as stack:
+        log = MetricsLog(full_disk, "127.0.0.1", 0)
+        stack.callback(log.close)
+        (full_disk / "fill").write_bytes(bytes(2**20 - 2**15))
+        for step in range(1000):
+            log.log_step(step_row(fresh_rng(), step))
+    rows = read_rows(full_disk / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(len(rows))) and rows
+    assert threading.enumerate() == before, "none is left to wait for"
 
 
 def test_a_limit_that_is_no_full_disk_says_so_too(tmp_path: Path) -> None:
