@@ -48,7 +48,7 @@ class Stopwatch:
 
 def standing(folder: RunFolder) -> str:
     """What a run that ends now can be continued from, in words."""
-    found = sorted(folder.checkpoints.glob("step-*"))
+    found = folder.all_checkpoints()
     return f"continue with --resume from {found[-1]}" if found else "no checkpoint stands"
 
 
@@ -77,10 +77,12 @@ class Driver:
     tally: Tally
     step: int
     lost: TutorloopError | None = None  # what a pool failed with while the learner was at a step
+    _saved: float = 0.0  # when the last checkpoint was, by the monotonic clock; first, when training started
 
     def train(self) -> bool:
         """The loop. Returns whether the stage came to its end (False: interrupted). A checkpoint stands then."""
         clock = Stopwatch()
+        self._saved = time.monotonic()
         try:
             self.publish(clock)
             if not self.tally.evaluated(self.step):
@@ -88,6 +90,7 @@ class Driver:
             self.progress.phase("training")
             while not self.ended:
                 self.interrupt.check()
+                self.folder.check_claim()
                 self.flow.admit(self.step)
                 with clock("wait"):
                     shards = self.flow.take(self.step)
@@ -103,7 +106,7 @@ class Driver:
                 clock = Stopwatch()
                 if self._due(self.config.eval.every):
                     self.evaluate(clock)
-                if self._due(self.config.checkpoint.every):
+                if self._due(self.config.checkpoint.every) or self._long_unsaved():
                     self.save(clock)
             self.flow.abandon("stage_ended")
             if not self.tally.evaluated(self.step):
@@ -125,6 +128,10 @@ class Driver:
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0 and not self.ended
+
+    def _long_unsaved(self) -> bool:
+        """Whether a death now would lose more than `checkpoint.minutes`. What trains does not depend on it."""
+        return not self.ended and time.monotonic() - self._saved >= 60 * self.config.checkpoint.minutes
 
     def learn(self, shards: list[Shard]) -> StepReport:
         """One step on every trainable row, while the pools go on with what is in flight."""
@@ -215,6 +222,7 @@ class Driver:
                 "tally": self.tally.state(),
             }
             self.folder.save_checkpoint(self.step, state, self._write, self.config.checkpoint.keep)
+            self._saved = time.monotonic()
 
     def _write(self, folder: Path) -> None:
         self.learner.save(folder / "learner")

@@ -10,17 +10,14 @@ object, so two runs in one process do not mix and a closed run leaves no port be
 import json
 import math
 import os
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Summary, start_http_server
 
 from ..contracts.errors import ConfigError, RunFolderError
-
-if TYPE_CHECKING:
-    from tensorboardX import SummaryWriter
+from .tensorboard import TensorBoard
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -104,7 +101,7 @@ class MetricsLog:
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{self._server.server_port}/metrics"
         folder.mkdir(parents=True, exist_ok=True)
         self._file = self._path.open("a", encoding="utf-8")
-        self._tensorboard = self._open_tensorboard(None)
+        self._tensorboard = TensorBoard(self._tensorboard_folder, None)
 
     def log_step(self, row: StepRow) -> None:
         self._write("step", asdict(row))
@@ -127,24 +124,16 @@ class MetricsLog:
         os.replace(aside, self._path)
         self._file = self._path.open("a", encoding="utf-8")
         self._tensorboard.close()
-        self._tensorboard = self._open_tensorboard(step + 1)
+        self._tensorboard = TensorBoard(self._tensorboard_folder, step + 1)
 
     def close(self) -> None:
         if self._file.closed:
             return
-        self._file.close()
         self._tensorboard.close()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
-
-    def _open_tensorboard(self, purge_step: int | None) -> "SummaryWriter":
-        from tensorboardX import SummaryWriter  # it loads torch, which those who only read rows do not need
-
-        suffix = f".{time.time_ns()}"  # the name alone has whole seconds: a second writer would overwrite the first
-        return SummaryWriter(
-            str(self._tensorboard_folder), purge_step=purge_step, flush_secs=10, filename_suffix=suffix
-        )
+        self._file.close()  # last: a full disk is heard here
 
     def _write(self, kind: str, row: dict[str, Any]) -> None:
         figures = dict(_numbers(row))
@@ -156,9 +145,8 @@ class MetricsLog:
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
         prefix = f"eval/{row['split']}/{row['model']}/" if kind == "eval" else ""
-        for name, value in figures.items():
-            if name != "step" and math.isfinite(value):
-                self._tensorboard.add_scalar(prefix + name.removeprefix("stats/"), value, _steps_done(line))
+        shown = {prefix + n.removeprefix("stats/"): v for n, v in figures.items() if n != "step" and math.isfinite(v)}
+        self._tensorboard.add(shown, _steps_done(line))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

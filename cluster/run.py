@@ -22,6 +22,7 @@ from ..contracts.records import Prompt, Sampling
 from .driver import Driver, standing
 from .evaluation import EvalPlan, ProblemSet, evaluate
 from .flow import Flow, Services
+from .identity import compare, identity_of
 from .interrupt import Interrupt
 from .learner_group import LearnerGroup
 from .methods import compose_stages, own_module
@@ -33,7 +34,7 @@ from .preflight import Inputs, check_inputs, needs_of
 from .progress import Progress, final_table
 from .report import write_report
 from .room import check_room
-from .run_folder import RunFolder
+from .run_folder import Checkpoint, RunFolder
 from .runtime import cluster
 from .services import heads, stage_generators, stage_teachers, start_generators, start_verifiers
 from .skill_bank import SkillBank
@@ -41,8 +42,6 @@ from .stages import EntropyCollapse
 from .startup import Startup
 from .tally import Tally
 from .weight_broadcast import WeightBroadcast
-
-Checkpoint = tuple[Path, dict[str, Any]]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -85,9 +84,13 @@ def train(config: Config, resume: bool, address: str | None, console: Console) -
         startup = Startup(progress.phase)
         startup.phase("inputs", "reading models and data")
         compositions = compose_stages(config)
-        folder.check(config, resume)
+        stack.enter_context(folder.claimed(config, resume, progress.note))
+        stack.enter_context(folder.room_for("the run"))
         inputs = check_inputs(config, compositions)
         checkpoint = folder.latest_checkpoint() if resume else None
+        folder.identity = identity_of(config, inputs)
+        for note in compare(folder.recorded(checkpoint), folder.identity) if resume else []:
+            progress.note(note)
         if checkpoint:
             tally.resume(checkpoint[1]["tally"])
         startup.phase("ray", "joining Ray" if address else "starting Ray")
@@ -149,7 +152,7 @@ def _stages(run: Run, compositions: list[Composition]) -> tuple[bool, dict[str, 
                 finished = driver.train()
             if not finished or number == last:
                 return finished, _write_down(run, driver, finished)
-            driver.learner.export(_left_by(run.folder, number))
+            run.folder.put(_left_by(run.folder, number), "a stage's model", driver.learner.export)
             first = driver.step
     raise AssertionError("a run has at least one stage")
 
@@ -318,7 +321,7 @@ def _write_down(run: Run, driver: Driver, finished: bool) -> dict[str, Any]:
     }
     folder.write("summary.json", json.dumps(summary, indent=2))
     if finished:
-        driver.learner.export(folder.path / "final")
+        folder.put(folder.path / "final", "the model", driver.learner.export)
         write_model_card(folder.path / "final" / "README.md", config, summary)
     write_report(folder.path)
     return summary

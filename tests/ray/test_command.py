@@ -9,6 +9,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -116,6 +117,30 @@ def test_interrupted_once_saves_and_resumes(models: Path, tmp_path: Path) -> Non
     assert second.end()[0] == 130
     assert [row["step"] for row in second.steps()] == list(range(len(second.steps())))
     assert second.left_behind() == []
+
+
+def test_of_two_starts_at_once_one_runs(models: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    both = [Command(models, folder, "steps=100000") for _ in range(2)]
+    while all(command.process.poll() is None for command in both):
+        time.sleep(0.1)
+    loser, winner = sorted(both, key=lambda command: command.process.poll() is None)
+    code, out, err = loser.end()
+    assert code == 2 and f"process {winner.process.pid} on" in err, out + err
+    winner.until(2)
+    resumed = Command(models, folder, "steps=100000", "--resume")
+    code, out, err = resumed.end()
+    assert code == 2 and f"process {winner.process.pid} on" in err, out + err
+    winner.until(len(winner.steps()) + 2)  # its metrics still reach its file
+    os.killpg(winner.process.pid, signal.SIGKILL)
+    winner.end()
+    for pid in winner.left_behind():  # Ray's own processes, which a killed driver leaves
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    last = Command(models, folder, f"steps={len(winner.steps()) + 4}", "--resume")
+    code, out, err = last.end()
+    assert code == 0 and "taking over" in out, out + err
+    assert [row["step"] for row in last.steps()] == list(range(len(last.steps())))
 
 
 def test_interrupted_twice_ends_at_once_and_leaves_nothing(models: Path, tmp_path: Path) -> None:

@@ -1,13 +1,24 @@
 """A run's folder: who may use it, and checkpoints that are whole or not there."""
 
+import errno
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from run_rows import fresh_rng, step_row
 
+from tutorloop.cluster.metrics import MetricsLog, read_rows
 from tutorloop.cluster.run_folder import RunFolder
 from tutorloop.contracts.config import Config
-from tutorloop.contracts.errors import CheckpointError, RunFolderError
+from tutorloop.contracts.errors import CheckpointError, LearnerError, RunFolderError, StorageError
 from tutorloop.contracts.recipe import parse_config
+
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def config(**changes: object) -> Config:
@@ -50,6 +61,72 @@ def test_a_folder_takes_one_run(tmp_path: Path) -> None:
         RunFolder(tmp_path / "file").check(config(), resume=False)
 
 
+@pytest.mark.parametrize("left", [".DS_Store", "lost+found", "claim-1", ".config.yaml.tmp"])
+def test_what_no_run_has_written_leaves_a_folder_empty(tmp_path: Path, left: str) -> None:
+    (tmp_path / left).mkdir() if left == "lost+found" else (tmp_path / left).write_text("{}")
+    RunFolder(tmp_path).check(config(), resume=False)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(RunFolderError, match="another run"):
+        RunFolder(tmp_path).check(config(), resume=False)
+
+
+def test_a_claimed_folder_is_this_processes_alone_until_it_ends(tmp_path: Path) -> None:
+    folder, told = RunFolder(tmp_path / "runs" / "one"), list[str]()
+    with pytest.raises(KeyError), folder.claimed(config(), False, told.append):
+        with pytest.raises(RunFolderError, match=f"process {os.getpid()} on"), folder.claimed(config(), False, print):
+            pass
+        raise KeyError
+    assert not (tmp_path / "runs").exists(), "a start that failed leaves nothing"
+    with pytest.raises(SystemExit), folder.claimed(config(), False, told.append):
+        folder.create(config())
+        for resume in (True, False):
+            before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+            other = RunFolder(folder.path)
+            with (
+                pytest.raises(RunFolderError, match=f"process {os.getpid()} on"),
+                other.claimed(config(), resume, print),
+            ):
+                pass
+            assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}, "nothing is touched"
+        sys.exit(3)
+    assert [path.name for path in folder.path.iterdir()] == ["config.yaml"] and told == []
+    with folder.claimed(config(), True, told.append):
+        pass
+
+
+@pytest.mark.parametrize("place", ["/proc/nope", "FILE/run", "FILE/a/b", "FILE", "LONG", "LINK"])
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_place_that_takes_no_run(place: str, resume: bool, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("absent")
+    places = {"FILE": str(tmp_path / "file"), "LONG": str(tmp_path / ("x" * 300)), "LINK": str(tmp_path / "link")}
+    for mark, name in places.items():
+        place = place.replace(mark, name)
+    with pytest.raises(RunFolderError), RunFolder(Path(place)).claimed(config(), resume, print):
+        pass
+
+
+@pytest.mark.parametrize("text", ["method: [", "- 1", "", "\xff", "mehtod: opd"])
+def test_a_configuration_that_was_damaged_is_named(tmp_path: Path, text: str) -> None:
+    folder = saved(tmp_path)
+    (folder.path / "config.yaml").write_bytes(text.encode("latin-1"))
+    with pytest.raises(RunFolderError, match=r"config\.yaml"):
+        folder.check(config(), resume=True)
+
+
+def test_a_run_of_an_older_version_can_be_continued(tmp_path: Path) -> None:
+    """Its config.yaml has none of the keys that came since, and no identity stands beside it."""
+    (tmp_path / "config.yaml").write_bytes((GOLDEN / "config_0_4_0.yaml").read_bytes())
+    folder = RunFolder(tmp_path)
+    folder.check(config(), resume=True)
+    folder.check(config(record="all", checkpoint={"minutes": 1}), resume=True)
+    with pytest.raises(RunFolderError, match=r"thinking: .* before"):
+        folder.check(config(thinking=["<a>", "</a>"]), resume=True)
+    with pytest.raises(RunFolderError, match=r"data\.path: 'd' before"):
+        folder.check(config(data={"path": "e"}), resume=True)
+    assert folder.recorded(None) is None
+
+
 def test_a_resumed_run_keeps_what_decides_the_weights(tmp_path: Path) -> None:
     folder = saved(tmp_path)
     folder.check(config(eval={"every": 7}), resume=True)
@@ -65,7 +142,7 @@ def test_the_newest_checkpoint_comes_back_and_old_ones_go(tmp_path: Path) -> Non
     folder = saved(tmp_path, 1, 2, 10)
     found = folder.latest_checkpoint()
     assert found is not None
-    assert found[0].name == "step-000010" and found[1] == {"step": 10}
+    assert found[0].name == "step-000010" and found[1]["step"] == 10
     assert sorted(p.name for p in folder.checkpoints.iterdir()) == ["step-000002", "step-000010"]
     assert saved(tmp_path / "other").latest_checkpoint() is None
 
@@ -77,13 +154,93 @@ def test_a_failed_write_leaves_the_older_checkpoint(tmp_path: Path) -> None:
         write_learner(path)
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(StorageError, match="No space"):
         folder.save_checkpoint(2, {}, fails, keep=1)
     found = folder.latest_checkpoint()
-    assert found is not None and found[1] == {"step": 1}
+    assert found is not None and found[1]["step"] == 1
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "manifest"])
+def test_a_killed_writers_rest_is_cleared_and_a_saved_step_is_replaced_whole(tmp_path: Path) -> None:
+    folder = saved(tmp_path, 999999, 1000000)
+    (folder.checkpoints / ".step-000002.tmp" / "learner").mkdir(parents=True)
+    (folder.checkpoints / "step-000003.bak").mkdir()
+    folder.save_checkpoint(1000000, {"step": 1000000, "again": True}, write_learner, 2)
+    found = folder.latest_checkpoint()
+    assert found is not None and found[1]["again"]
+    names = ["step-000003.bak", "step-1000000", "step-999999"]
+    assert sorted(path.name for path in folder.checkpoints.iterdir()) == names
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 1 MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tutorloop-test", str(place)]
+    if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("only an administrator mounts a disk")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_full_disk_keeps_what_stands_and_says_so(full_disk: Path) -> None:
+    folder = RunFolder(full_disk / "run")
+
+    def files() -> dict[Path, int]:
+        found = (path for path in folder.path.rglob("*") if path.is_file() and path.name != "claim-1")
+        return {path: path.stat().st_mtime_ns for path in found}
+
+    with folder.claimed(config(), False, print):
+        folder.create(config())
+        folder.save_checkpoint(1, {"step": 1}, write_learner, 2)
+        folder.put(folder.path / "final", "the model", write_learner)
+        before = files()
+
+        def too_much(path: Path) -> None:
+            (path / "weights").write_bytes(b"x" * 2**21)
+
+        def in_an_actor(path: Path) -> None:
+            raise LearnerError("the learner must finish its call", "PytorchStreamWriter failed writing file")
+
+        for write in (too_much, in_an_actor):
+            with pytest.raises(StorageError, match=r"a checkpoint needs room .*\n.* MiB free"):
+                folder.save_checkpoint(2, {"step": 2}, write, 2)
+            with pytest.raises(StorageError, match="the model needs room"):
+                folder.put(folder.path / "final", "the model", write)
+        with pytest.raises(StorageError, match="the run needs room"), folder.room_for("the run"):
+            too_much(full_disk)
+        with pytest.raises(StorageError, match=r"config\.yaml needs room"):
+            folder.create(config(seed=7))
+        assert before == files()
+        found = folder.latest_checkpoint()
+        assert found is not None and found[1]["step"] == 1
+
+
+def test_metrics_that_find_no_room_end_the_run_clearly(full_disk: Path) -> None:
+    folder, before = RunFolder(full_disk), threading.enumerate()
+    with pytest.raises(StorageError, match="the run needs room"), folder.room_for("the run"), ExitStack() as stack:
+        log = MetricsLog(full_disk, "127.0.0.1", 0)
+        stack.callback(log.close)
+        (full_disk / "fill").write_bytes(bytes(2**20 - 2**15))
+        for step in range(1000):
+            log.log_step(step_row(fresh_rng(), step))
+    rows = read_rows(full_disk / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(len(rows))) and rows
+    assert threading.enumerate() == before, "none is left to wait for"
+
+
+def test_a_limit_that_is_no_full_disk_says_so_too(tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    for number in (errno.EDQUOT, errno.EFBIG):
+        with pytest.raises(StorageError, match=os.strerror(number)), folder.room_for("the run"):
+            raise OSError(number, os.strerror(number))
+    with pytest.raises(OSError, match="read-only"), folder.room_for("the run"):
+        raise OSError(errno.EROFS, "read-only")
+    with pytest.raises(CheckpointError), folder.room_for("the run"):
+        raise CheckpointError("the user's own", "No space left on device")
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "manifest", "empty", "list"])
 def test_a_damaged_checkpoint_is_named(tmp_path: Path, damage: str) -> None:
     folder = saved(tmp_path, 1)
     checkpoint = folder.checkpoints / "step-000001"
@@ -95,6 +252,6 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, damage: str) -> None:
     elif damage == "remove":
         weights.unlink()
     else:
-        (checkpoint / "manifest.json").write_text("{")
+        (checkpoint / "manifest.json").write_text({"manifest": "{", "empty": "{}", "list": "[1]"}[damage])
     with pytest.raises(CheckpointError, match="step-000001"):
         folder.latest_checkpoint()
