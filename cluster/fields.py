@@ -11,7 +11,7 @@ from decimal import Decimal
 from typing import Any
 
 from ..contracts.errors import DataError
-from ..contracts.json_files import written_number
+from ..contracts.json_files import kind_of, written_number
 
 ROLES = ("system", "user", "assistant")
 SHAREGPT = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
@@ -19,6 +19,8 @@ LIKELY = {  # what other datasets call a field
     "data.prompt_field": ("messages", "conversations", "problem", "question", "instruction", "query"),
     "data.answer_field": ("reward_model.ground_truth", "extra_info.answer", "final_answer", "ground_truth", "gold"),
 }
+
+OPTIONAL = ("data.answer_field", "data.solution_field")
 
 Turn = dict[str, str]  # role, content
 
@@ -108,9 +110,12 @@ class Row:
         if number is not None:
             return number
         if isinstance(value, int | float | Decimal) and not isinstance(value, bool):
-            found, remedy = f"{value!r} in `{field}`", "write it so, or as text"
+            found = f"{getattr(value, 'text', value)} in `{field}`"
+            remedy = "write it so, or as text"
             raise self.refused("a number in a text field is written exactly and without an exponent", found, remedy)
-        found, remedy = f"`{field}` is a {type(value).__name__}", f"write it as text, or set {key}= if none is needed"
+        found, remedy = f"`{field}` is a {kind_of(value)}", "write it as text"
+        if key in OPTIONAL:
+            remedy += f", or set {key}= where none is needed"
         if isinstance(value, dict):
             names = [str(name) for name, one in value.items() if isinstance(one, str | int | float)] or ["…"]
             found = f"`{field}` is a struct with keys {', '.join(map(str, value))}"
@@ -123,17 +128,17 @@ class Row:
     def _turn(self, turn: Any, field: str, thinking: tuple[str, str]) -> Turn:
         rule = f"a message has a role ({', '.join(ROLES)}) and a content, which is text, and nothing else"
         if not isinstance(turn, dict):
-            raise self.refused(rule, f"`{field}` is a {type(turn).__name__}", "")
-        turn = {name: value for name, value in turn.items() if value not in (None, "", [], {}) or name == "content"}
+            raise self.refused(rule, f"`{field}` is a {kind_of(turn)}", "")
+        turn = {
+            name: value
+            for name, value in turn.items()
+            if value not in (None, "", [], {}) or name in ("content", "value")
+        }
         if "role" not in turn and "from" in turn:
-            shown = turn.pop("from")
-            turn = {
-                **turn,
-                "role": SHAREGPT.get(shown) if isinstance(shown, str) else None,
-                "content": turn.pop("value", ""),
-            }
-            if turn["role"] is None:
+            shown, content = turn.pop("from"), turn.pop("value", None)
+            if not isinstance(shown, str) or shown not in SHAREGPT:
                 raise self.refused(rule, f"`{field}.from` is {shown!a}", f"known: {', '.join(SHAREGPT)}")
+            turn |= {"role": SHAREGPT[shown], "content": content}
         role, content = turn.pop("role", None), turn.pop("content", None)
         reasoning = turn.pop("reasoning_content", "") if role == "assistant" else ""
         if role not in ROLES:
@@ -145,7 +150,7 @@ class Row:
         text = self._content(content, f"{field}.content", rule)
         if reasoning:
             if not isinstance(reasoning, str):
-                raise self.refused(rule, f"`{field}.reasoning_content` is a {type(reasoning).__name__}", "write text")
+                raise self.refused(rule, f"`{field}.reasoning_content` is a {kind_of(reasoning)}", "write text")
             text = f"{thinking[0]}\n{self.whole(reasoning, field).strip()}\n{thinking[1]}\n\n{text}"
         return {"role": role, "content": text}
 
@@ -157,7 +162,7 @@ class Row:
         for part in content if isinstance(content, list) and content else [content]:
             named = {k: v for k, v in part.items() if v is not None} if isinstance(part, dict) else {}
             if named.keys() != {"type", "text"} or named["type"] != "text" or not isinstance(named["text"], str):
-                kind = f"a part of type {named.get('type')!a}" if named else f"a {type(part).__name__}"
+                kind = f"a part of type {named.get('type')!a}" if named else f"a {kind_of(part)}"
                 raise self.refused(rule, f"`{field}` is {kind}", "write text, or drop such rows")
             texts.append(self.whole(named["text"], field))
         return "".join(texts)
@@ -202,4 +207,4 @@ def _plain(value: Any) -> str:
         return value.isoformat()
     if isinstance(value, Decimal):
         return format(value, "f")
-    raise TypeError(f"a {type(value).__name__}")
+    raise TypeError(f"a {kind_of(value)}")

@@ -22,6 +22,7 @@ from .errors import DataError, InputError
 
 MOST_BYTES = 1 << 26  # of a line
 SHOWN = 60  # characters of a line in a message
+BOM = b"\xef\xbb\xbf"
 UTF16 = (b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")  # and UTF-32, whose other mark begins like the first
 COMPRESSED: dict[bytes, Callable[[Path], Any]] = {  # by a file's first bytes: its name may say anything
     b"\x1f\x8b": gzip.open,
@@ -41,6 +42,11 @@ class Written(float):
         number = super().__new__(cls, text)
         number.text = text
         return number
+
+
+def kind_of(value: Any) -> str:
+    """What a value is called in messages."""
+    return {"NoneType": "null", "Written": "float", "dict": "struct"}.get(type(value).__name__, type(value).__name__)
 
 
 def written_number(value: Any) -> str | None:
@@ -66,7 +72,7 @@ def read_json_lines(path: Path, rule: str, error: type[InputError] = DataError) 
             place = f"{path} line {number}"
             if len(line) == MOST_BYTES and not line.endswith(b"\n"):
                 raise error(f"a line has less than {MOST_BYTES >> 20} MiB", place, "write one object a line")
-            if line.strip():
+            if line.removeprefix(BOM).strip():
                 yield (
                     number,
                     an_object(_parsed(line, place, rule, "write one object a line", error), place, rule, error),
@@ -82,15 +88,14 @@ def read_json(path: Path, rule: str, error: type[InputError] = DataError) -> Any
 def an_object(value: Any, place: str, rule: str, error: type[InputError] = DataError) -> dict[str, Any]:
     """The value, if it is a JSON object. Raises `error`."""
     if not isinstance(value, dict):
-        kind = {"NoneType": "null", "Written": "float"}.get(type(value).__name__, type(value).__name__)
-        raise error(rule, f"{place}: {kind}", "write one object a line")
+        raise error(rule, f"{place}: {kind_of(value)}", "write one object a line")
     return value
 
 
 def begins_with(path: Path, first: bytes, rule: str) -> bool:
     """Whether `first` comes first in a file, decompressed, after spaces. Raises DataError."""
     with _open(path, rule, DataError) as file:
-        return file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(first)
+        return file.read(1024).removeprefix(BOM).lstrip().startswith(first)
 
 
 @contextmanager
