@@ -1,4 +1,4 @@
-"""Problems in, prompts out: read a dataset, check every row, apply the student's chat template, fix the order.
+"""Problems in, prompts out: check every row (docs/data.md), apply the student's chat template, fix the order.
 
 The prompts live in the object store as one Arrow batch; everything after this file refers to them by row. The order is
 a pure function of the seed: position p of the run is row `permutation(seed, epoch)[p mod n]`, so nothing about it needs
@@ -6,74 +6,19 @@ to be saved but p.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
+from itertools import islice
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
-from .. import lab
-from ..contracts.data_config import Data
-from ..contracts.errors import DataError
+from ..contracts.data_config import Data, Eval
+from ..contracts.errors import DataError, ModelError
 from ..contracts.records import EMPTY_I, Prompt, seed_of
-from ..models.contexts import tokenize_prompt, tokenize_response
-
-
-def read_rows(path: str, name: str = "", split: str = "train") -> list[dict[str, Any]]:
-    """Rows of a JSONL or Parquet file, of `lab:SPLIT`, or of a hub dataset. Raises DataError."""
-    if path.startswith("lab:"):
-        try:
-            return _read_jsonl(lab.data_path(path.removeprefix("lab:")))
-        except ValueError as error:
-            raise DataError("lab:SPLIT names a split of the lab", f"{path}: {error}") from error
-    file = Path(path).expanduser()
-    if file.is_file():
-        if file.suffix == ".parquet":
-            return _read_parquet(file)
-        return _read_jsonl(file)
-    if file.is_dir() or path.count("/") != 1 or path.startswith((".", "~")) or file.suffix in (".jsonl", ".parquet"):
-        raise DataError("data.path is a JSONL or Parquet file, lab:SPLIT or a hub id", f"{path}: no such file")
-    return _read_hub(path, name, split)
-
-
-def _read_jsonl(file: Path) -> list[dict[str, Any]]:
-    rows = []
-    with file.open(encoding="utf-8", newline="\n") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    "every line of a JSONL file is a JSON object", f"{file} line {number}: {error}"
-                ) from None
-            if not isinstance(row, dict):
-                raise DataError("every line of a JSONL file is a JSON object", f"{file} line {number}: {line[:60]!r}")
-            rows.append(row)
-    return rows
-
-
-def _read_parquet(file: Path) -> list[dict[str, Any]]:
-    try:
-        return pq.read_table(file).to_pylist()
-    except (OSError, ValueError) as error:
-        raise DataError("a .parquet file is readable as Parquet", f"{file}: {error}") from error
-
-
-def _read_hub(path: str, name: str, split: str) -> list[dict[str, Any]]:
-    try:
-        import datasets  # pyright: ignore[reportMissingImports]  # extra `hub`: large, local files do without
-    except ImportError as error:
-        found = f"{path}: no such file, and the datasets library is not installed"
-        raise DataError("a hub dataset needs the extra `hub`", found, "pip install 'tutorloop[hub]'") from error
-    try:
-        return [dict(row) for row in datasets.load_dataset(path, name or None, split=split)]
-    except Exception as error:  # whatever the hub's client raises, the user needs one answer
-        found = f"{path}: no such file, and as a hub id: {type(error).__name__}: {error}"
-        raise DataError("data.path is a JSONL or Parquet file, lab:SPLIT or a hub id", found) from error
+from ..models.contexts import THINKING, tokenize_prompt, tokenize_response
+from .fields import Row, Turn, by_turns, is_messages
+from .rows import read_rows
 
 
 def load_prompts(
@@ -85,70 +30,106 @@ def load_prompts(
     *,
     need_answer: bool = True,
     keep_rows: bool = False,
+    thinking: tuple[str, str] = THINKING,
 ) -> list[Prompt]:
     """Checked prompts of `path`, tokenised for the student, at most `limit`; a row needs an answer unless nothing
-    compares with it. With `keep_rows` each has its whole row as JSON, for the verifier. Raises DataError."""
-    rows = read_rows(path, data.name, split)[:limit]
-    if not rows:
+    compares with it. With `keep_rows` each has its whole row as JSON, for the verifier. `thinking`: the marks of the
+    solutions' reasoning. Raises DataError, ModelError where the chat template does not take a row."""
+    prompts = []
+    for number, (place, values) in enumerate(islice(read_rows(path, data.name, split), limit)):
+        row = Row(place, values)
+        try:
+            prompts.append(_to_prompt(row, number, data, tokenizer, thinking, need_answer))
+        except ModelError as error:
+            raise ModelError(error.rule, f"{place}: {error.found}", error.remedy) from error
+        if keep_rows:
+            prompts[-1] = replace(prompts[-1], row=row.as_json())
+    if not prompts:
         raise DataError("a dataset has at least one row", f"{path} is empty")
-    needed = {data.prompt_field: "data.prompt_field"}
-    if need_answer:
-        needed[data.answer_field] = "data.answer_field"
-    for number, row in enumerate(rows):
-        _check_row(row, needed, f"row {number} of {path}")
-    prompts = [_to_prompt(row, number, data, tokenizer) for number, row in enumerate(rows)]
-    if keep_rows:
-        texts = [json.dumps(row, default=str) for row in rows]
-        prompts = [replace(prompt, row=text) for prompt, text in zip(prompts, texts, strict=True)]
     ids = {prompt.prompt_id for prompt in prompts}
     if len(ids) < len(prompts):
         raise DataError("the ids of a dataset's rows are unique", f"{path}: {len(prompts) - len(ids)} repeat")
     return prompts
 
 
-def _check_row(row: dict[str, Any], needed: dict[str, str], place: str) -> None:
-    for field, key in needed.items():
-        if not _text(row, field).strip():
-            found = f"{place} has keys {sorted(row)}"
-            raise DataError(f"every row needs a value in `{field}`", found, f"name the field with {key}=…")
+def eval_data(data: Data, evaluation: Eval) -> Data:
+    """How an evaluation's rows are read: as the training data's, but for what has a name of its own."""
+    own = {name: getattr(evaluation, name) for name in ("name", "prompt_field", "answer_field")}
+    return data.model_copy(update={name: value for name, value in own.items() if value})
 
 
-def _text(row: dict[str, Any], field: str) -> str:
-    value = row.get(field)
-    return "" if value is None else str(value)
-
-
-def _to_prompt(row: dict[str, Any], number: int, data: Data, tokenizer: Any) -> Prompt:
-    text = _text(row, data.prompt_field) + data.prompt_suffix
-    solution = _text(row, data.solution_field)
+def _to_prompt(
+    row: Row, number: int, data: Data, tokenizer: Any, thinking: tuple[str, str], need_answer: bool
+) -> Prompt:
+    turns, text, said = _conversation(row, data, thinking)
+    if not text.strip():
+        raise row.missing(data.prompt_field, "data.prompt_field")
+    golds = row.golds(data.answer_field, "data.answer_field")
+    if need_answer and not golds:
+        raise row.missing(data.answer_field, "data.answer_field")
+    solution = _solution(row, data, said, thinking)
+    text = row.whole(text + data.prompt_suffix, "data.prompt_suffix")
+    shown: dict[str, Any] = {"template_kwargs": data.chat_template_kwargs, "turns": turns, "suffix": data.prompt_suffix}
     solution_ids = EMPTY_I
     if solution.strip():
-        solution_ids = tokenize_response(tokenizer, text, solution, data.chat_template_kwargs)
+        solution_ids = tokenize_response(tokenizer, text, solution, thinking=thinking, **shown)
+    tags = (row.get(name) for name in ("family", "source"))
     return Prompt(
-        prompt_id=str(row.get("id", f"row-{number}")),
+        prompt_id=row.text("id", "id") or f"row-{number}",
         text=text,
-        token_ids=tokenize_prompt(tokenizer, text, data.chat_template_kwargs),
-        answer=gold_answer(_text(row, data.answer_field)),
+        turns=json.dumps(turns) if turns else "",
+        token_ids=tokenize_prompt(tokenizer, text, **shown),
+        answer=golds[0] if golds else "",
+        other_answers=tuple(golds[1:]),
         solution=solution,
         solution_ids=solution_ids,
-        tags=str(row.get("family", row.get("source", ""))),
-        teacher=str(row.get("teacher", "")),
+        tags=next((row.whole(tag, "family or source") for tag in tags if isinstance(tag, str)), ""),
+        teacher=row.text("teacher", "teacher"),
     )
 
 
-def gold_answer(text: str) -> str:
-    """The gold answer; GSM8K's published rows keep it behind `####`."""
-    return text.rpartition("####")[2].strip()
+def _conversation(row: Row, data: Data, thinking: tuple[str, str]) -> tuple[list[Turn], str, str]:
+    """The turns before the last user's, that one's text, and what the assistant said after it, if anything."""
+    if not is_messages(row.get(data.prompt_field)):
+        return [], row.text(data.prompt_field, "data.prompt_field"), ""
+    return by_turns(row, row.turns(data.prompt_field, thinking), data.prompt_field)
 
 
-def check_context(prompts: Sequence[Prompt], new_tokens: int, context: int, path: str, who: str) -> None:
-    """Every prompt and its response must fit `who`'s context. Raises DataError."""
+def _solution(row: Row, data: Data, said: str, thinking: tuple[str, str]) -> str:
+    """The solution field's value, text or one message of the assistant; else what ends the prompt's conversation."""
+    field, value = data.solution_field, row.get(data.solution_field)
+    if field == data.prompt_field or value is None:
+        return said
+    if value and is_messages(value):
+        turns = row.turns(field, thinking)
+        if [turn["role"] for turn in turns] != ["assistant"]:
+            found = f"`{field}` has the roles {', '.join(turn['role'] for turn in turns[:8])}"
+            raise row.refused("a solution is a text, or one message of the assistant", found, "name another field")
+        solution = turns[0]["content"]
+    else:
+        solution = row.text(field, "data.solution_field")
+    if solution.strip() and said.strip() and solution.strip() != said.strip():
+        found = f"the assistant's message at the end of `{data.prompt_field}`, and another text in `{field}`"
+        raise row.refused("a row has one solution", found, "set data.solution_field= to take the messages'")
+    return solution if solution.strip() else said
+
+
+def fitting(
+    prompts: Sequence[Prompt], new_tokens: int, contexts: Mapping[str, int], path: str, data: Data
+) -> list[Prompt]:
+    """The prompts that fit every context with a response of `new_tokens`: all of them, or what data.too_long leaves.
+    Raises DataError."""
+    who, context = min(contexts.items(), key=lambda item: item[1])
+    kept = [prompt for prompt in prompts if len(prompt.token_ids) + new_tokens <= context]
+    if len(kept) == len(prompts) or (kept and data.too_long == "drop"):
+        return kept
+    rule = f"prompt and response fit the {who}'s context of {context} tokens"
     longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
-    need = len(longest.token_ids) + new_tokens
-    if need > context:
-        found = f"prompt {longest.prompt_id} of {path}: {len(longest.token_ids)} + {new_tokens} new tokens = {need}"
-        remedy = "lower rollout.max_new_tokens, shorten the prompts, or use a model with a longer context"
-        raise DataError(f"prompt and response fit the {who}'s context of {context} tokens", found, remedy)
+    length = len(longest.token_ids)
+    found = f"prompt {longest.prompt_id} of {path}: {length} + {new_tokens} new tokens = {length + new_tokens}"
+    found += f"; {len(prompts) - len(kept)} of {len(prompts)} rows do not"
+    remedy = "lower rollout.max_new_tokens, shorten the prompts, or use a model with a longer context"
+    raise DataError(rule, found, f"{remedy}; data.too_long=drop leaves such rows out" if kept else remedy)
 
 
 class PromptOrder:

@@ -1,6 +1,6 @@
 """What can be checked before any actor starts: models, tokenizers, data, contexts, teachers' names, resources."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from ..models.loading import check_architecture, check_weights, load_config, loa
 from ..models.lora import check_targets
 from ..models.vllm_support import check_vllm_architecture
 from ..teacher_service.http_engine import ServerLimits, probe
-from .data import check_context, load_prompts
+from .data import eval_data, fitting, load_prompts
 from .methods.composition import Composition
 from .pool import need_of
 from .room import Need
@@ -30,6 +30,7 @@ class Inputs:
     in_distribution: list[Prompt]
     out_of_distribution: list[Prompt]
     servers: dict[str, ServerLimits]  # of teachers behind http, by their names
+    left_out: dict[str, int]  # rows by why: too_long of training, too_long_eval of evaluation
 
 
 def check_inputs(config: Config, compositions: Sequence[Composition]) -> Inputs:
@@ -65,21 +66,38 @@ def check_inputs(config: Config, compositions: Sequence[Composition]) -> Inputs:
             found = f"{name}: {teacher.dtype}; learner: {config.learner.dtype}"
             raise ConfigError("a teacher that follows the student has the learner's dtype", found, "set both alike")
 
-    data = config.data
-    needs = {"need_answer": config.verifier.needs_gold, "keep_rows": config.verifier.reads_rows}
-    train = load_prompts(data, data.path, data.split, tokenizer, **needs)
-    held_out = [
-        load_prompts(data, path, evaluation.split, tokenizer, evaluation.problems, **needs) if path else []
-        for path in (evaluation.path, evaluation.ood_path)
-    ]
-    for who, context in contexts.items():
-        check_context(train, config.rollout.max_new_tokens, context, data.path, who)
-        for prompts, path in zip(held_out, (evaluation.path, evaluation.ood_path), strict=True):
-            if prompts:
-                check_context(prompts, evaluation.max_new_tokens or config.rollout.max_new_tokens, context, path, who)
+    (train, *held_out), left_out = _fitting_rows(config, tokenizer, contexts)
     _check_shown(config, compositions, train)
     train = _with_teachers(config, compositions, train)
-    return Inputs(train=train, in_distribution=held_out[0], out_of_distribution=held_out[1], servers=servers)
+    return Inputs(
+        train=train,
+        in_distribution=held_out[0],
+        out_of_distribution=held_out[1],
+        servers=servers,
+        left_out=left_out,
+    )
+
+
+def _fitting_rows(
+    config: Config, tokenizer: Any, contexts: Mapping[str, int]
+) -> tuple[list[list[Prompt]], dict[str, int]]:
+    """The rows of training and of both evaluations that fit every context, and how many were left out, by why."""
+    data, evaluation, responses = config.data, config.eval, config.rollout.max_new_tokens
+    needs: dict[str, Any] = {
+        "need_answer": config.verifier.needs_gold,
+        "keep_rows": config.verifier.reads_rows,
+        "thinking": config.thinking,
+    }
+    loaded = [load_prompts(data, data.path, data.split, tokenizer, **needs)]
+    fitted = [fitting(loaded[0], responses, contexts, data.path, data)]
+    held_out, answers = eval_data(data, evaluation), evaluation.max_new_tokens or responses
+    for path in (evaluation.path, evaluation.ood_path):
+        rows = load_prompts(held_out, path, evaluation.split, tokenizer, evaluation.problems, **needs) if path else []
+        loaded.append(rows)
+        fitted.append(fitting(rows, answers, contexts, path, data) if rows else [])
+    gone = [len(rows) - len(kept) for rows, kept in zip(loaded, fitted, strict=True)]
+    left_out = {"too_long": gone[0], "too_long_eval": sum(gone[1:])}
+    return fitted, {reason: count for reason, count in left_out.items() if count}
 
 
 def _under_vllm(config: Config) -> set[tuple[str, int]]:

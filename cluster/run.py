@@ -97,6 +97,8 @@ def train(config: Config, resume: bool, address: str | None, console: Console) -
         _take_own_code_along(config)
         stack.enter_context(cluster(address, progress.note))
         check_room(needs_of(config, compositions))
+        for reason, count in inputs.left_out.items():
+            progress.note(f"left out of the data: {count} rows, {reason} for a model's context")
         for name, limits in inputs.servers.items():
             progress.note(f"{name}: {limits}")
         if checkpoint:
@@ -317,6 +319,7 @@ def _write_down(run: Run, driver: Driver, finished: bool) -> dict[str, Any]:
         "peak_memory_bytes": sum(memory.values()),
         "peak_memory_bytes_by_pool": memory,
         "startup_seconds": dict(run.startup.seconds),
+        **({"left_out": run.inputs.left_out} if run.inputs.left_out else {}),
         **run.tally.summary(),
     }
     folder.write("summary.json", json.dumps(summary, indent=2))

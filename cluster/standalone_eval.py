@@ -1,10 +1,12 @@
 """Evaluate one model outside a run: a generator pool and a verifier pool, and nothing else."""
 
+from typing import Any
+
 from rich.table import Table
 
 from ..contracts.config import Config
 from ..models.loading import load_tokenizer
-from .data import check_context, load_prompts
+from .data import eval_data, fitting, load_prompts
 from .evaluation import ProblemSet, evaluate
 from .interrupt import Interrupt
 from .metrics import EvalRow
@@ -18,11 +20,13 @@ from .services import start_generators, start_verifiers
 
 def evaluate_model(config: Config, address: str | None) -> EvalRow:
     """`config.student` on the first `config.eval.problems` rows of `config.data`. Raises InputError."""
-    model, data = config.student.model, config.data
+    model, data = config.student.model, eval_data(config.data, config.eval)
+    needs: dict[str, Any] = {"need_answer": config.verifier.needs_gold, "keep_rows": config.verifier.reads_rows}
+    needs["thinking"] = config.thinking
     with Interrupt(say) as interrupt:
-        needs = {"need_answer": config.verifier.needs_gold, "keep_rows": config.verifier.reads_rows}
-        prompts = load_prompts(data, data.path, data.split, load_tokenizer(model), config.eval.problems, **needs)
-        check_context(prompts, config.rollout.max_new_tokens, context_length(model), data.path, "model")
+        loaded = load_prompts(data, data.path, data.split, load_tokenizer(model), config.eval.problems, **needs)
+        answers = config.eval.max_new_tokens or config.rollout.max_new_tokens
+        prompts = fitting(loaded, answers, {"model": context_length(model)}, data.path, data)
         with cluster(address):
             check_room([need_of("rollout", config.rollout), need_of("verifier", config.verifier)])
             generators = start_generators("rollout", model, config.learner.dtype, config.rollout, config)
@@ -30,15 +34,19 @@ def evaluate_model(config: Config, address: str | None) -> EvalRow:
             generators.ready()
             verifiers.ready()
             problems = ProblemSet.of("in_distribution", prompts)
-            return evaluate(problems, eval_plan(config), generators, verifiers, [], "student", 0, interrupt)
+            row = evaluate(problems, eval_plan(config), generators, verifiers, [], "student", 0, interrupt)
+    if len(prompts) < len(loaded):
+        row.stats["left_out"] = {"too_long": len(loaded) - len(prompts)}
+    return row
 
 
 def table(config: Config, row: EvalRow) -> Table:
     """The figures for a person."""
     stats, k = row.stats, row.stats["samples"]
-    result = Table(
-        title=f"{config.student.model} on {config.data.path}: {stats['problems']} problems, {k} samples each"
-    )
+    title = f"{config.student.model} on {config.data.path}: {stats['problems']} problems, {k} samples each"
+    if "left_out" in stats:
+        title += f"; {stats['left_out']['too_long']} problems too long for its context are left out"
+    result = Table(title=title)
     for column in ("figure", "value", "95 % interval"):
         result.add_column(column, justify="left" if column == "figure" else "right")
     figures = {f"avg@{k}": stats["avg_at_k"], **{f"pass@{n}": at for n, at in stats["pass_at"].items()}}

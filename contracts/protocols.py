@@ -107,3 +107,14 @@ class Verifier(Protocol):
     def prepare(self, response: Response) -> Judgement | Response: ...
 
     def __call__(self, response: Response) -> Judgement: ...
+
+
+def judgement_of(verifier: Verifier, response: Response) -> Judgement:
+    """A verifier's judgement, both halves; what it raises is its error class."""
+    try:
+        prepared = verifier.prepare(response)
+        return prepared if isinstance(prepared, Judgement) else verifier(prepared)
+    except MemoryError:
+        return Judgement(False, error_class="memory")
+    except Exception as error:
+        return Judgement(False, error_class=error_class_of(error))

@@ -21,6 +21,7 @@ from ..contracts.errors import ConfigError
 from ..contracts.records import Prompt
 
 PLAIN = "plain"
+THINKING = ("<think>", "</think>")
 SOLVE = "Now solve the original problem correctly."
 PEER = "\n\nA correct solution:\n\n{peer}"
 FEEDBACK = "\n\nFeedback on your own earlier attempt:\n\n{feedback}"
@@ -177,18 +178,29 @@ def special_ids(tokenizer: Any) -> np.ndarray:
     return np.unique(np.asarray([*tokenizer.all_special_ids, *marks, *runs], np.int32))
 
 
-def tokenize_prompt(tokenizer: Any, text: str, template_kwargs: Mapping[str, Any]) -> np.ndarray:
+def tokenize_prompt(
+    tokenizer: Any, text: str, template_kwargs: Mapping[str, Any], turns: Any = (), *, suffix: str = ""
+) -> np.ndarray:
     """Token ids int32 `[P]` of a user turn with the generation prompt.
 
     Without a chat template, of the bare text: it is then the whole prompt, and its control tokens are meant.
     """
     if not getattr(tokenizer, "chat_template", None):
         return np.asarray(tokenizer(text)["input_ids"], np.int32)
-    rendered = _render(tokenizer, [_turn(tokenizer, "user", text)], template_kwargs, add_generation_prompt=True)
+    rendered = _render(tokenizer, [*turns, _turn(tokenizer, "user", text)], template_kwargs, add_generation_prompt=True)
     return np.asarray(tokenizer(rendered, add_special_tokens=False)["input_ids"], np.int32)
 
 
-def tokenize_response(tokenizer: Any, prompt: str, response: str, template_kwargs: Mapping[str, Any]) -> np.ndarray:
+def tokenize_response(
+    tokenizer: Any,
+    prompt: str,
+    response: str,
+    template_kwargs: Mapping[str, Any],
+    turns: Any = (),
+    *,
+    suffix: str = "",
+    thinking: Any = (),
+) -> np.ndarray:
     """Token ids int32 `[R]` of a given response as the model would have ended it, to stand after the generation prompt.
 
     They are the chat template's rendering of the assistant's turn up to the end-of-sequence token, or else to the first
@@ -196,8 +208,8 @@ def tokenize_response(tokenizer: Any, prompt: str, response: str, template_kwarg
     """
     response = inert(tokenizer, response)
     if getattr(tokenizer, "chat_template", None):
-        turns = [_turn(tokenizer, "user", prompt), {"role": "assistant", "content": response}]
-        before = _render(tokenizer, turns[:1], template_kwargs, add_generation_prompt=True)
+        turns = [*turns, _turn(tokenizer, "user", prompt), {"role": "assistant", "content": response}]
+        before = _render(tokenizer, turns[:-1], template_kwargs, add_generation_prompt=True)
         whole = _render(tokenizer, turns, template_kwargs, add_generation_prompt=False)
         response = whole.removeprefix(before) if whole.startswith(before) else response
     ids: list[int] = tokenizer(response, add_special_tokens=False)["input_ids"]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ..contracts.errors import ConfigError
-from ..contracts.protocols import Judgement, Response, Verifier, error_class_of
+from ..contracts.protocols import Judgement, Response, Verifier, judgement_of
 from ..contracts.verifier_config import Reward
 from .answers import last_box
 
@@ -52,7 +52,7 @@ class CompositeVerifier:
         score, parts = self.weight * judged.score, []
         for name, (reward, verifier), pattern in self._parts:
             if verifier:
-                part = _judge(verifier, response)
+                part = judgement_of(verifier, response)
                 if part.error_class:
                     return replace(judged, passed=False, score=0.0, error_class=f"{name}:{part.error_class}")
                 value = part.score
@@ -79,17 +79,6 @@ def _compiled(pattern: str) -> re.Pattern[str] | None:
     except (re.error, RecursionError, OverflowError) as error:
         rule = "verifier.rewards: pattern is a regular expression"
         raise ConfigError(rule, f"{pattern!r}: {error}", "see Python's re") from error
-
-
-def _judge(verifier: Verifier, response: Response) -> Judgement:
-    """A part's judgement; what it raises is its error class."""
-    try:
-        prepared = verifier.prepare(response)
-        return prepared if isinstance(prepared, Judgement) else verifier(prepared)
-    except MemoryError:
-        return Judgement(False, error_class="memory")
-    except Exception as error:
-        return Judgement(False, error_class=error_class_of(error))
 
 
 def one_box(text: str) -> bool:

@@ -1,4 +1,4 @@
-"""A verifier that a server runs: POST {prompt, response, gold, row}, answer {score, passed?, answer?}.
+"""A verifier that a server runs: POST {prompt, response, gold, other_golds?, row}, answer {score, passed?, answer?}.
 
 Without `passed` a response passes from `pass_score` on. The servers are tried in turn, from a random one on: no
 connection, no answer in time, 408, 425, 429 and 5xx lead to the next, and send a server to rest for a time that doubles
@@ -48,6 +48,8 @@ class HttpVerifier:
         deadline = time.monotonic() + SHARE * self.timeout_seconds
         row = json.loads(response.row, parse_constant=lambda _: None) if response.row else None
         body = {"prompt": response.prompt, "response": response.text, "gold": response.gold, "row": row}
+        if response.other_golds:
+            body["other_golds"] = list(response.other_golds)
         awake = dict.fromkeys(random.sample(self.urls, len(self.urls)), -math.inf)  # from when on
         for tries in itertools.count():
             url = min(awake, key=awake.__getitem__)

@@ -1,8 +1,8 @@
 """Rows of a JSONL file to judge, `{id?, prediction, gold, expected?}`, read one by one, and what became of them.
 
-A row's own `as_response`, the prediction in the form that was asked of a model, stands in for `prediction`, and
-`answer_marker` says where its answer stands. Its other keys are the dataset's row, for verifiers that read more than
-the gold answer.
+Several golds, in a list, are all right. A row's own `as_response`, the prediction in the form that was asked of a
+model, stands in for `prediction`, and `answer_marker` says where its answer stands. Its other keys are the dataset's
+row, for verifiers that read more than the gold answer.
 """
 
 import heapq
@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from ..contracts.errors import DataError
+from ..contracts.json_files import kind_of, read_json_lines, written_number
 from ..contracts.protocols import Response
 from .processes import Outcome
 
-MOST_BYTES = 1 << 26  # of a line
 OURS = ("id", "prediction", "as_response", "gold", "expected", "answer_marker")
 PROMPTS = ("prompt", "problem", "question")
 RULE = "every line to verify is a JSON object with prediction and gold"
@@ -35,49 +35,49 @@ class Row:
 
 def read_rows(path: Path) -> Iterator[Row]:
     """The rows of a file in order; one without an id gets its line's number. Raises DataError."""
-    try:
-        file = path.open("rb")
-    except OSError as error:
-        raise DataError("a file to verify can be read", f"{path}: {error.strerror}", "give a JSONL file") from error
-    with file:
-        for number, line in enumerate(iter(lambda: file.readline(MOST_BYTES), b""), 1):
-            place = f"{path} line {number}"
-            if len(line) == MOST_BYTES and not line.endswith(b"\n"):
-                raise DataError(f"a line to verify has less than {MOST_BYTES >> 20} MiB", place, "cut it")
-            if line.strip():
-                yield _row(_object(line, place), number, place)
-
-
-def _object(line: bytes, place: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # of no UTF-8 too
-        raise DataError(RULE, f"{place}: {error}", "write one object a line, in UTF-8") from None
-    if not isinstance(row, dict):
-        raise DataError(RULE, f"{place}: {type(row).__name__}", "write one object a line")
-    return row
+    for number, row in read_json_lines(path, RULE):
+        yield _row(row, number, f"{path} line {number}")
 
 
 def _row(row: dict[str, Any], number: int, place: str) -> Row:
-    """Golds may be numbers; all else is as RULE says."""
-    text, gold, row_id = row.get("as_response", row.get("prediction")), row.get("gold"), row.get("id", number)
+    """Golds may be numbers, or several; all else is as RULE says."""
+    text, row_id = row.get("as_response", row.get("prediction")), row.get("id", number)
     marker, expected = row.get("answer_marker", ""), row.get("expected")
-    if isinstance(gold, int | float) and not isinstance(gold, bool):
-        gold = str(gold)
+    golds = _golds(row.get("gold"))
     for name, value, kinds, wanted in (
         ("prediction", text, str, "a text"),
-        ("gold", gold, str, "a text or a number"),
+        ("gold", golds, list, "a text, a number without an exponent, or a list of these"),
         ("id", row_id, str | int, "a text or an integer"),
         ("answer_marker", marker, str, "a text"),
         ("expected", expected, bool | None, "true, false or null"),
     ):
         if not isinstance(value, kinds):
-            found = type(value).__name__ if name in row else "nothing"
+            found = kind_of(row[name]) if name in row else "nothing"
             raise DataError(RULE, f"{place}: {found} in `{name}`, which is {wanted}", "name the fields so")
     extra = {key: value for key, value in row.items() if key not in OURS}
     prompt = next((extra[key] for key in PROMPTS if isinstance(extra.get(key), str)), "")
-    response = Response(text=text, gold=gold, prompt=prompt, row=json.dumps(extra) if extra else "")  # pyright: ignore
+    gold, *others = golds or [""]
+    kept = _as_json(extra, place) if extra else ""
+    response = Response(text=text, gold=gold, prompt=prompt, row=kept, other_golds=tuple(others))  # pyright: ignore
     return Row(row_id, response, marker, expected)
+
+
+def _golds(value: Any) -> list[str] | None:
+    """The golds of a row: of several those that have any text, each once; None where one is neither text nor number."""
+    texts = [
+        one if isinstance(one, str) else written_number(one) for one in (value if isinstance(value, list) else [value])
+    ]
+    golds = [text for text in texts if text is not None]
+    if len(golds) < len(texts):
+        return None
+    return list(dict.fromkeys(gold for gold in golds if gold.strip() or len(golds) == 1))
+
+
+def _as_json(row: dict[str, Any], place: str) -> str:
+    try:
+        return json.dumps(row)
+    except RecursionError:
+        raise DataError(RULE, f"{place}: nested too deep", "write one object a line") from None
 
 
 @dataclass(slots=True)

@@ -9,6 +9,7 @@ from ..contracts.errors import ConfigError
 from ..contracts.protocols import Verifier
 from ..contracts.verifier_config import KINDS
 from ..contracts.verifier_config import Verifier as Config
+from .any_gold import AnyGoldVerifier
 
 
 def make_verifier(config: Config, functions: Mapping[str, bytes] | None = None, api_key: str = "") -> Verifier:
@@ -18,6 +19,8 @@ def make_verifier(config: Config, functions: Mapping[str, bytes] | None = None, 
     loaded here. `api_key` is for the servers of kind http. Raises ConfigError.
     """
     main = _main(config, functions or {}, api_key)
+    if main.needs_gold:
+        main = AnyGoldVerifier(main)
     if not config.rewards and config.weight == 1.0:
         return main
     from .composite import CompositeVerifier

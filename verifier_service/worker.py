@@ -16,6 +16,7 @@ from .processes import Outcome
 from .verifiers import make_verifier
 
 ANSWER_CHARACTERS = 256  # of an answer, kept: it goes into the receipt, which the driver reads
+ASKED = ("text", "row", "other_answers")  # of the rollout's prompt
 COLUMNS = ("prompt_id", "text", "answer", "finish_reason")
 
 
@@ -72,14 +73,16 @@ def _responses(rollouts: pa.RecordBatch, prompts: pa.RecordBatch | None) -> list
     asked = {}
     if prompts is not None:
         own = rows_named(prompts, "prompt_id", rollouts.column("prompt_id"))
-        texts, rows = (own.column(name).to_pylist() for name in ("text", "row"))
-        asked = dict(zip(own.column("prompt_id").to_pylist(), zip(texts, rows, strict=True), strict=True))
+        columns = [own.column(name).to_pylist() for name in ASKED]
+        asked = dict(zip(own.column("prompt_id").to_pylist(), zip(*columns, strict=True), strict=True))
     prompt_ids, texts, golds, reasons = (rollouts.column(name).to_pylist() for name in COLUMNS)
     lengths = rollouts.column("loss_mask").value_lengths().to_pylist()
-    return [
-        Response(text, gold, *asked.get(prompt_id, ("", "")), tokens=length, truncated=reason == "length")
-        for prompt_id, text, gold, reason, length in zip(prompt_ids, texts, golds, reasons, lengths, strict=True)
-    ]
+    responses = []
+    for prompt_id, text, gold, reason, length in zip(prompt_ids, texts, golds, reasons, lengths, strict=True):
+        prompt, row, others = asked.get(prompt_id, ("", "", ()))
+        truncated = reason == "length"
+        responses.append(Response(text, gold, prompt, row, length, truncated, tuple(others)))
+    return responses
 
 
 def _verdict(rollout_id: str, text: str, outcome: Outcome) -> Verdict:

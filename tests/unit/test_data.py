@@ -8,7 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tutorloop.cluster.data import PromptOrder, check_context, gold_answer, load_prompts, read_rows
+from tutorloop.cluster.data import PromptOrder, fitting, load_prompts
+from tutorloop.cluster.fields import gold_answer
+from tutorloop.cluster.rows import read_rows
 from tutorloop.contracts.config import Data
 from tutorloop.contracts.errors import DataError
 from tutorloop.models.loading import load_tokenizer
@@ -86,7 +88,7 @@ def test_answers_may_be_missing_where_nothing_verifies(tmp_path: Path) -> None:
     [
         ([], "empty"),
         ([{"answer": "1"}], "`prompt`"),
-        ([{"prompt": "x", "answer": "1"}, {"prompt": "x"}], "row 1"),
+        ([{"prompt": "x", "answer": "1"}, {"prompt": "x"}], "line 2"),
         ([{"prompt": " ", "answer": "1"}], "`prompt`"),
         ([{"prompt": "x", "answer": None}], "`answer`"),
         ([["x"]], "JSON object"),
@@ -105,16 +107,25 @@ def test_files_that_are_no_data(tmp_path: Path) -> None:
     truncated.write_bytes(b"PAR1nothing")
     for path in (broken, truncated, tmp_path / "absent.jsonl", tmp_path):
         with pytest.raises(DataError):
-            read_rows(str(path))
+            list(read_rows(str(path)))
     with pytest.raises(DataError, match="train, test, ood"):
         read_rows("lab:tests")
 
 
-def test_a_prompt_longer_than_the_context_is_named(tmp_path: Path) -> None:
-    prompts = load(jsonl(tmp_path / "d.jsonl", {"id": "long", "prompt": "x" * 50, "answer": "1"}))
-    check_context(prompts, 10, 60, "d", "student")
-    with pytest.raises(DataError, match="prompt long of d: 50"):
-        check_context(prompts, 11, 60, "d", "student")
+def test_a_prompt_longer_than_a_context_is_named_or_left_out(tmp_path: Path) -> None:
+    rows = [{"id": f"i{n}", "prompt": "x" * n, "answer": "1"} for n in (50, 10, 30)]
+    path = jsonl(tmp_path / "d.jsonl", *rows)
+    prompts, refuse, drop = load(path), Data(path=path), Data(path=path, too_long="drop")
+    contexts = {"student": 100, "teacher t": 60}
+    assert fitting(prompts, 10, contexts, "d", refuse) == fitting(prompts, 10, contexts, "d", drop) == prompts
+    with pytest.raises(DataError, match="teacher t's context of 60") as error:
+        fitting(prompts, 11, contexts, "d", refuse)
+    assert "prompt i50 of d: 50 + 11 new tokens = 61; 1 of 3 rows" in error.value.found
+    assert "data.too_long=drop" in error.value.remedy
+    assert [p.prompt_id for p in fitting(prompts, 11, contexts, "d", drop)] == ["i10", "i30"]
+    assert [p.prompt_id for p in fitting(prompts, 50, contexts, "d", drop)] == ["i10"]
+    with pytest.raises(DataError, match="3 of 3 rows"):
+        fitting(prompts, 51, contexts, "d", drop)
 
 
 def test_the_order_is_a_permutation_of_each_epoch_and_repeats() -> None:

@@ -146,7 +146,7 @@ def test_an_empty_batch_has_an_empty_receipt():
 
 def test_verifiers_by_kind():
     for kind, name in [("math", "MathVerifier"), ("exact", "ExactVerifier"), ("numeric", "NumericVerifier")]:
-        assert type(make_verifier(Verifier(kind=kind))).__name__ == name
+        assert type(make_verifier(Verifier(kind=kind)).one).__name__ == name
     assert type(make_verifier(Verifier(kind="http", urls=("http://localhost:1",)))).__name__ == "HttpVerifier"
     assert type(make_verifier(Verifier(kind=SCORE), FUNCTIONS)).__name__ == "FunctionVerifier"
     assert type(make_verifier(Verifier(weight=0.5))).__name__ == "CompositeVerifier"

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from tutorloop.cli.main import app
 from tutorloop.contracts.errors import DataError
-from tutorloop.verifier_service.rows import MOST_BYTES, read_rows
+from tutorloop.contracts.json_files import MOST_BYTES
+from tutorloop.verifier_service.rows import read_rows
 
 PATIENT = 60.0  # seconds
 

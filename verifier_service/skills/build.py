@@ -8,13 +8,13 @@ leave is ours: merge.standing.
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from ...contracts.errors import DataError
+from ...contracts.json_files import read_json, read_json_lines
 from ...contracts.protocols import Judgement, Response
 from ...contracts.skills import BankEntry
 from .extract import Extraction, Extractor, Memory, clean
@@ -24,6 +24,7 @@ from .store import SkillBank
 
 DYNAMIC = "dyn_"
 PUBLISHED = {"skill": "gen_", "mistake": "err_"}
+RULE = "a line of rollouts is a JSON object with the texts problem, response and answer, and passed: true or false"
 FIELDS = {"problem": ("problem", "prompt"), "response": ("response", "prediction"), "gold": ("answer", "gold")}
 
 
@@ -135,13 +136,9 @@ def read_memories(
     A row without `passed` is judged; beside the memories, how many rows the verifier abstained from, by its reason.
     Raises DataError.
     """
-    if path.suffix == ".json":
+    if path.suffix.lower() == ".json":
         return _published_memories(path), {}
-    try:
-        with path.open(encoding="utf-8", newline="\n") as file:
-            rows = [_row(path, number, line) for number, line in enumerate(file, start=1) if line.strip()]
-    except UnicodeDecodeError as error:
-        raise DataError("rollouts are JSON lines in UTF-8", f"{path}: {error}", "check the file") from None
+    rows = [_row(path, number, line) for number, line in read_json_lines(path, RULE)]
     unjudged = [row for row in rows if "passed" not in row]
     judged = judge([Response(text=row["response"], gold=row["gold"], prompt=row["problem"]) for row in unjudged])
     skipped: Counter[str] = Counter()
@@ -153,30 +150,27 @@ def read_memories(
     return [Memory(**row) for row in rows if "passed" in row], dict(skipped)
 
 
-def _row(path: Path, number: int, line: str) -> dict[str, Any]:
+def _row(path: Path, number: int, read: dict[str, Any]) -> dict[str, Any]:
     """A line as a Memory's fields, `passed` left out where the line does not say. Raises DataError."""
-    with suppress(ValueError, RecursionError):
-        read = json.loads(line)
-        if isinstance(read, dict):
-            passed = read.get("passed")
-            defaults = {"gold": ""} if passed is not None else {}
-            row = {k: next((read[key] for key in keys if key in read), defaults.get(k)) for k, keys in FIELDS.items()}
-            if all(isinstance(text, str) for text in row.values()) and isinstance(passed, bool | None):
-                row |= {"answer": "", "rollout_id": str(read.get("id", f"{path.stem}:{number}"))}
-                row = {name: clean(str(text)) for name, text in row.items()}
-                return row if passed is None else {**row, "passed": passed}
-    raise DataError(
-        "a line of rollouts is a JSON object with the texts problem, response and answer, and passed: true or false",
-        f"{path}, line {number}: {line[:80]!r}",
-        "prompt, prediction and gold are names for them too; without passed the answer is judged",
-    )
+    passed = read.get("passed")
+    defaults = {"gold": ""} if passed is not None else {}
+    row = {k: next((read[key] for key in keys if key in read), defaults.get(k)) for k, keys in FIELDS.items()}
+    if not all(isinstance(text, str) for text in row.values()) or not isinstance(passed, bool | None):
+        found = f"{path} line {number} has {', '.join(map(ascii, read))[:80]}"
+        remedy = "prompt, prediction and gold are names for them too; without passed the answer is judged"
+        raise DataError(RULE, found, remedy)
+    row |= {"answer": "", "rollout_id": str(read.get("id", f"{path.stem}:{number}"))}
+    row = {name: clean(str(text)) for name, text in row.items()}
+    return row if passed is None else {**row, "passed": passed}
 
 
 def _published_memories(path: Path) -> list[Memory]:
     """SkillRL's generated memories: their goal is the problem, and what is told of the attempt the response."""
     memories: list[Memory] = []
+    rule = "a .json file of rollouts is a list of memories as SkillRL generates them"
+    published = read_json(path, rule)
     try:
-        for told in json.loads(path.read_text(encoding="utf-8")):
+        for told in published:
             content, outcome = told["content"], told["tags"]["outcome"]
             attempt = [told["contextual_description"], content["refined_trajectory"], content["strategic_guidelines"]]
             if outcome not in ("Success", "Failure"):
@@ -191,6 +185,5 @@ def _published_memories(path: Path) -> list[Memory]:
                 )
             )
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
-        rule = "a .json file of rollouts is a list of memories as SkillRL generates them"
         raise DataError(rule, f"{path}: not so at number {len(memories) + 1}", "give others as JSON lines") from None
     return memories

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...contracts.errors import SkillError
+from ...contracts.json_files import read_json
 from ...contracts.skills import BankEntry
 
 KEYS = {
@@ -72,12 +73,7 @@ def save_published(entries: Sequence[BankEntry], path: str, metadata: Mapping[st
 
 
 def _load(path: str) -> dict[str, Any]:
-    try:
-        bank = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SkillError("a published bank is a JSON file", f"{path}: {error.strerror}", "check the path") from error
-    except (ValueError, RecursionError) as error:
-        raise SkillError("a published bank is a JSON file", f"{path}: {error}", "check the file") from error
+    bank = read_json(Path(path), "a published bank is a JSON file", SkillError)
     if not isinstance(bank, dict) or not (bank.keys() & {GENERAL, MISTAKES, *GROUPS}):
         remedy = "SkillRL's memories, a list, are what a bank is built from" if isinstance(bank, list) else ""
         raise SkillError(LAYOUT, f"{path}: {_shown(bank)}", remedy)
