@@ -77,7 +77,7 @@ class Run:
 def train(config: Config, resume: bool, address: str | None, console: Console) -> bool:
     """Run `config` to its end. Returns False if it was interrupted (a checkpoint stands). Raises TutorloopError."""
     tally = Tally()  # its clock starts here
-    folder = RunFolder(Path(config.output_dir))
+    folder = RunFolder(Path(config.output_dir).absolute())  # the learner's ranks write too, from folders of their own
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(config.total_steps, console))
         stack.enter_context(_saying_what_stands(folder, progress))
