@@ -18,6 +18,7 @@ from rich.console import Console
 
 from ..contracts.arrow import encode
 from ..contracts.config import Config, Teacher
+from ..contracts.own_code import package_of
 from ..contracts.records import Prompt, Sampling
 from .driver import Driver, standing
 from .evaluation import EvalPlan, ProblemSet, evaluate
@@ -121,7 +122,7 @@ def train(config: Config, resume: bool, address: str | None, console: Console) -
 def _take_own_code_along(config: Config) -> None:
     """Actors on other nodes do not have the files of methods of one's own."""
     for module in filter(None, (own_module(stage.method) for stage in config.plan)):
-        cloudpickle.register_pickle_by_value(module)
+        cloudpickle.register_pickle_by_value(package_of(module))
 
 
 @contextmanager
