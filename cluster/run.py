@@ -68,6 +68,7 @@ class Run:
         """The folder and its log appear once the first stage could start."""
         if self._log is None:
             self.folder.create(self.config)
+            (self.folder.path / "summary.json").unlink(missing_ok=True)  # it says that a run has ended
             self._log = MetricsLog(self.folder.path, self.config.metrics.host, self.config.metrics.port)
             self.stack.callback(self._log.close)
             self._log.truncate_after(self.checkpoint[1]["step"] if self.checkpoint else 0)
@@ -115,7 +116,7 @@ def train(config: Config, resume: bool, address: str | None, console: Console) -
         )
         finished, summary = _stages(run, compositions)
     console.print(final_table(summary))
-    console.print(f"run folder: {folder.path}", markup=False)
+    console.out(f"run folder: {folder.path}", highlight=False)
     return finished
 
 
@@ -317,9 +318,9 @@ def _write_down(run: Run, driver: Driver, finished: bool) -> dict[str, Any]:
         "startup_seconds": dict(run.startup.seconds),
         **run.tally.summary(),
     }
-    folder.write("summary.json", json.dumps(summary, indent=2))
     if finished:
         driver.learner.export(folder.path / "final")
         write_model_card(folder.path / "final" / "README.md", config, summary)
+    folder.write("summary.json", json.dumps(summary, indent=2))
     write_report(folder.path)
     return summary
