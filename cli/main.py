@@ -13,7 +13,7 @@ from . import bank, evaluate, train, verify
 from .outcome import INTERRUPTED, ends_clearly
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-app.command("train")(ends_clearly(train.train))
+app.command("train", cls=train.TrainCommand)(ends_clearly(train.train))
 app.command("eval")(ends_clearly(evaluate.evaluate))
 app.command("verify")(ends_clearly(verify.verify))
 app.add_typer(bank.app, name="bank")
@@ -46,3 +46,7 @@ def main() -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

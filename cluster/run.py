@@ -18,6 +18,7 @@ from rich.console import Console
 
 from ..contracts.arrow import encode
 from ..contracts.config import Config, Teacher
+from ..contracts.own_code import package_of
 from ..contracts.records import Prompt, Sampling
 from .driver import Driver, standing
 from .evaluation import EvalPlan, ProblemSet, evaluate
@@ -66,6 +67,7 @@ class Run:
         """The folder and its log appear once the first stage could start."""
         if self._log is None:
             self.folder.create(self.config)
+            (self.folder.path / "summary.json").unlink(missing_ok=True)  # it says that a run has ended
             self._log = MetricsLog(self.folder.path, self.config.metrics.host, self.config.metrics.port)
             self.stack.callback(self._log.close)
             self._log.truncate_after(self.checkpoint[1]["step"] if self.checkpoint else 0)
@@ -76,7 +78,7 @@ class Run:
 def train(config: Config, resume: bool, address: str | None, console: Console) -> bool:
     """Run `config` to its end. Returns False if it was interrupted (a checkpoint stands). Raises TutorloopError."""
     tally = Tally()  # its clock starts here
-    folder = RunFolder(Path(config.output_dir))
+    folder = RunFolder(Path(config.output_dir).absolute())  # the learner's ranks write too, from folders of their own
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(config.total_steps, console))
         stack.enter_context(_saying_what_stands(folder, progress))
@@ -119,14 +121,14 @@ def train(config: Config, resume: bool, address: str | None, console: Console) -
         )
         finished, summary = _stages(run, compositions)
     console.print(final_table(summary))
-    console.print(f"run folder: {folder.path}", markup=False)
+    console.out(f"run folder: {folder.path}", highlight=False)
     return finished
 
 
 def _take_own_code_along(config: Config) -> None:
     """Actors on other nodes do not have the files of methods of one's own."""
     for module in filter(None, (own_module(stage.method) for stage in config.plan)):
-        cloudpickle.register_pickle_by_value(module)
+        cloudpickle.register_pickle_by_value(package_of(module))
 
 
 @contextmanager
@@ -322,9 +324,9 @@ def _write_down(run: Run, driver: Driver, finished: bool) -> dict[str, Any]:
         **({"left_out": run.inputs.left_out} if run.inputs.left_out else {}),
         **run.tally.summary(),
     }
-    folder.write("summary.json", json.dumps(summary, indent=2))
     if finished:
         folder.put(folder.path / "final", "the model", driver.learner.export)
         write_model_card(folder.path / "final" / "README.md", config, summary)
+    folder.write("summary.json", json.dumps(summary, indent=2))
     write_report(folder.path)
     return summary

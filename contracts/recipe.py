@@ -5,7 +5,8 @@ Imports neither torch nor Ray, so a wrong key costs a second. Unknown keys name 
 
 import copy
 import difflib
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from .config import (
     Checkpoint,
     Config,
     Learner,
-    Lora,
     Metrics,
     ModelPool,
     OffPolicy,
@@ -24,42 +24,79 @@ from .config import (
     Rollout,
     Section,
     Skills,
-    Stage,
     Student,
     Teacher,
-    Until,
     Verifier,
 )
 from .data_config import Data, Eval
 from .errors import ConfigError
+from .overrides import apply
+from .places import at_home, exists, located
+from .recipe_text import below, leaves, members, read
+
+SHOWN = 200  # characters of a value in a message
+PACKAGED = Path(__file__).parents[1] / "recipes"
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a recipe and apply `key.path=value` overrides (values are YAML). Raises ConfigError."""
+    """Read a recipe and apply `key.path=value` overrides. `path`: a file, or the name of one that comes with the
+    package. Raises ConfigError."""
+    path = locate_recipe(path)
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = read(path.read_text(encoding="utf-8-sig"), Config)
     except OSError as error:
         raise ConfigError(
             "a recipe must be a readable file", f"{path}: {error.strerror}", "give a YAML file"
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError("a recipe must be YAML", f"{path}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError("a recipe must be UTF-8", f"{path}: {error}", "save it as UTF-8") from error
+    except yaml.YAMLError as error:
+        remedy = "indent with spaces" if "'\\t'" in str(error) else "text with special characters goes into quotes"
+        raise ConfigError("a recipe must be YAML, in one document", f"{path}: {error}", remedy) from error
+    if tree is None:
+        raise ConfigError("a recipe is a mapping of keys", f"{path} is empty")
     if not isinstance(tree, dict):
         raise ConfigError("a recipe is a mapping of keys", f"{path} holds {type(tree).__name__}")
     return parse_config(tree, overrides)
+
+
+def locate_recipe(path: Path) -> Path:
+    """The file itself, or where there is none and `path` is a bare name, the package's recipe. Raises ConfigError."""
+    path = at_home(path)
+    if path.suffix or len(path.parts) != 1 or exists(path):
+        return path
+    known = {recipe.stem: recipe for recipe in PACKAGED.glob("*.yaml")}
+    if path.name in known:
+        return known[path.name]
+    near = difflib.get_close_matches(path.name, known, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"tutorloop's own: {', '.join(sorted(known))}"
+    raise ConfigError("a recipe is a YAML file, or the name of one of tutorloop's", f"{path}: no such file", hint)
 
 
 def parse_config(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
     """Validate a tree of plain values with overrides applied; all its faults come in one ConfigError."""
     tree = copy.deepcopy(dict(tree))
     for override in overrides:
-        _apply(tree, override)
+        apply(tree, override)
+    given = _given(tree)
+    faults = [f"{key}: {fault}" for key, value in leaves(given) if (fault := _unusable(value))]
     try:
-        return Config.model_validate(_given(tree))
+        config = Config.model_validate(given)
     except ValidationError as error:
-        faults = [_explain(fault) for fault in error.errors()]
+        faults += [explain(fault, _known_keys) for fault in error.errors() if not _unusable(fault["input"])]
+    if faults:
         rule = "a recipe and its overrides hold known keys with fitting values"
         raise ConfigError(rule, "\n         ".join(faults), "docs/configuration.md lists every key") from None
+    return located(config)
+
+
+def _unusable(value: Any) -> str:
+    """What is wrong with a value wherever it stands; "" where nothing is."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"a number must be finite (found {value})"
+    if isinstance(value, str) and ("\0" in value or any("\ud800" <= character <= "\udfff" for character in value)):
+        return f"text has no NUL and no half of a surrogate pair (found {value!a})"
+    return ""
 
 
 def _given(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,29 +105,20 @@ def _given(tree: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in kept.items() if value is not None}
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise ConfigError("an override reads key.path=value", override, "e.g. learner.learning_rate=1e-4")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError("an override's value must be YAML", override) from error
-    *parents, leaf = key.split(".")
-    node = tree
-    for parent in parents:
-        below = node.setdefault(parent, {})
-        if not isinstance(below, dict):
-            raise ConfigError("an override's path leads through sections", f"{key}: {parent} is a value")
-        node = below
-    node[leaf] = value
+WRITTEN = {  # types of faults: how what is wanted is written
+    "string_type": "put it in quotes",
+    "tuple_type": "write [a, b]",
+    "dict_type": "write {key: value}",
+    "model_type": "write {key: value}",
+}
 
 
-def _explain(fault: Any) -> str:
-    place = [str(part) for part in fault["loc"]]
+def explain(fault: Any, known_keys: Callable[[Sequence[str]], Collection[str]], prefix: Sequence[str] = ()) -> str:
+    """One of pydantic's faults in our words. `known_keys(place)`: of the section there; `prefix`: where all lies."""
+    place = [*prefix, *(str(part) for part in fault["loc"])]
     key = ".".join(place) or "recipe"
     if fault["type"] == "extra_forbidden":
-        known = _known_keys(place[:-1])
+        known = known_keys(place[:-1])
         near = difflib.get_close_matches(place[-1], known, n=1, cutoff=0.5)
         hint = (
             f"did you mean {'.'.join([*place[:-1], near[0]])}?" if near else f"known keys: {', '.join(sorted(known))}"
@@ -100,19 +128,21 @@ def _explain(fault: Any) -> str:
         return f"{key}: required, and not given"
     message = str(fault["msg"]).removeprefix("Value error, ")
     if fault["type"] == "value_error":
-        return message
-    return f"{key}: {message} (found {fault['input']!r})"
+        return f"{key}: {message}" if prefix else message  # a section's own message names its keys
+    if fault["type"] == "blank":
+        return f"{'.'.join([*place, fault['ctx']['field']])}: {message}"
+    how = WRITTEN.get(fault["type"], "")
+    found = repr(fault["input"])
+    found = found if len(found) <= SHOWN else f"{found[:SHOWN]}…"
+    return f"{key}: {message} (found {found}{how and f'; {how}'})"
 
 
-def _known_keys(place: Sequence[str]) -> list[str]:
-    """Keys of the section at `place`; below `teachers` every name holds a Teacher."""
-    if not place:
-        return list(Config.model_fields)
-    if place[0] == "stages":
-        return list((Until if place[-1] == "until" else Stage).model_fields)
-    if place == ["student", "lora"]:
-        return list(Lora.model_fields)
-    return list(SECTIONS.get(place[0], Teacher).model_fields)
+def _known_keys(place: Sequence[str]) -> Collection[str]:
+    kind: Any = Config
+    for part in place:
+        kind = below(kind, part)
+    sections = [part for part in members(kind) if isinstance(part, type) and issubclass(part, Section)]
+    return [name for section in sections for name in section.model_fields]
 
 
 SECTIONS: dict[str, type[Section]] = {

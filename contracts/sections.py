@@ -1,12 +1,22 @@
 """What every section of a configuration is made of. Imports neither torch nor Ray."""
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 
 class Section(BaseModel):
     """Base of every section: frozen, no key that nobody reads, and no number that is not finite."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _no_blank(self) -> "Section":
+        """Text without a single character is given only where it is the default."""
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if isinstance(value, str) and field.default != "" and not value.strip():
+                raise PydanticCustomError("blank", "holds no text (found {text})", {"field": name, "text": repr(value)})
+        return self
 
 
 class Pool(Section):

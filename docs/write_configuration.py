@@ -18,8 +18,21 @@ PAGE = Path(__file__).parent / "configuration.md"
 
 HEAD = """# Configuration
 
-A recipe is one YAML file; any key can be overridden on the command line as `key.path=value`, the value being YAML. An
-unknown key is refused with the nearest known one. Written by `docs/write_configuration.py`.
+A recipe is one YAML file; any key can be overridden on the command line as `key.path=value`. An unknown key is refused
+with the nearest known one, and a key that stands twice in a recipe with both its lines. Written by
+`docs/write_configuration.py`.
+
+What stands behind the `=` of an override is
+
+- the text itself where the key holds text (`str`, or words): `verifier.marker=####` and `data.prompt_suffix= # x` keep
+  every character. In quotes that the shell leaves it is a YAML string, which is how a line break is written:
+  `data.prompt_suffix='"\\nAnswer:"'`. `eval.path=` is the empty text;
+- YAML elsewhere: `learner.learning_rate=1e-6`, `student.lora={rank: 8}`, `teacher.urls=[http://a:8000/v1]`. `key=`
+  takes the default. A value that YAML would cut or drop (a comment, `~`) is refused.
+
+`stages.0.steps=3` reaches into a list of the recipe. Of several overrides of a key the last one holds. In a recipe, as
+in an override, numbers are those of YAML 1.2 and finite; `010`, which YAML's versions read in two ways, is refused.
+Relative paths start where the command runs, and `~` is the home folder.
 """
 
 

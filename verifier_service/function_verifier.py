@@ -17,7 +17,7 @@ from typing import Any
 import cloudpickle
 
 from ..contracts.errors import ConfigError
-from ..contracts.own_code import is_file, load_module
+from ..contracts.own_code import Sources, load_module, package_of, sources_of
 from ..contracts.protocols import Judgement, Response
 from .answers import last_box
 
@@ -27,7 +27,7 @@ OURS = ("prompt", "prompts", "completion", "completions", *TRAINERS)  # no colum
 
 
 def load_function(spec: str) -> bytes:
-    """The pickled function that `spec` names. Raises ConfigError; what its module's own code raises goes through."""
+    """The pickled function that `spec` names. Raises ConfigError."""
     place, _, name = spec.rpartition(":")
     if not place or not name:
         raise ConfigError(RULE, spec, "e.g. rewards.py:is_short")
@@ -37,15 +37,30 @@ def load_function(spec: str) -> bytes:
         what = "not there" if function is None else f"a {type(function).__name__}"
         raise ConfigError("a reward function can be called", f"{spec} is {what}", "check its name")
     _check_signature(function, spec)
-    if is_file(place):
-        cloudpickle.register_pickle_by_value(module)  # no other process has the file
+    sources = sources_of(module)
+    if sources:
+        cloudpickle.register_pickle_by_value(package_of(module))  # no other process has the file
     try:
-        return cloudpickle.dumps(function)
+        return cloudpickle.dumps(_Sent(sources, function) if sources else function)
     except Exception as error:  # whatever its globals raise
         found = f"{spec}: {type(error).__name__}: {error}"
         raise ConfigError(
             "a reward function can be sent to other processes", found, "make such globals in it"
         ) from error
+
+
+class _Sent:
+    """A function that is itself again where it arrives, behind the sources that it may import from."""
+
+    def __init__(self, sources: Sources, function: Callable[..., Any]) -> None:
+        self.sources, self.function = sources, function
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _function, (self.sources, self.function)
+
+
+def _function(sources: Sources, function: Callable[..., Any]) -> Callable[..., Any]:
+    return function
 
 
 def _check_signature(function: Callable[..., Any], spec: str) -> None:

@@ -6,11 +6,12 @@ of one's own that `method` names (docs/methods.md). Imports neither torch nor Ra
 
 import difflib
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 
 from ...contracts.config import Config
-from ...contracts.errors import ConfigError
-from ...contracts.own_code import is_file, load_module
+from ...contracts.errors import ConfigError, TutorloopError
+from ...contracts.own_code import is_file, load_module, users_fault
 from . import (
     constant_advantage,
     dapo,
@@ -78,11 +79,20 @@ def compose(config: Config) -> Composition:
         near = difflib.get_close_matches(config.method, METHODS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known methods: {', '.join(sorted(METHODS))}"
         raise ConfigError("method names a known method, a FILE.py or a MODULE", f"method: {config.method}", hint)
-    composition = (module.compose if module else METHODS[config.method])(config)
+    composition = _own_composition(config, module) if module else METHODS[config.method](config)
     if not isinstance(composition, Composition):
         raise ConfigError("compose(config) returns a Composition", f"{type(composition).__name__} from {config.method}")
     check_needs(config, composition)
     return composition
+
+
+def _own_composition(config: Config, module: ModuleType) -> Composition:
+    try:
+        return module.compose(config)
+    except TutorloopError:
+        raise
+    except Exception as error:  # whatever a user's code raises is the user's to mend
+        raise users_fault(config.method, error, str(Path(config.method).parent)) from error
 
 
 def compose_stages(config: Config) -> list[Composition]:
@@ -95,9 +105,8 @@ def compose_stages(config: Config) -> list[Composition]:
 def own_module(method: str) -> ModuleType | None:
     """The user's module that `method` names: `path/to/file.py`, or a dotted and importable name; None for one of ours.
 
-    A file is read anew at each call, under a name made of its path. To send its functions to other processes, register
-    the module by value with cloudpickle. Raises ConfigError where it is absent or has no `compose`; what its own code
-    raises goes through.
+    To send its functions to other processes, register what `package_of` gives by value with cloudpickle. Raises
+    ConfigError where it is absent, raises something itself, or has no `compose`.
     """
     if not is_file(method) and "." not in method:
         return None

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from ...contracts.config import Config, Section
 from ...contracts.errors import ConfigError
+from ...contracts.recipe import explain
 from ...contracts.records import Correction, Sampling, ScoreRequest, Term
 
 Options = TypeVar("Options", bound=Section)
@@ -119,6 +120,7 @@ def read_options(model: type[Options], options: dict[str, Any], method: str) -> 
     try:
         return model.model_validate(options)
     except ValidationError as error:
-        faults = [f"method_options.{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
-        known = f"{method} knows: {', '.join(model.model_fields)}"
-        raise ConfigError("method_options are those of the method", "\n  ".join(faults), known) from None
+        known = tuple(model.model_fields)
+        faults = [explain(fault, lambda place: known, ["method_options"]) for fault in error.errors()]
+        remedy = f"{method} knows: {', '.join(known)}"
+        raise ConfigError("method_options are those of the method", "\n  ".join(faults), remedy) from None

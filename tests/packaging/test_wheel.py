@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 NOT_SHIPPED = ("tests", "benchmarks", "recipes", "docs")
-DATA = ("lab/data/", "lab/models/", "deploy/")
+DATA = ("lab/data/", "lab/models/", "deploy/", "recipes/")
 
 
 def tree_files() -> list[str]:
@@ -67,8 +67,10 @@ def test_an_unpacked_wheel_imports_and_finds_its_data(wheel, tmp_path):
     code = (
         "import sys, pathlib, tutorloop.contracts.config, tutorloop.cli.main\n"
         "from importlib.resources import files\n"
-        "print(pathlib.Path(tutorloop.__file__).parents[1], files('tutorloop.lab').joinpath('data').is_dir())"
+        "print(pathlib.Path(tutorloop.__file__).parents[1], files('tutorloop.lab').joinpath('data').is_dir())\n"
+        "from tutorloop.contracts.recipe import load_config\n"
+        "print(load_config(pathlib.Path('quickstart')).method)"
     )
     command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{code}"]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert run.stdout.split() == [str(tmp_path), "True"], run.stderr
+    assert run.stdout.split() == [str(tmp_path), "True", "opd"], run.stderr

@@ -103,14 +103,24 @@ def test_a_file_that_is_no_method(method: str, text: str | None, expected: str, 
         compose_stages(config(str(path), TEACHER, {"marginn": 0.2}))
 
 
-def test_an_unknown_module_is_told_and_its_own_faults_go_through(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unknown_module_is_told() -> None:
     with pytest.raises(ConfigError, match="can be imported"):
         compose_stages(config("nowhere_at_all.method", TEACHER))
-    (tmp_path / "needs_more.py").write_text("import nowhere_at_all\n")
-    with pytest.raises(ModuleNotFoundError, match="nowhere_at_all"):
-        compose_stages(config(str(tmp_path / "needs_more.py"), TEACHER))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("import nowhere_at_all\n", "line 1: ModuleNotFoundError: No module named 'nowhere_at_all'"),
+        ("def compose(config):\n    return {}[config.method]\n", "line 2: KeyError"),
+        ("def compose(config)\n", "line 1: SyntaxError: expected ':'"),
+    ],
+)
+def test_what_its_own_code_raises_is_told_with_its_line(text: str, told: str, tmp_path: Path) -> None:
+    path = tmp_path / "own.py"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(f"{path} {told}")):
+        compose_stages(config(str(path), TEACHER))
 
 
 def test_what_it_leaves_out_is_checked_as_for_ours(tmp_path: Path) -> None:

@@ -265,13 +265,6 @@ def test_a_place_that_cannot_be_found_is_told(spec):
         load_function(spec)
 
 
-def test_what_a_file_s_own_code_raises_goes_through(tmp_path):
-    path = tmp_path / "broken.py"
-    path.write_text("import no_such_module_of_mine\n")
-    with pytest.raises(ModuleNotFoundError, match="of_mine"):
-        load_function(f"{path}:f")
-
-
 # ---- rewards of several parts ----------------------------------------------------------------------------------------
 
 

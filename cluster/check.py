@@ -1,0 +1,95 @@
+"""`tutorloop train --check`: all that a run checks before its first actor, and what would run. Starts no Ray."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ..contracts.config import Config, Pool, Teacher
+from ..models.loading import eos_ids, load_tokenizer
+from .methods import compose_stages
+from .methods.composition import Composition
+from .pool import parts_of
+from .preflight import Inputs, check_inputs, context_length, resources_needed
+from .progress import plain
+from .run_folder import RunFolder
+
+
+def check(config: Config, resume: bool, console: Console) -> bool:
+    """Print one screen of what would run; True. Raises an InputError where a run would."""
+    compositions = compose_stages(config)
+    folder = RunFolder(Path(config.output_dir).absolute())
+    folder.check(config, resume)
+    inputs = check_inputs(config, compositions)
+    checkpoint = folder.latest_checkpoint() if resume else None
+    begins = f"goes on after step {checkpoint[1]['step']}" if checkpoint else "starts anew"
+    lines = [("run folder", f"{folder.path}: {begins}"), *_lines(config, compositions, inputs)]
+    for label, text in lines:
+        console.out(f"{plain(label):<14}{plain(text)}", highlight=False)
+    console.out("Nothing is wrong that can be seen without Ray.", highlight=False)
+    return True
+
+
+def _lines(config: Config, compositions: Sequence[Composition], inputs: Inputs) -> Iterator[tuple[str, str]]:
+    for number, stage in enumerate(config.plan):
+        until = f", or until {stage.until.trigger}" if stage.until else ""
+        yield "method" if not number else "then", f"{stage.method}, {stage.steps} steps{until}"
+    rollout, data, evaluation = config.rollout, config.data, config.eval
+    samples = f"{config.prompts_per_step} prompts × {rollout.samples_per_prompt} rollouts"
+    yield "a step", f"{samples} of up to {rollout.max_new_tokens} tokens, {config.max_staleness} steps of staleness"
+    adapters = f", adapters of rank {config.student.lora.rank}" if config.student.lora else ""
+    yield "student", f"{config.student.model}: {config.learner.dtype}, {rollout.engine}{adapters}"
+    for name, teacher in config.named_teachers.items():
+        yield name, _teacher(teacher)
+    if config.reference:
+        yield "reference", f"{config.reference.model}: {config.reference.dtype}"
+    longest = max(len(prompt.token_ids) for prompt in inputs.train)
+    room = context_length(config.student.model)
+    yield "data", f"{data.path}: {len(inputs.train):,} rows, the longest prompt {longest:,} tokens of {room:,}"
+    for path, prompts in ((evaluation.path, inputs.in_distribution), (evaluation.ood_path, inputs.out_of_distribution)):
+        if prompts:
+            often = f"every {evaluation.every} steps" if evaluation.every else "before and after"
+            yield "evaluation", f"{path}: {len(prompts):,} problems × {evaluation.samples}, {often}"
+    yield "verifier", config.verifier.kind
+    yield "responses end", _ends(config.student.model)
+    for name, pool in _pools(config, compositions):
+        yield f"  {name}"[:13], f"{pool.replicas} × {parts_of(pool) * pool.num_cpus:g} CPU, {_gpus(pool)} GPU"
+    learner = config.learner
+    yield (
+        "  learner",
+        f"{learner.ranks} × {learner.num_cpus:g} CPU, {learner.num_gpus:g} GPU, ZeRO-{learner.zero_stage}",
+    )
+    total = resources_needed(config, compositions)
+    yield "  in all", f"{total['CPU']:g} CPU, {total['GPU']:g} GPU"
+    every = f" and every {config.checkpoint.every} steps" if config.checkpoint.every else ""
+    yield "checkpoints", f"every {config.checkpoint.minutes:g} minutes{every}, the newest {config.checkpoint.keep} kept"
+
+
+def _teacher(teacher: Teacher) -> str:
+    place = ", ".join(teacher.urls) if teacher.urls else teacher.dtype
+    follows = f", follows the student ({teacher.follows})" if teacher.follows else ""
+    return f"{teacher.model}: {place}, {teacher.engine}, {teacher.signal}{follows}"
+
+
+def _ends(model: str) -> str:
+    tokenizer: Any = load_tokenizer(model)
+    ends = eos_ids(model, tokenizer)
+    return "at " + ", ".join(f"{tokenizer.convert_ids_to_tokens(end)} ({end})" for end in ends) if ends else "nowhere"
+
+
+def _gpus(pool: Pool) -> str:
+    return f"{parts_of(pool) * pool.num_gpus:g}"
+
+
+def _pools(config: Config, compositions: Iterable[Composition]) -> Iterator[tuple[str, Pool]]:
+    yield "rollout", config.rollout
+    if any("teacher" in composition.generators for composition in compositions):
+        yield "teacher_rollout", config.teacher_rollout
+    yield from ((name, teacher) for name, teacher in config.named_teachers.items() if not teacher.shared)
+    if config.reference:
+        yield "reference", config.reference
+    if config.verifier.kind != "none":
+        yield "verifier", config.verifier
+    if config.skills:
+        yield "skills", config.skills
