@@ -1,0 +1,53 @@
+"""How long a pool's replicas were busy, up to any moment: a call's time counts while it passes, not when it ends.
+
+A replica is busy while at least one of its calls runs. Of a call that has ended its receipt says when it ran; one that
+is open counts since it was sent. So between two moments a replica is busy for at most the time between them, whatever
+runs side by side, and what was counted is never taken back.
+"""
+
+import time
+from collections.abc import Callable, Hashable
+
+
+class BusyTime:
+    """Busy seconds of a pool's `replicas` together. `now` is the clock that receipts are stamped with."""
+
+    def __init__(self, replicas: int, now: Callable[[], float] = time.time) -> None:
+        self._now = now
+        self._open: list[dict[Hashable, float]] = [{} for _ in range(replicas)]  # call → when it was sent
+        self._ended: list[list[tuple[float, float]]] = [[] for _ in range(replicas)]  # an open call may overlap these
+        self._settled = 0.0  # seconds that no call to come can overlap
+        self._most = 0.0
+
+    def sent(self, replica: int, call: Hashable) -> None:
+        self._open[replica][call] = self._now()
+
+    def done(self, replica: int, call: Hashable, seconds: float, ended: float) -> None:
+        """The call has run for `seconds` until `ended`, which counts as far as it lies between its sending and now."""
+        sent, now = self._open[replica].pop(call), self._now()
+        end = min(max(ended, sent), now)
+        self._ended[replica].append((max(end - seconds, sent), end))
+
+    @property
+    def seconds(self) -> float:
+        """Until now; it never falls."""
+        now, running = self._now(), 0.0
+        for replica, calls in enumerate(self._open):
+            first = min(calls.values(), default=now)
+            merged = _merged(self._ended[replica])
+            self._settled += sum(end - begin for begin, end in merged if end <= first)
+            self._ended[replica] = [(begin, end) for begin, end in merged if end > first]
+            running += sum(end - begin for begin, end in _merged([*self._ended[replica], (first, now)]))
+        self._most = max(self._most, self._settled + running)
+        return self._most
+
+
+def _merged(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The spans in order, those that touch as one."""
+    merged: list[tuple[float, float]] = []
+    for begin, end in sorted(spans):
+        if merged and begin <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((begin, end))
+    return merged
