@@ -6,7 +6,9 @@ runs side by side, and what was counted is never taken back.
 """
 
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 
 class BusyTime:
@@ -51,3 +53,52 @@ def _merged(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
         else:
             merged.append((begin, end))
     return merged
+
+
+class WatchedPool(Protocol):
+    """What is read of a pool."""
+
+    name: str
+    replicas: list[Any]
+    busy: BusyTime
+
+
+@dataclass(slots=True)
+class Watched:
+    """What was seen of pools while they were watched, by their names."""
+
+    seconds: float = 0.0
+    busy: dict[str, float] = field(default_factory=dict)  # seconds of all replicas together
+    available: dict[str, float] = field(default_factory=dict)  # the same if they had always been busy
+
+
+class Watch:
+    """Watches pools while a run trains, and not while it evaluates or saves. The busy share that every display shows is
+    busy over available seconds of the time watched: at most 1, because both are read from one clock."""
+
+    def __init__(self, now: Callable[[], float] = time.time) -> None:
+        self._now, self._seen = now, Watched()
+        self._pools: dict[WatchedPool, float] = {}
+        self._since = 0.0
+
+    def begin(self, pools: Iterable[WatchedPool]) -> None:
+        self._since = self._now()
+        self._pools = {pool: pool.busy.seconds for pool in pools}
+
+    def pause(self) -> None:
+        before, seen = self._pools, self._seen
+        busy = {pool: pool.busy.seconds - seconds for pool, seconds in before.items()}
+        passed = self._now() - self._since if before else 0.0
+        seen.seconds += passed
+        for pool, seconds in busy.items():
+            seen.busy[pool.name] = seen.busy.get(pool.name, 0.0) + seconds
+            seen.available[pool.name] = seen.available.get(pool.name, 0.0) + passed * len(pool.replicas)
+        self._pools = {}
+
+    def take(self) -> Watched:
+        """What was seen since the last time; the watching goes on."""
+        pools = list(self._pools)
+        self.pause()
+        seen, self._seen = self._seen, Watched()
+        self.begin(pools)
+        return seen

@@ -15,7 +15,7 @@ from ..teacher_service.http_engine import ServerLimits, probe
 from .data import check_context, load_prompts
 from .methods.composition import Composition
 from .pool import parts_of
-from .services import key_of, load_functions
+from .services import judges, judges_training, key_of, load_functions
 from .skill_bank import check_skills
 
 SHOWN = {"answer": "data.answer_field", "solution": "data.solution_field"}  # fields of templates that rows must have
@@ -66,7 +66,8 @@ def check_inputs(config: Config, compositions: Sequence[Composition]) -> Inputs:
 
     data = config.data
     needs = {"need_answer": config.verifier.needs_gold, "keep_rows": config.verifier.reads_rows}
-    train = load_prompts(data, data.path, data.split, tokenizer, **needs)
+    own = needs | {"need_answer": needs["need_answer"] and judges_training(config, compositions)}
+    train = load_prompts(data, data.path, data.split, tokenizer, **own)
     held_out = [
         load_prompts(data, path, evaluation.split, tokenizer, evaluation.problems, **needs) if path else []
         for path in (evaluation.path, evaluation.ood_path)
@@ -173,9 +174,10 @@ def _with_teachers(config: Config, compositions: Iterable[Composition], prompts:
     return [replace(prompt, teacher=prompt.teacher or names[0]) for prompt in prompts]
 
 
-def resources_needed(config: Config, compositions: Iterable[Composition]) -> dict[str, float]:
+def resources_needed(config: Config, compositions: Sequence[Composition]) -> dict[str, float]:
     """Sum of what the pools and the learner take, by Ray's names."""
-    pools: list[Pool] = [config.rollout, config.verifier, *(t for t in config.named_teachers.values() if not t.shared)]
+    pools: list[Pool] = [config.rollout, *(t for t in config.named_teachers.values() if not t.shared)]
+    pools += [config.verifier] if judges(config, compositions) else []
     pools += [pool for pool in (config.reference, config.skills) if pool]
     if any("teacher" in composition.generators for composition in compositions):
         pools.append(config.teacher_rollout)

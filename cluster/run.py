@@ -31,10 +31,12 @@ from .model_card import write_model_card
 from .pool import Pool
 from .preflight import Inputs, check_inputs, resources_needed
 from .progress import Progress, final_table
+from .recording import Recorder
 from .report import write_report
 from .run_folder import RunFolder
 from .runtime import check_resources, cluster
-from .services import heads, stage_generators, stage_teachers, start_generators, start_verifiers
+from .samples import truncate_samples
+from .services import heads, judges, stage_generators, stage_teachers, start_generators, start_verifiers
 from .skill_bank import SkillBank
 from .stages import EntropyCollapse
 from .tally import Tally
@@ -57,6 +59,7 @@ class Run:
     progress: Progress
     interrupt: Interrupt
     tally: Tally
+    recorder: Recorder
     stack: ExitStack
     _log: MetricsLog | None = None
 
@@ -64,9 +67,13 @@ class Run:
         """The folder and its log appear, and Ctrl-C asks for a checkpoint, once the first stage could start."""
         if self._log is None:
             self.folder.create(self.config)
-            self._log = MetricsLog(self.folder.path, self.config.metrics.host, self.config.metrics.port)
+            self._log = MetricsLog(
+                self.folder.path, self.config.metrics.host, self.config.metrics.port, method_of(self.config)
+            )
             self.stack.callback(self._log.close)
-            self._log.truncate_after(self.checkpoint[1]["step"] if self.checkpoint else 0)
+            done = self.checkpoint[1]["step"] if self.checkpoint else 0
+            self._log.truncate_after(done)
+            truncate_samples(self.folder.path, done)
             self.progress.note(f"metrics at {self._log.url}")
             self.stack.enter_context(self.interrupt)
         return self._log
@@ -91,17 +98,19 @@ def train(config: Config, resume: bool, address: str | None, console: Console) -
             progress.note(f"{name}: {limits}")
         if checkpoint:
             progress.note(f"resuming after step {checkpoint[1]['step']} from {checkpoint[0]}")
+        prompts = ray.put(encode(Prompt, inputs.train))
         run = Run(
             config=config,
             folder=folder,
             inputs=inputs,
             checkpoint=checkpoint,
-            verifiers=start_verifiers(config) if config.verifier.kind != "none" else None,
-            prompts=ray.put(encode(Prompt, inputs.train)),
+            verifiers=start_verifiers(config) if judges(config, compositions) else None,
+            prompts=prompts,
             problems=_problem_sets(inputs),
             progress=progress,
             interrupt=Interrupt(progress.note),
             tally=tally,
+            recorder=Recorder(folder.path, config.record, prompts),
             stack=stack,
         )
         finished, summary = _stages(run, compositions)
@@ -190,6 +199,7 @@ def _assemble(run: Run, number: int, composition: Composition, first: int, stack
         progress=run.progress,
         interrupt=run.interrupt,
         tally=run.tally,
+        recorder=run.recorder,
         step=first,
     )
 
@@ -231,9 +241,9 @@ def _evaluate_teachers(run: Run, config: Config, log: MetricsLog) -> None:
             pool = start_generators("teacher as generator", teacher.model, teacher.dtype, one, config)
             pool.ready()
             assert run.verifiers, "preflight refuses an evaluation without a verifier"
-            parts = (eval_plan(config), pool, run.verifiers, [], "teacher", 0, run.interrupt)
-            for row in [evaluate(problems, *parts) for problems in run.problems]:
-                run.tally.evals.append(row)
+            parts = (eval_plan(config), pool, run.verifiers, [], "teacher", 0, run.interrupt, run.recorder)
+            for row in evaluate(run.problems, *parts):
+                row = run.tally.eval_row(config, row)
                 log.log_eval(row)
                 run.progress.eval(row)
             pool.close()
@@ -257,7 +267,13 @@ def eval_plan(config: Config) -> EvalPlan:
         sampling=Sampling(max_new_tokens=new_tokens, temperature=config.eval.temperature),
         batch_size=config.rollout.batch_size,
         seed=config.seed,
+        reads_answers=config.verifier.needs_gold,
     )
+
+
+def method_of(config: Config) -> str:
+    """The run's methods in words, one after the other."""
+    return " → ".join(stage.method for stage in config.plan)
 
 
 def _write_down(run: Run, driver: Driver, finished: bool) -> dict[str, Any]:
@@ -267,7 +283,7 @@ def _write_down(run: Run, driver: Driver, finished: bool) -> dict[str, Any]:
     memory = {pool.name: pool.peak_memory() for pool in driver.flow.pools}
     memory["learner"] = driver.learner.peak_memory()
     summary = {
-        "method": " → ".join(stage.method for stage in config.plan),
+        "method": method_of(config),
         "seed": config.seed,
         "steps": driver.step,
         "interrupted": not finished,
@@ -276,6 +292,8 @@ def _write_down(run: Run, driver: Driver, finished: bool) -> dict[str, Any]:
         "peak_memory_bytes_by_pool": memory,
         **run.tally.summary(),
     }
+    if run.recorder.lost:
+        run.progress.note(f"{run.recorder.lost} batches of rollouts were lost before rollouts.jsonl could show them")
     folder.write("summary.json", json.dumps(summary, indent=2))
     if finished:
         driver.learner.export(folder.path / "final")

@@ -16,6 +16,7 @@ import pyarrow as pa
 
 ROLLOUTS_FILE = "rollouts.jsonl"
 TAIL_BYTES = 2**18  # of the file's end, read first
+OF_PROMPT = ("text", "turns", "answer", "other_answers")
 SHOWN_LINES = 16  # of the file's end, from which the report chooses
 
 Wanted = Sequence[tuple[int, int, Mapping[str, Any]]]  # row of the batch, row of the prompts, what else is known
@@ -25,7 +26,7 @@ def lines_of(wanted: Wanted, prompts: pa.RecordBatch, rollouts: pa.RecordBatch, 
     """The lines of some rollouts of one batch, in order. What else is known (kind, step, trained, …) comes in first."""
     lines = []
     for row, prompt, known in wanted:
-        of_prompt = {name: prompts.column(name)[prompt].as_py() for name in ("text", "turns", "answer", "other_answers")}
+        of_prompt = {name: prompts.column(name)[prompt].as_py() for name in OF_PROMPT}
         line = {**known, **_rollout(rollouts, row, of_prompt)}
         if verdicts is not None:
             line |= _verdict(verdicts, row)
@@ -123,7 +124,7 @@ def _read(line: bytes) -> dict[str, Any] | None:
 
 
 def whole_groups(groups: Iterable[str], most: int) -> set[str]:
-    """The first prompt groups (an entry a rollout, in order) that together have at most `most` rollouts; at least one."""
+    """The first prompt groups (an entry a rollout, in order) of at most `most` rollouts together; at least one."""
     sizes: dict[str, int] = {}
     for group in groups:
         sizes[group] = sizes.get(group, 0) + 1

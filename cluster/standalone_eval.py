@@ -32,7 +32,8 @@ def evaluate_model(config: Config, address: str | None) -> EvalRow:
         problems = ProblemSet.of("in_distribution", prompts)
         with Interrupt(lambda _: None) as interrupt:
             try:
-                return evaluate(problems, eval_plan(config), generators, verifiers, [], "student", 0, interrupt)
+                (row,) = evaluate([problems], eval_plan(config), generators, verifiers, [], "student", 0, interrupt)
+                return row
             except Interrupted:
                 raise KeyboardInterrupt from None
 
@@ -50,4 +51,9 @@ def table(config: Config, row: EvalRow) -> Table:
     for name, figure in figures.items():
         low, high = figure["low"], figure["high"]
         result.add_row(name, f"{100 * figure['value']:.1f} %", f"{100 * low:.1f} – {100 * high:.1f} %")
+    for name, share in (("answered", row.answered_share), ("cut off by the limit", row.truncated_share)):
+        if share is not None:
+            result.add_row(name, f"{100 * share:.1f} %", "")
+    if row.response_length is not None:
+        result.add_row("tokens a response", f"{row.response_length:.0f}", "")
     return result

@@ -328,6 +328,7 @@ class StepReport:
     metrics: dict[str, float]
     dropped: dict[str, int] = field(default_factory=dict)  # reason → rollouts that trained in no term
     stances: dict[str, Stances] = field(default_factory=dict)  # by rollout, of its teacher's views
+    untrained: dict[str, str] = field(default_factory=dict)  # reasons of the rollouts that trained in no term
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -219,7 +219,7 @@ def test_gsm8k_with_a_qwen3_checkpoint_from_disk(tmp_path: Path, address: str) -
     config = load_config(ROOT / "recipes" / "gsm8k_qwen3.yaml", [*models, *paths, *local, *small])
     summary = train(config, address)
     rows = steps_of(tmp_path / "run")
-    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(row["tokens"]["trained"] > 0 and row["abstained"] == 0 for row in rows)
     assert summary["verifier_errors"] == {} and summary["accuracy"]["after"] is not None
 

@@ -1,5 +1,7 @@
 """Busy time accrues while it passes: a fake clock, random calls, and a slow reference on a grid of moments."""
 
+from itertools import pairwise
+
 import pytest
 from run_rows import fresh_rng
 
@@ -76,7 +78,7 @@ def test_no_moment_counts_twice_and_the_sum_is_right():
         truth = 0.0
         for own in spans:
             edges = sorted({edge for span in own for edge in span})
-            gaps = zip(edges, edges[1:], strict=False)
+            gaps = pairwise(edges)
             truth += sum(b - a for a, b in gaps if any(begin <= a and b <= end for begin, end in own))
         fresh = BusyTime(replicas, clock)  # without a look on the way nothing is counted too early
         clock.at = 100.0
