@@ -25,6 +25,7 @@ def plots_of(steps: Rows, evals: Rows) -> Iterable[tuple[str, str, list[Panel]]]
     """Title, one line of explanation, and panels; a panel without a figure to show is left out."""
     pools = keys_of(steps, "pools")
     stages = {name: ("seconds", name) for name in keys_of(steps, "seconds") if name not in ("total", *BETWEEN_STEPS)}
+    views = {a: {name: ("learner", f"skill_{a}_{name}") for name in STANCES} for a in ("right", "wrong")}
     speed, busy = ({name: ("pools", name, key) for name in pools} for key in ("tokens_per_second", "busy_fraction"))
 
     def panel(unit: str, places: dict[str, Place], share: bool = False, bars: bool = False) -> Panel:
@@ -52,12 +53,7 @@ def plots_of(steps: Rows, evals: Rows) -> Iterable[tuple[str, str, list[Panel]]]
         ],
         ("Skills", "What the teachers' views of the answers were: verdict × stance, as shares."): [
             panel("of all views", {name: ("learner", f"skill_{name}") for name in POLARITIES}, share=True),
-            panel(
-                "of right answers' views", {name: ("learner", f"skill_right_{name}") for name in STANCES}, share=True
-            ),
-            panel(
-                "of wrong answers' views", {name: ("learner", f"skill_wrong_{name}") for name in STANCES}, share=True
-            ),
+            *(panel(f"of {a} answers' views", views[a], share=True) for a in ("right", "wrong")),
         ],
         ("Responses", "Of all rollouts of the step."): [
             panel("mean length, tokens", {"length": ("response_length",)}),

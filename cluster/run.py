@@ -169,8 +169,7 @@ def _assemble(run: Run, number: int, composition: Composition, first: int, stack
     if composition.scoring and composition.scoring.top_k:
         _note_largest_k(run, [own[name] for name in config.named_teachers if name in own])
     skills = _skills(run, config, composition, stack)
-    own_teachers = {name: teacher for name, teacher in config.named_teachers.items() if name in teachers}
-    following = {name: t.follows for name, t in own_teachers.items() if t.follows and not t.shared}
+    following = {name: t.follows for name, t in config.named_teachers.items() if name in own and t.follows}
     flow = Flow(
         config,
         composition,
