@@ -4,7 +4,7 @@ import json
 import math
 import re
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -12,7 +12,7 @@ import pytest
 from run_rows import eval_row, fresh_rng, step_row, summary_of
 
 from tutorloop.cluster.curves import _bins, _curves
-from tutorloop.cluster.metrics import EvalRow
+from tutorloop.cluster.metrics import EvalRow, StepRow
 from tutorloop.cluster.plots import Panel, Series, svg
 from tutorloop.cluster.report import write_report
 from tutorloop.contracts.errors import RunFolderError
@@ -107,6 +107,17 @@ def test_stage_times_add_up(tmp_path):
     _, text = read_page(write_report(tmp_path))
     for cells in ("wait 4.0 s 20.0 % 1.000 s", "learn 10.0 s 50.0 %", "everything else 4.0 s 20.0 %", "total 20.0 s"):
         assert cells in re.sub(r"\s+", " ", text)
+
+
+def test_warnings_and_the_start_are_shown(tmp_path):
+    rng = fresh_rng()
+    rows = [eval_row(rng, 0), *(step_row(rng, step, warnings=[f"{HOSTILE} {step}"] * (step > 1)) for step in (1, 2, 3))]
+    seconds = {"wait": 1.0, "total": 5.0}
+    rows = [replace(row, seconds=seconds) if isinstance(row, StepRow) else row for row in rows]
+    write_run(tmp_path, rows, summary_of([], startup_seconds=5.0))
+    _, text = read_page(write_report(tmp_path))
+    assert text.count("warning: <script>alert('x')</script>") == 2
+    assert "starting 5.0 s 25.0 %" in re.sub(r"\s+", " ", text)
 
 
 @pytest.mark.parametrize("evaluated", [True, False])
