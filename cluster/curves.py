@@ -57,7 +57,7 @@ def plots_of(steps: Rows, evals: Rows) -> Iterable[tuple[str, str, list[Panel]]]
         ],
         ("Responses", "Of all rollouts of the step."): [
             panel("mean length, tokens", {"length": ("response_length",)}),
-            panel("share ended by the token limit", {"truncated": ("truncated_share",)}, share=True),
+            panel("share cut off by the token limit", {"cut off": ("truncated_share",)}, share=True),
         ],
         ("Pools", "Since the step before, evaluations and checkpoints left out."): [
             panel("tokens per second", speed),

@@ -265,7 +265,7 @@ def _figure(number: int, title: str, note: str, panels: Sequence[Panel], last_st
 
 def _panel(panel: Panel, key: str, last_step: float) -> str:
     legend = ""
-    if len(panel.series) > 1:
+    if len(panel.series) > 1 or panel.series[0].label not in panel.unit:
         swatches = [
             f"<li><i class='{'level' if s.level else 'line'}' style='--c:var(--{s.ink})'></i>{_text(s.label)}</li>"
             for s in panel.series
