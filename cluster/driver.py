@@ -6,7 +6,7 @@ counted so far, because prompts and seeds are functions of the step.
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import ray
 
 from ..contracts.config import Config
+from ..contracts.errors import LearnerError, RunFolderError, StorageError, TutorloopError
 from ..contracts.records import StepReport
 from .evaluation import EvalPlan, ProblemSet, evaluate
 from .flow import Flow, Shard
@@ -46,6 +47,12 @@ class Stopwatch:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - start
 
 
+def standing(folder: RunFolder) -> str:
+    """What a run that ends now can be continued from, in words."""
+    found = sorted(folder.checkpoints.glob("step-*"))
+    return f"continue with --resume from {found[-1]}" if found else "no checkpoint stands"
+
+
 @dataclass(slots=True, kw_only=True)
 class Driver:
     """Drives one stage of a run, whose parts have been started. `step` counts the run's steps that are done; it is the
@@ -71,6 +78,7 @@ class Driver:
     tally: Tally
     recorder: Recorder
     step: int
+    lost: TutorloopError | None = None  # what a pool failed with while the learner was at a step
 
     def train(self) -> bool:
         """The loop. Returns whether the stage came to its end (False: interrupted). A checkpoint stands then."""
@@ -89,9 +97,12 @@ class Driver:
                 with clock("learn"):
                     report = self.learn(shards)
                 self.step += 1
-                self.watch(shards, report)
-                self.publish(clock)
-                self.record(shards, report, clock)
+                try:
+                    self.go_on()
+                    self.watch(shards, report)
+                    self.publish(clock)
+                finally:  # a step that was learnt is written down, whatever came after it
+                    self.record(shards, report, clock)
                 clock = Stopwatch()
                 if self._due(self.config.eval.every):
                     self.evaluate(clock)
@@ -103,6 +114,9 @@ class Driver:
         except Interrupted:
             self.progress.note(f"interrupted after step {self.step}")
             self.flow.abandon("interrupted")
+        except TutorloopError as error:
+            self.rescue(error, clock)
+            raise
         self.tally.count(self.flow)
         self.save(clock)
         return self.ended and not self.interrupt.requested
@@ -121,11 +135,30 @@ class Driver:
         reports = self.learner.start_step(self.step - self.flow.first, self.step, shards, rows)
         pending = reports
         while pending:
-            self.interrupt.notice()
-            pump(self.flow.pools, pending)
+            try:
+                pump([] if self.lost else self.flow.pools, pending)
+            except TutorloopError as error:  # of a pool: the ranks finish the step, so that it can be saved
+                self.lost = error
             done, pending = ray.wait(pending, num_returns=len(pending), timeout=0, fetch_local=False)
             self.learner.finish_step(done)  # a failed rank is heard at once: the others would wait for it
         return self.learner.finish_step(reports)[0]
+
+    def go_on(self) -> None:
+        """Raises what a pool failed with while the learner was at a step."""
+        if self.lost:
+            raise self.lost
+
+    def rescue(self, error: TutorloopError, clock: Stopwatch) -> None:
+        """Before a failure ends the run: save the last finished step, where the learner can, and say what stands."""
+        if not isinstance(error, LearnerError | StorageError | RunFolderError) and self.step > self.flow.first:
+            self.progress.phase("saving a checkpoint before the run ends")
+            self.flow.abandon("interrupted")
+            self.tally.count(self.flow)
+            try:
+                self.save(clock)
+            except TutorloopError as second:  # what has failed holds a part of the checkpoint
+                self.progress.note(f"no checkpoint of step {self.step}: {second.rule}")
+        error.remedy = "; ".join(part for part in (error.remedy, standing(self.folder)) if part)
 
     def watch(self, shards: list[Shard], report: StepReport) -> None:
         """Show a finished step to the skill bank and to the stage's trigger."""
@@ -206,7 +239,8 @@ class Driver:
 
     def record(self, shards: list[Shard], report: StepReport, clock: Stopwatch) -> None:
         clock.seconds["total"] = time.monotonic() - clock.start
-        pump(self.flow.pools, timeout=0)  # what has ended meanwhile is busy no more
+        with suppress(TutorloopError):  # it is heard again at the next wait
+            pump(self.flow.pools, timeout=0)  # what has ended meanwhile is busy no more
         row = self.tally.step_row(self.step, shards, report, clock.seconds, self.flow)
         self.log.log_step(row)
         self.recorder.step(self.step, [*shards, *self.flow.stale], report.untrained)

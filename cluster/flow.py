@@ -7,6 +7,7 @@ as soon as it is generated, and what its verdicts ask for on top (`follow_up`) j
 own. The ready shards are the queue: references only, refused and counted when too old.
 """
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,10 +18,11 @@ import numpy as np
 from ray import ObjectRef
 
 from ..contracts.config import REFERENCE, Config
+from ..contracts.errors import NotFinite
 from ..contracts.records import Receipt, SampleRequest, ScoreRequest, TrainRow, seed_of
 from .data import PromptOrder
 from .interrupt import Interrupt
-from .methods.composition import Ask, Composition, Credit, Facts
+from .methods.composition import Ask, Composition, Credit, Facts, natural
 from .pool import Call, Pool, pump
 
 
@@ -33,7 +35,7 @@ class Shard:
     attempt: int = 1  # 2 and more: a follow-up
     rollouts: ObjectRef | None = None
     generated: Receipt | None = None
-    scores: list[ObjectRef] = field(default_factory=list)
+    scored: dict[str, ObjectRef] = field(default_factory=dict)  # by teacher
     skills: ObjectRef | None = None  # the skill-mistake pairs of its prompts
     held: list[Callable[[], None]] = field(default_factory=list)  # what waits for them
     verdicts: ObjectRef | None = None
@@ -44,6 +46,11 @@ class Shard:
     @property
     def source(self) -> str:
         return self.requests[0].source
+
+    @property
+    def scores(self) -> list[ObjectRef]:
+        """What the teachers said, in an order that is not that of their answers."""
+        return [self.scored[name] for name in sorted(self.scored)]
 
     @property
     def ready(self) -> bool:
@@ -234,8 +241,8 @@ class Flow:
             shard.held.append(partial(self._score, shard, rollouts, asked, cost))
             return
 
-        def scored(payload: ObjectRef, receipt: Receipt, shared: bool) -> None:
-            shard.scores.append(payload)
+        def scored(payload: ObjectRef, receipt: Receipt, name: str, shared: bool) -> None:
+            shard.scored[name] = payload
             shard.awaited -= 1
             self.scored_by_rollouts += receipt.tokens if shared else 0
 
@@ -243,7 +250,7 @@ class Flow:
             shown = () if request.context == "plain" else (self.prompts, shard.verdicts, shard.skills)
             pool = self.services.teachers[name]
             shared = pool is self.services.rollouts  # whose own figures are those of generating
-            done = partial(scored, shared=shared)
+            done = partial(scored, name=name, shared=shared)
             views = max(1, request.views)
             pool.submit(Call("score", (rollouts, request, *shown), cost * views, done, counted=not shared))
 
@@ -268,13 +275,15 @@ class Flow:
     def take(self, step: int) -> list[Shard]:
         """Wait for the step's shards; those that exceed the staleness bound are refused and counted.
 
+        They come in the order of their rollouts' ids: what trains, to the last bit, does not depend on who answered
+        first.
         Where the generators get new weights only every round, the steps inside a round are no staleness.
         """
         while not all(shard.ready for shard in self.shards[step]):
             self.interrupt.check()
             pump(self.pools)
         bound = self.config.max_staleness + self.composition.round_steps - 1
-        shards = self.shards.pop(step)
+        shards = sorted(self.shards.pop(step), key=lambda shard: natural(shard.requests[0].rollout_id))
         self.stale = [shard for shard in shards if shard.staleness(step) > bound]
         for shard in self.stale:
             shard.outcomes = ["stale"] * len(shard.requests)
@@ -293,6 +302,9 @@ class Flow:
             shards[batch].outcomes.append(outcome)
             if isinstance(outcome, str):
                 self.dropped[outcome] += 1
+            elif not math.isfinite(outcome.advantage) or not math.isfinite(outcome.weight):
+                rule = f"{self.config.method} credits a rollout with finite numbers"
+                raise NotFinite(rule, f"rollout {fact.rollout_id}: {outcome}", "correct the method's credit")
             else:
                 own = {"advantage": outcome.advantage, "weight": outcome.weight}
                 rows.append((length, TrainRow(batch=batch, row=row, **own)))

@@ -1,9 +1,18 @@
-"""Ctrl-C, and SIGTERM from a scheduler: once to stop at the next safe point with a checkpoint, twice to stop now."""
+"""Ctrl-C, and SIGTERM from a scheduler: heard in every phase of a command.
+
+While there is something to save, the first signal is a request to stop at the next safe point with a checkpoint, and
+the second stops now. Before and after that the first one stops now.
+"""
 
 import signal
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+TELL_SECONDS = 5.0  # at most, for a word to a terminal that does not take it
 
 
 class Interrupted(Exception):
@@ -11,35 +20,77 @@ class Interrupted(Exception):
 
 
 class Interrupt:
-    """A context in which the first signal is a request, and the second raises KeyboardInterrupt at once."""
+    """A context that hears the signals: they raise KeyboardInterrupt at once, or inside of `saving` are a request."""
+
+    active: ClassVar["Interrupt | None"] = None
 
     def __init__(self, tell: Callable[[str], None]) -> None:
         self.requested = False
-        self._tell, self._told = tell, False
+        self._tell, self._saves = tell, False
+        self._teller: threading.Thread | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupt":
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in SIGNALS:
             self._before[number] = signal.signal(number, self._handle)
+        Interrupt.active = self
         return self
 
     def __exit__(self, *_: object) -> None:
+        Interrupt.active = None
+        if self._teller is not None:
+            self._teller.join(TELL_SECONDS)
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True  # and no more: printing here could interrupt a print
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """In this block a first signal is a request: what runs in it saves before it ends."""
+        self._saves = True
+        try:
+            yield
+        finally:
+            self._saves = False
 
-    def notice(self) -> None:
-        """Tell the user, once, that the request was heard."""
-        if self.requested and not self._told:
-            self._told = True
-            self._tell("stopping: a checkpoint is saved first (again to stop at once)")
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        again, self.requested = self.requested, True
+        self.tell("stopping: a checkpoint is saved first (again to stop at once)" if self._saves else "stopping")
+        if again or not self._saves:
+            raise KeyboardInterrupt
+
+    def tell(self, text: str) -> None:
+        """Say, once, that the signal was heard. From a thread: here it could interrupt a print."""
+        if self._teller is None:
+            self._teller = threading.Thread(target=self._tell, args=(text,), daemon=True)
+            self._teller.start()
 
     def check(self) -> None:
         """Raises Interrupted once a stop has been requested."""
-        self.notice()
         if self.requested:
             raise Interrupted
+
+
+@contextmanager
+def unbroken() -> Iterator[None]:
+    """Ray's start and its end, which leave processes behind where they are broken off: a signal counts after the block,
+    a second one at once. What handled signals before does so again."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard: list[int] = []
+
+    def later(number: int, frame: FrameType | None) -> None:
+        heard.append(number)
+        if Interrupt.active:
+            Interrupt.active.tell("stopping, as soon as Ray lets go")
+        if len(heard) > 1:
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, later) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if heard:
+        signal.raise_signal(heard[0])

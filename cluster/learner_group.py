@@ -2,7 +2,7 @@
 
 import random
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from ..learner.packing import Lengths, plan_updates
 from ..learner.worker import LearnerWorker
 from .flow import Shard
 from .pool import peak_memory
-from .runtime import end, get
+from .room import wait_for_groups
+from .runtime import end, get, make_actor, say
 
 
 @ray.remote(num_cpus=0)
@@ -40,20 +41,26 @@ class LearnerGroup:
     """One actor per rank. `heads`: teachers whose frozen output projection the loss needs, by name."""
 
     def __init__(
-        self, config: Config, terms: tuple[Term, ...], correction: Correction, heads: dict[str, tuple[str, str]]
+        self,
+        config: Config,
+        terms: tuple[Term, ...],
+        correction: Correction,
+        heads: dict[str, tuple[str, str]],
+        tell: Callable[[str], None] = say,
     ) -> None:
         learner = self.config = config.learner
         need = {"CPU": learner.num_cpus, "GPU": learner.num_gpus}
         bundle = {name: amount for name, amount in need.items() if amount} or {"CPU": 0.001}
         self._group = placement_group([bundle] * learner.ranks, strategy="PACK")
-        get(self._group.ready(), LearnerError, "learner's placement")
+        in_all = {name: amount * learner.ranks for name, amount in bundle.items()}
+        wait_for_groups("learner", in_all, [self._group], tell)
         address, port = self.rendezvous()
         same_host = address == ray.util.get_node_ip_address()
-        actor = ray.remote(LearnerWorker)
         self.ranks: list[Any] = [
-            actor.options(
-                num_cpus=learner.num_cpus, num_gpus=learner.num_gpus, scheduling_strategy=self._bundle(rank)
-            ).remote(
+            make_actor(
+                f"rank {rank} of {learner.ranks} of the learner",
+                LearnerWorker,
+                {"num_cpus": learner.num_cpus, "num_gpus": learner.num_gpus, "scheduling_strategy": self._bundle(rank)},
                 rank=rank,
                 world_size=learner.ranks,
                 master_addr="127.0.0.1" if same_host and self._on_one_node() else address,
@@ -74,7 +81,7 @@ class LearnerGroup:
 
     def rendezvous(self) -> tuple[str, int]:
         """Address and a free port of rank 0's node."""
-        return ray.get(_rendezvous.options(scheduling_strategy=self._bundle(0)).remote())
+        return get(_rendezvous.options(scheduling_strategy=self._bundle(0)).remote(), LearnerError, "learner's node")
 
     def _bundle(self, rank: int) -> PlacementGroupSchedulingStrategy:
         return PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank)
@@ -87,7 +94,7 @@ class LearnerGroup:
         return get([getattr(rank, method).remote(*args) for rank in self.ranks], LearnerError, "learner")
 
     def ready(self) -> None:
-        get([rank.__ray_ready__.remote() for rank in self.ranks], LearnerError, "learner")
+        get([rank.started.remote() for rank in self.ranks], LearnerError, "learner")
 
     def start_step(self, step: int, version: int, shards: Sequence[Shard], rows: Lengths) -> list[ObjectRef]:
         """Begin a step on every rank; each gets its own plan and the same references. One report per rank."""

@@ -22,9 +22,8 @@ from ..contracts import config
 from ..contracts.errors import ResourceError, TutorloopError
 from ..contracts.records import Receipt
 from .busy import BusyTime
-from .runtime import end, get
-
-PLACE_SECONDS = 120  # a cluster may first have to start a node
+from .room import Need, wait_for_actors, wait_for_groups
+from .runtime import end, get, make_actor, say
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,18 +61,24 @@ class Pool:
         self.errors: Counter[str] = Counter()
         self._outstanding, self._ordered = max(2, at_once), at_once == 1
         self.places = Places(pool, here)
+        threads = 1 if at_once == 1 else at_once + 1
         self.replicas: list[Any] = [
-            ray.remote(worker).options(max_concurrency=1 if at_once == 1 else at_once + 1, **place).remote(**arguments)
-            for place in self.places.options
+            make_actor(
+                f"replica {index} of {pool.replicas} of the {name} pool",
+                worker,
+                {"max_concurrency": threads, **place},
+                **arguments,
+            )
+            for index, place in enumerate(self.places.options)
         ]
         self._backlog: deque[Call] = deque()
         self._in_flight: dict[ObjectRef, tuple[int, Call, ObjectRef]] = {}  # receipt → replica, call, payload
         self._acks: dict[ObjectRef, int] = {}  # unanswered broadcasts → replica
 
-    def ready(self) -> None:
-        """Wait until every replica has started; its error, if it cannot, comes from here."""
-        self.places.ready(self.name)
-        get([replica.__ray_ready__.remote() for replica in self.replicas], self.boundary, f"{self.name} pool")
+    def ready(self, tell: Callable[[str], None] = say) -> None:
+        """Wait until every replica has started; its error, if it cannot, comes from here. Waiting for room is told."""
+        self.places.ready(self.name, self.replicas, tell)
+        get([replica.started.remote() for replica in self.replicas], self.boundary, f"{self.name} pool")
 
     def submit(self, call: Call) -> None:
         self._backlog.append(call)
@@ -184,6 +189,13 @@ def parts_of(pool: config.Pool) -> int:
     return pool.tensor_parallel if isinstance(pool, config.ModelPool) else 1
 
 
+def need_of(name: str, pool: config.Pool, here: bool = False) -> Need:
+    """What a pool asks the cluster for: the parts of a replica are on one node."""
+    parts = parts_of(pool)
+    each = {"CPU": pool.num_cpus * parts, "GPU": pool.num_gpus * parts}
+    return Need(name, pool.replicas, {resource: amount for resource, amount in each.items() if amount}, here)
+
+
 class Places:
     """Where the replicas of a pool run: `options` for the actor of each.
 
@@ -191,31 +203,25 @@ class Places:
     """
 
     def __init__(self, pool: config.Pool, here: bool = False) -> None:
-        parts = parts_of(pool)
-        own: dict[str, Any] = {"num_cpus": pool.num_cpus * parts, "num_gpus": pool.num_gpus * parts}
+        self._each = need_of("", pool).each
+        own: dict[str, Any] = {"num_cpus": self._each.get("CPU", 0), "num_gpus": self._each.get("GPU", 0)}
         if here:
             node = ray.get_runtime_context().get_node_id()
             own["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
         self.options: list[dict[str, Any]] = [own] * pool.replicas
         self._groups = []
-        if parts > 1:
-            bundle = {name: amount for name, amount in (("CPU", own["num_cpus"]), ("GPU", own["num_gpus"])) if amount}
-            self._groups = [placement_group([bundle], strategy="STRICT_PACK") for _ in range(pool.replicas)]
+        if parts_of(pool) > 1:
+            self._groups = [placement_group([dict(self._each)], strategy="STRICT_PACK") for _ in range(pool.replicas)]
             self.options = [
                 {**own, "scheduling_strategy": PlacementGroupSchedulingStrategy(placement_group=group)}
                 for group in self._groups
             ]
 
-    def ready(self, name: str) -> None:
-        """Raises ResourceError where no node has room for a whole replica."""
-        if not self._groups:
-            return
-        waiting = [group.ready() for group in self._groups]
-        _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=PLACE_SECONDS)
-        if waiting:
-            found = f"{len(waiting)} of the {name} pool's {len(self._groups)} found none in {PLACE_SECONDS} s"
-            remedy = "lower tensor_parallel or replicas, or use larger nodes"
-            raise ResourceError("a replica whose model is split fits on one node", found, remedy)
+    def ready(self, name: str, replicas: Sequence[Any], tell: Callable[[str], None]) -> None:
+        """Wait for room, telling so."""
+        if self._groups:
+            wait_for_groups(f"{name} pool", self._each, self._groups, tell)
+        wait_for_actors(f"{name} pool", self._each, replicas, tell)
 
     def close(self) -> None:
         for group in self._groups:

@@ -14,7 +14,8 @@ from ..models.vllm_support import check_vllm_architecture
 from ..teacher_service.http_engine import ServerLimits, probe
 from .data import check_context, load_prompts
 from .methods.composition import Composition
-from .pool import parts_of
+from .pool import need_of
+from .room import Need
 from .services import judges, judges_training, key_of, load_functions
 from .skill_bank import check_skills
 
@@ -174,15 +175,17 @@ def _with_teachers(config: Config, compositions: Iterable[Composition], prompts:
     return [replace(prompt, teacher=prompt.teacher or names[0]) for prompt in prompts]
 
 
-def resources_needed(config: Config, compositions: Sequence[Composition]) -> dict[str, float]:
-    """Sum of what the pools and the learner take, by Ray's names."""
-    pools: list[Pool] = [config.rollout, *(t for t in config.named_teachers.values() if not t.shared)]
-    pools += [config.verifier] if judges(config, compositions) else []
-    pools += [pool for pool in (config.reference, config.skills) if pool]
+def needs_of(config: Config, compositions: Sequence[Composition]) -> list[Need]:
+    """What the pools and the learner ask the cluster for."""
+    teachers = {name: teacher for name, teacher in config.named_teachers.items() if not teacher.shared}
+    names = {name: "teacher" if len(config.named_teachers) == 1 else f"teacher.{name}" for name in teachers}
+    pools: dict[str, Pool | None] = {"rollout": config.rollout}
+    pools |= {names[name]: teacher for name, teacher in teachers.items()}
+    pools |= {REFERENCE: config.reference, "verifier": config.verifier if judges(config, compositions) else None}
     if any("teacher" in composition.generators for composition in compositions):
-        pools.append(config.teacher_rollout)
+        pools["teacher_rollout"] = config.teacher_rollout
+    needs = [need_of(name, pool) for name, pool in pools.items() if pool]
+    if config.skills:
+        needs.append(need_of("skills", config.skills, here=True))
     learner = config.learner
-    return {
-        "CPU": sum(p.replicas * parts_of(p) * p.num_cpus for p in pools) + learner.ranks * learner.num_cpus,
-        "GPU": sum(p.replicas * parts_of(p) * p.num_gpus for p in pools) + learner.ranks * learner.num_gpus,
-    }
+    return [*needs, Need("learner", learner.ranks, {"CPU": learner.num_cpus, "GPU": learner.num_gpus})]

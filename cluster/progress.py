@@ -295,7 +295,7 @@ def run_facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     facts += [("warning", text) for text in summary.get("warnings") or []]
     if summary.get("wall_seconds") is not None:
         start = summary.get("startup_seconds")
-        of_it = f", of it {clock(start)} of starting" if start is not None else ""
+        of_it = f", of it {clock(sum(start.values()))} of starting" if start else ""
         facts.append(("wall time", clock(summary["wall_seconds"]) + of_it))
     if tokens := summary.get("tokens"):
         facts.append(

@@ -20,6 +20,7 @@ from .methods.composition import Credit
 from .samples import ROLLOUTS_FILE, Wanted, lines_of, newest_sample, whole_groups
 
 SOME = 8  # rollouts of a step, and of a split
+LONGEST_WAIT = 60  # seconds, for the lines of one batch
 
 _lines = ray.remote(num_cpus=0)(lines_of)
 
@@ -65,11 +66,11 @@ class Recorder:
     def collect(self, wait: bool = False) -> None:
         """Write down what is there; with `wait` everything that was asked for."""
         while self._waiting:
-            ready, _ = ray.wait([self._waiting[0]], timeout=None if wait else 0)
-            if not ready:
+            ready, _ = ray.wait([self._waiting[0]], timeout=LONGEST_WAIT if wait else 0)
+            if not ready and not wait:
                 return
             try:
-                text: str = ray.get(self._waiting.popleft())
+                text: str = ray.get(self._waiting.popleft(), timeout=LONGEST_WAIT if ready else 0)
             except RayError:  # a run does not end because a batch could not be shown
                 self.lost += 1
                 continue

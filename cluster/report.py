@@ -221,14 +221,17 @@ def _stage_table(steps: Rows, summary: dict[str, Any] | None) -> str:
     if not whole:
         return ""
     parts = [*totals.items(), ("everything else", max(whole - sum(totals.values()), 0.0))]
-    start = (summary or {}).get("startup_seconds")
-    if start is not None:
-        parts, whole = [("starting", start), *parts], whole + start
+    start = (summary or {}).get("startup_seconds") or {}
+    everything = whole + sum(start.values())
     rows = [
-        (stage, f"{seconds:,.1f} s", percent(seconds / whole), "" if stage == "starting" else each)
-        for stage, seconds in [*parts, ("total", whole)]
-        for each in [f"{seconds / len(steps):.3f} s"]
+        (f"start: {stage}", f"{seconds:,.1f} s", percent(seconds / everything), "") for stage, seconds in start.items()
     ]
+    rows += [
+        (stage, f"{seconds:,.1f} s", percent(seconds / everything), f"{seconds / len(steps):.3f} s")
+        for stage, seconds in [*parts, ("all steps", whole)]
+    ]
+    if start:
+        rows.append(("total", f"{everything:,.1f} s", percent(1), ""))
     return _table("Where the time went", ("stage", "total", "share", "mean of a step"), rows)
 
 

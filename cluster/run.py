@@ -6,8 +6,8 @@ fresh optimizer.
 """
 
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,26 +19,28 @@ from rich.console import Console
 from ..contracts.arrow import encode
 from ..contracts.config import Config, Teacher
 from ..contracts.records import Prompt, Sampling
-from .driver import Driver
+from .driver import Driver, standing
 from .evaluation import EvalPlan, ProblemSet, evaluate
 from .flow import Flow, Services
-from .interrupt import Interrupt, Interrupted
+from .interrupt import Interrupt
 from .learner_group import LearnerGroup
 from .methods import compose_stages, own_module
 from .methods.composition import Composition
 from .metrics import MetricsLog
 from .model_card import write_model_card
 from .pool import Pool
-from .preflight import Inputs, check_inputs, resources_needed
+from .preflight import Inputs, check_inputs, needs_of
 from .progress import Progress, final_table
 from .recording import Recorder
 from .report import write_report
+from .room import check_room
 from .run_folder import RunFolder
-from .runtime import check_resources, cluster
+from .runtime import cluster
 from .samples import truncate_samples
 from .services import heads, judges, stage_generators, stage_teachers, start_generators, start_verifiers
 from .skill_bank import SkillBank
 from .stages import EntropyCollapse
+from .startup import Startup
 from .tally import Tally
 from .weight_broadcast import WeightBroadcast
 
@@ -60,11 +62,12 @@ class Run:
     interrupt: Interrupt
     tally: Tally
     recorder: Recorder
+    startup: Startup
     stack: ExitStack
     _log: MetricsLog | None = None
 
     def open(self) -> MetricsLog:
-        """The folder and its log appear, and Ctrl-C asks for a checkpoint, once the first stage could start."""
+        """The folder and its log appear once the first stage could start."""
         if self._log is None:
             self.folder.create(self.config)
             self._log = MetricsLog(
@@ -75,25 +78,29 @@ class Run:
             self._log.truncate_after(done)
             truncate_samples(self.folder.path, done)
             self.progress.note(f"metrics at {self._log.url}")
-            self.stack.enter_context(self.interrupt)
         return self._log
 
 
 def train(config: Config, resume: bool, address: str | None, console: Console) -> bool:
     """Run `config` to its end. Returns False if it was interrupted (a checkpoint stands). Raises TutorloopError."""
     tally = Tally()  # its clock starts here
-    compositions = compose_stages(config)
-    for module in filter(None, (own_module(stage.method) for stage in config.plan)):
-        cloudpickle.register_pickle_by_value(module)  # actors on other nodes do not have its file
     folder = RunFolder(Path(config.output_dir))
-    folder.check(config, resume)
-    inputs = check_inputs(config, compositions)
-    checkpoint = folder.latest_checkpoint() if resume else None
-    if checkpoint:
-        tally.resume(checkpoint[1]["tally"])
-    with cluster(address), ExitStack() as stack:
-        check_resources(resources_needed(config, compositions))
+    with ExitStack() as stack:
         progress = stack.enter_context(Progress(config.total_steps, console))
+        stack.enter_context(_saying_what_stands(folder, progress))
+        interrupt = stack.enter_context(Interrupt(progress.note))
+        startup = Startup(progress.phase)
+        startup.phase("inputs", "reading models and data")
+        compositions = compose_stages(config)
+        folder.check(config, resume)
+        inputs = check_inputs(config, compositions)
+        checkpoint = folder.latest_checkpoint() if resume else None
+        if checkpoint:
+            tally.resume(checkpoint[1]["tally"])
+        startup.phase("ray", "joining Ray" if address else "starting Ray")
+        _take_own_code_along(config)
+        stack.enter_context(cluster(address, progress.note))
+        check_room(needs_of(config, compositions))
         for name, limits in inputs.servers.items():
             progress.note(f"{name}: {limits}")
         if checkpoint:
@@ -108,15 +115,32 @@ def train(config: Config, resume: bool, address: str | None, console: Console) -
             prompts=prompts,
             problems=_problem_sets(inputs),
             progress=progress,
-            interrupt=Interrupt(progress.note),
+            interrupt=interrupt,
             tally=tally,
             recorder=Recorder(folder.path, config.record, prompts),
-            stack=stack,
+            startup=startup,
+            stack=stack.enter_context(ExitStack()),
         )
         finished, summary = _stages(run, compositions)
     console.print(final_table(summary))
     console.print(f"run folder: {folder.path}", markup=False)
     return finished
+
+
+def _take_own_code_along(config: Config) -> None:
+    """Actors on other nodes do not have the files of methods of one's own."""
+    for module in filter(None, (own_module(stage.method) for stage in config.plan)):
+        cloudpickle.register_pickle_by_value(module)
+
+
+@contextmanager
+def _saying_what_stands(folder: RunFolder, progress: Progress) -> Iterator[None]:
+    """An interrupted run says what it can be continued from."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        progress.note(f"interrupted; {standing(folder)}")
+        raise
 
 
 def _stages(run: Run, compositions: list[Composition]) -> tuple[bool, dict[str, Any]]:
@@ -127,8 +151,11 @@ def _stages(run: Run, compositions: list[Composition]) -> tuple[bool, dict[str, 
         with ExitStack() as stack:
             driver = _assemble(run, number, compositions[number], first, stack)
             if run.checkpoint and number == state["stage"]:
+                run.startup.phase("checkpoint", "loading the checkpoint")
                 driver.load(*run.checkpoint)
-            finished = driver.train()
+            run.startup.end()
+            with run.interrupt.saving():
+                finished = driver.train()
             if not finished or number == last:
                 return finished, _write_down(run, driver, finished)
             driver.learner.export(_left_by(run.folder, number))
@@ -149,12 +176,7 @@ def _assemble(run: Run, number: int, composition: Composition, first: int, stack
     if number:
         student = config.student.model_copy(update={"model": str(_left_by(run.folder, number - 1))})
         config = config.model_copy(update={"student": student})
-    run.progress.phase(f"starting the learner and the generators of {config.method}")
-    learner = LearnerGroup(config, composition.terms, composition.correction, heads(config, composition))
-    stack.callback(learner.close)
-    generators = stage_generators(config, composition)
-    learner.ready()
-    _ready(generators, stack)
+    learner, generators = _start_student(run, config, composition, stack)
     generators["student"].check_room(_longest(run.inputs, config))
     broadcasts = None
     if config.rollout.transfer == "broadcast":
@@ -162,10 +184,10 @@ def _assemble(run: Run, number: int, composition: Composition, first: int, stack
     log = run.open()
     if not run.tally.evals:
         _evaluate_teachers(run, config, log)
-    run.progress.phase(f"starting the teachers of {config.method}")
+    run.startup.phase("teachers", f"loading the teachers of {config.method}")
     teachers = stage_teachers(config, composition, generators["student"], run.inputs.servers)
     own = {name: pool for name, pool in teachers.items() if pool is not generators["student"]}
-    _ready(own, stack)
+    _ready(own, run, stack)
     if composition.scoring and composition.scoring.top_k:
         _note_largest_k(run, [own[name] for name in config.named_teachers if name in own])
     skills = _skills(run, config, composition, stack)
@@ -203,6 +225,25 @@ def _assemble(run: Run, number: int, composition: Composition, first: int, stack
     )
 
 
+def _start_student(
+    run: Run, config: Config, composition: Composition, stack: ExitStack
+) -> tuple[LearnerGroup, dict[str, Pool]]:
+    """The learner, the generators and the verifiers, which load side by side."""
+    run.startup.phase("placing", f"finding room for the learner of {config.method}")
+    parts = (composition.terms, composition.correction, heads(config, composition), run.progress.note)
+    learner = LearnerGroup(config, *parts)
+    stack.callback(learner.close)
+    generators = stage_generators(config, composition)
+    run.startup.phase("learner", f"loading the learner of {config.method}")
+    learner.ready()
+    run.startup.phase("generators", f"loading the generators of {config.method}")
+    _ready(generators, run, stack)
+    if run.verifiers:
+        run.startup.phase("verifiers", "starting the verifiers")
+        run.verifiers.ready(run.progress.note)
+    return learner, generators
+
+
 def _note_largest_k(run: Run, teachers: Sequence[Pool]) -> None:
     for pool in teachers:
         run.progress.note(f"{pool.name}: top-k up to {pool.least('largest_k')} a token")
@@ -214,7 +255,8 @@ def _skills(run: Run, config: Config, composition: Composition, stack: ExitStack
         return None
     bank = SkillBank(config, run.folder.path / "bank", run.prompts, [prompt.prompt_id for prompt in run.inputs.train])
     stack.callback(bank.pool.close)
-    bank.pool.ready()
+    run.startup.phase("skills", "opening the skill bank")
+    bank.pool.ready(run.progress.note)
     return bank
 
 
@@ -223,31 +265,28 @@ def _longest(inputs: Inputs, config: Config) -> int:
     return max(len(prompt.token_ids) for prompt in inputs.train) + config.rollout.max_new_tokens
 
 
-def _ready(pools: Mapping[str, Pool], stack: ExitStack) -> None:
+def _ready(pools: Mapping[str, Pool], run: Run, stack: ExitStack) -> None:
     for pool in dict.fromkeys(pools.values()):
         stack.callback(pool.close)
-        pool.ready()
+        pool.ready(run.progress.note)
 
 
 def _evaluate_teachers(run: Run, config: Config, log: MetricsLog) -> None:
     """Each teacher generates once, so that the student's goal is known. A self-teacher is the student, and is not;
     nor is one behind http, which only scores."""
     others = [t for t in config.named_teachers.values() if t.model != config.student.model and t.engine != "http"]
-    try:
-        for teacher in others if run.problems else []:
-            run.progress.phase(f"evaluating the teacher {teacher.model}")
-            one: Teacher = teacher.model_copy(update={"replicas": 1})
-            pool = start_generators("teacher as generator", teacher.model, teacher.dtype, one, config)
-            pool.ready()
-            assert run.verifiers, "preflight refuses an evaluation without a verifier"
-            parts = (eval_plan(config), pool, run.verifiers, [], "teacher", 0, run.interrupt, run.recorder)
-            for row in evaluate(run.problems, *parts):
-                row = run.tally.eval_row(config, row)
-                log.log_eval(row)
-                run.progress.eval(row)
-            pool.close()
-    except Interrupted:
-        run.progress.note("interrupted before the first step")
+    for teacher in others if run.problems else []:
+        run.startup.phase("teacher evaluation", f"evaluating the teacher {teacher.model}")
+        one: Teacher = teacher.model_copy(update={"replicas": 1})
+        pool = start_generators("teacher as generator", teacher.model, teacher.dtype, one, config)
+        pool.ready(run.progress.note)
+        assert run.verifiers, "preflight refuses an evaluation without a verifier"
+        parts = (eval_plan(config), pool, run.verifiers, [], "teacher", 0, run.interrupt, run.recorder)
+        for row in evaluate(run.problems, *parts):
+            row = run.tally.eval_row(config, row)
+            log.log_eval(row)
+            run.progress.eval(row)
+        pool.close()
 
 
 def _problem_sets(inputs: Inputs) -> list[ProblemSet]:
@@ -289,6 +328,7 @@ def _write_down(run: Run, driver: Driver, finished: bool) -> dict[str, Any]:
         "weight_versions": driver.step + 1,
         "peak_memory_bytes": sum(memory.values()),
         "peak_memory_bytes_by_pool": memory,
+        "startup_seconds": dict(run.startup.seconds),
         **run.tally.summary(),
     }
     if run.recorder.lost:

@@ -21,8 +21,11 @@ from ..contracts.recipe import parse_config
 
 FULL_BYTES = 16 * 2**20  # with less room than this, a failed write is a full disk
 # First or last parts of the keys that may differ between a run and its continuation: where it runs, how long, and what
-# is written about it. Everything else decides the weights.
-MAY_DIFFER = ("steps", "output_dir", "eval", "checkpoint", "metrics", "replicas", "num_cpus", "num_gpus")
+# is written about it; and the rate, as a person chooses. Everything else decides the weights.
+MAY_DIFFER = (
+    *("steps", "output_dir", "eval", "checkpoint", "metrics", "replicas", "num_cpus", "num_gpus"),
+    *("learning_rate", "min_learning_rate"),  # lowered to go on before what was not finite
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,36 +6,32 @@ from ..contracts.config import Config
 from ..models.loading import load_tokenizer
 from .data import check_context, load_prompts
 from .evaluation import ProblemSet, evaluate
-from .interrupt import Interrupt, Interrupted
+from .interrupt import Interrupt
 from .metrics import EvalRow
+from .pool import need_of
 from .preflight import context_length
+from .room import check_room
 from .run import eval_plan
-from .runtime import check_resources, cluster
+from .runtime import cluster, say
 from .services import start_generators, start_verifiers
 
 
 def evaluate_model(config: Config, address: str | None) -> EvalRow:
     """`config.student` on the first `config.eval.problems` rows of `config.data`. Raises InputError."""
     model, data = config.student.model, config.data
-    needs = {"need_answer": config.verifier.needs_gold, "keep_rows": config.verifier.reads_rows}
-    prompts = load_prompts(data, data.path, data.split, load_tokenizer(model), config.eval.problems, **needs)
-    check_context(prompts, config.rollout.max_new_tokens, context_length(model), data.path, "model")
-    with cluster(address):
-        rollout, verifier = config.rollout, config.verifier
-        pools = (rollout, verifier)
-        check_resources(
-            {"CPU": sum(p.replicas * p.num_cpus for p in pools), "GPU": rollout.replicas * rollout.num_gpus}
-        )
-        generators = start_generators("rollout", model, config.learner.dtype, rollout, config)
-        verifiers = start_verifiers(config)
-        generators.ready()
-        problems = ProblemSet.of("in_distribution", prompts)
-        with Interrupt(lambda _: None) as interrupt:
-            try:
-                (row,) = evaluate([problems], eval_plan(config), generators, verifiers, [], "student", 0, interrupt)
-                return row
-            except Interrupted:
-                raise KeyboardInterrupt from None
+    with Interrupt(say) as interrupt:
+        needs = {"need_answer": config.verifier.needs_gold, "keep_rows": config.verifier.reads_rows}
+        prompts = load_prompts(data, data.path, data.split, load_tokenizer(model), config.eval.problems, **needs)
+        check_context(prompts, config.rollout.max_new_tokens, context_length(model), data.path, "model")
+        with cluster(address):
+            check_room([need_of("rollout", config.rollout), need_of("verifier", config.verifier)])
+            generators = start_generators("rollout", model, config.learner.dtype, config.rollout, config)
+            verifiers = start_verifiers(config)
+            generators.ready()
+            verifiers.ready()
+            problems = ProblemSet.of("in_distribution", prompts)
+            (row,) = evaluate([problems], eval_plan(config), generators, verifiers, [], "student", 0, interrupt)
+            return row
 
 
 def table(config: Config, row: EvalRow) -> Table:

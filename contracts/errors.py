@@ -74,6 +74,10 @@ class LearnerError(TutorloopError, RuntimeError):
     """The learner failed."""
 
 
+class NotFinite(TutorloopError, ArithmeticError):
+    """A loss, a gradient or a weight is infinite or no number: training stops before it spreads."""
+
+
 class StorageError(TutorloopError, RuntimeError):
     """The disk cannot take what the run has to keep."""
 

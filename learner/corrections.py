@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..contracts.records import Correction
+from .terms.divergence import k3
 
 
 def needs_rollout(correction: Correction) -> bool:
@@ -78,7 +79,7 @@ def current_share(proximal: str, behaviour_version: float, old_version: float, c
 def mismatch(old_C: Tensor, mu_C: Tensor) -> tuple[Tensor, Tensor]:
     """k1 and k3 `[C]`, whose means estimate KL(μ‖π_old) on tokens that μ sampled: −log ρ, and ρ − 1 − log ρ."""
     log_ratio = (old_C - mu_C).detach()
-    return -log_ratio, torch.expm1(log_ratio) - log_ratio
+    return -log_ratio, k3(log_ratio)
 
 
 def effective_share(mean_weight: float, mean_square: float) -> float:

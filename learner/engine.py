@@ -16,6 +16,15 @@ from torch import nn
 from ..contracts.config import Learner
 
 
+class SittingAdamW(torch.optim.AdamW):
+    """AdamW that can sit an update out: DeepSpeed then clears its gradients, and weights and moments stay."""
+
+    sits_out = False
+
+    def step(self, closure: Any = None) -> Any:
+        return None if self.sits_out else super().step(closure)
+
+
 def join_group(rank: int, world_size: int, master_addr: str, master_port: int, device: str) -> None:
     """Make this process rank `rank` of the group: gloo on the CPU, NCCL on a GPU. Blocks until all ranks are there."""
     place = {
@@ -50,9 +59,7 @@ def build_engine(module: nn.Module, config: Learner, whole_below: int) -> Any:
     import deepspeed
 
     trained = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
-    )
+    optimizer = SittingAdamW(trained, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
     zero = {
         "stage": config.zero_stage,
         "overlap_comm": False,
@@ -88,8 +95,33 @@ def learning_rate(step: int, steps: int, config: Learner) -> float:
     return peak
 
 
-def gradient_norm(engine: Any) -> torch.Tensor | None:
-    """Of stage 0 in fp32, where DeepSpeed reports none: the norm of the reduced gradients, before clipping."""
+def apply_update(engine: Any, rate: float, moves: bool) -> float:
+    """One optimizer step at `rate` on the gradients so far; their norm before clipping.
+
+    Where the norm is not finite nothing was changed, on any rank. Where nothing `moves` (all gradients are 0) neither
+    weight decay nor old momentum moves a weight: the update is sat out.
+    """
+    norm = _gradient_norm(engine)
+    if norm is not None and not norm.isfinite():
+        return float(norm)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
+    engine.basic_optimizer.sits_out = not moves
+    engine.step()
+    if not engine.was_step_applied():
+        return math.nan
+    return float(engine.get_global_grad_norm() if norm is None else norm)
+
+
+def _gradient_norm(engine: Any) -> torch.Tensor | None:
+    """Of stage 0 in fp32, where DeepSpeed reports none and steps whatever it is: that of the reduced gradients."""
     if engine.zero_optimization_stage() or engine.bfloat16_enabled():
         return None
     return nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+
+
+@torch.no_grad()
+def weights_are_finite(engine: Any) -> bool:
+    """Of this rank's weights, or of its partition of them."""
+    ends = [torch.stack(getattr(p, "ds_tensor", p).detach().aminmax()) for p in engine.module.parameters()]
+    return bool(torch.stack([end.float() for end in ends]).isfinite().all())

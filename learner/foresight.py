@@ -20,6 +20,7 @@ from .corrections import current_share, needs_rollout, weigh
 from .examples import Example, Foreseen, Updates
 from .micro_batch import MicroBatch, Selection, collate, token_rows
 from .terms.base import BoundTerm, Gated, StudentChunk
+from .watch import not_finite
 
 OverRanks = Callable[[list[float]], list[float]]  # sums over ranks
 FromRanks = Callable[[Any], list[Any]]  # every rank's
@@ -46,7 +47,8 @@ class Foresight:
         self.needed = bool(self.gated) or recomputed or needs_rollout(correction)
 
     def look(self, updates: Updates, version: int, over_ranks: OverRanks, from_ranks: FromRanks) -> Seen:
-        """What was foreseen; its metrics say what the correction rejected, and what the gates said."""
+        """What was foreseen; its metrics say what the correction rejected, and what the gates said. Raises NotFinite:
+        a comparison with what is no number would reject its token in silence."""
         if not self.needed:
             return Seen()
         foreseen: dict[str, Foreseen] = {}
@@ -55,13 +57,18 @@ class Foresight:
         sampled = [e for update in updates for batch in update for e in batch if e.sampled]
         known = [(e, foreseen[e.rollout.rollout_id]) for e in sampled if e.rollout.rollout_id in foreseen]
         masks = [(k.keep, k.weights, e.rollout.loss_mask) for e, k in known]
-        tokens, kept, weight = over_ranks(
+        unsound = [name for name, own in foreseen.items() if not np.isfinite(own.old).all()]
+        tokens, kept, weight, refused = over_ranks(
             [
                 float(sum(mask.sum() for _, _, mask in masks)),
                 float(sum((keep & mask).sum() for keep, _, mask in masks)),
                 float(sum(weights[keep & mask].sum(dtype=np.float64) for keep, weights, mask in masks)),
+                float(len(unsound)),
             ]
         )
+        if refused:
+            names = [name for theirs in from_ranks(unsound) for name in theirs]
+            raise not_finite("the student's logprobs are not finite", version, names)
         if self.correction.normalise and weight:
             for example, own in known:
                 scaled = (own.weights * (kept / weight)).astype(np.float32)

@@ -19,14 +19,16 @@ from ..models.logits import logit_chunks
 from ..models.packing import packed_hidden_states
 
 ChunkLoss = Callable[[Tensor, slice], Tensor]  # logits [C, V] of rows, → a scalar with its graph
+Feel = Callable[[Tensor], None]  # the gradient [C, V] of those logits
 HeadReader = Callable[[Tensor, Tensor], Tensor]  # hidden [N, D], head [V, D] → anything
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """Σ over chunks of `chunk_loss(logits, rows)`, scalar; the gradients are ready when forward returns."""
+    """Σ over chunks of `chunk_loss(logits, rows)`, scalar; the gradients are ready when forward returns, and `feel` has
+    been shown each chunk's."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, chunk_loss: ChunkLoss) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, chunk_loss: ChunkLoss, feel: Feel | None = None) -> Tensor:
         grad_hidden = torch.zeros_like(hidden)
         trains_head = ctx.needs_input_grad[1]
         wide = torch.promote_types(weight.dtype, torch.float32)
@@ -38,6 +40,8 @@ class ChunkedLoss(torch.autograd.Function):
                 loss = chunk_loss(leaf, rows)
             (grad_logits,) = torch.autograd.grad(loss, leaf)
             grad_logits = grad_logits.to(weight.dtype)
+            if feel:
+                feel(grad_logits)
             grad_hidden[rows] = grad_logits @ weight
             if trains_head:
                 grad_weight += grad_logits.T @ hidden[rows]
@@ -46,10 +50,10 @@ class ChunkedLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         (scale,) = grad_outputs
-        return grad_hidden * scale, grad_weight * scale if ctx.needs_input_grad[1] else None, None
+        return grad_hidden * scale, grad_weight * scale if ctx.needs_input_grad[1] else None, None, None
 
 
 class LossHead(torch.nn.Module):

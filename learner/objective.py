@@ -14,12 +14,13 @@ from ..contracts.records import Correction
 from .corrections import mismatch, needs_rollout, token_weights
 from .micro_batch import MicroBatch, TeacherTokens, token_rows
 from .terms.base import SIGNALS, BoundTerm, StudentChunk
+from .watch import Watch
 
 
 class Objective:
     """Called with the logits of each chunk of one micro-batch; returns that chunk's share of the update's loss.
 
-    `divisors`: what each term's sum is divided by. `sums` collects the metrics.
+    `divisors`: what each term's sum is divided by. `sums` collects the metrics, `watch` what is not finite.
     """
 
     def __init__(
@@ -30,9 +31,11 @@ class Objective:
         heads: Mapping[str, Tensor],
         correction: Correction,
         sums: "Sums",
+        watch: Watch | None = None,
     ) -> None:
         self.terms = sorted(terms, key=lambda term: SIGNALS.index(term.loss.signal))
         self.micro_batch, self.divisors, self.heads, self.sums = micro_batch, divisors, heads, sums
+        self.watch = watch or Watch()
         weighs = correction.kind != "none" and micro_batch.old_N is None and not needs_rollout(correction)
         self.correction = correction if weighs else None
 
@@ -51,6 +54,7 @@ class Objective:
             output = term(student, rows)
             mask = self.micro_batch.masks[term.key][at]
             scaled = torch.where(mask, output.loss_C, 0.0) * (weights * self.micro_batch.scales[term.key][at])
+            self.watch.see(term.key, scaled)
             if self.divisors[term.key]:
                 loss = loss + scaled.sum() * (term.weight / self.divisors[term.key])
                 self.sums.add(f"loss_{term.key}", scaled, divisor_of(term.key))

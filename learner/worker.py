@@ -5,10 +5,11 @@ order. The loss of an update is Σ_terms weight · (Σ over all ranks' tokens of
 count over all ranks), so it depends on neither ranks, micro-batches nor packing.
 """
 
+import math
 import pickle
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,13 @@ import torch
 import torch.distributed
 
 from ..contracts.config import Learner, Lora
-from ..contracts.errors import CheckpointError, ConfigError, ModelError
+from ..contracts.errors import CheckpointError, ConfigError, LearnerError, ModelError, NotFinite
 from ..contracts.records import BucketEntries, Correction, StepPlan, StepReport, Term, WeightBucket, WeightManifest
 from ..models.loading import load_causal_lm, load_lm_head, locate_model
 from ..models.lora import add_adapters
 from ..models.weight_broadcast import BroadcastGroup
 from .corrections import current_share, effective_share
-from .engine import build_engine, gradient_norm, join_group, learning_rate
+from .engine import apply_update, build_engine, join_group, learning_rate, weights_are_finite
 from .examples import Example, Updates, join
 from .foresight import Foresight, Seen
 from .loss_head import ChunkedLoss, PackedStudent
@@ -31,6 +32,7 @@ from .micro_batch import Selection, collate
 from .objective import Objective, Sums, divisor_of
 from .parameters import announce_weights, broadcast_weights, bucket_layout, export_model, publish_weights
 from .terms import bind_terms
+from .watch import Watch, not_finite, unsound_rows
 
 
 class LearnerWorker:
@@ -38,6 +40,8 @@ class LearnerWorker:
 
     With `lora` only adapters are trained, published and saved; `seed` decides what they start as.
     """
+
+    whole = True  # the weights are those of a step's end, and finite
 
     def __init__(
         self,
@@ -83,22 +87,34 @@ class LearnerWorker:
         if self.lora:
             add_adapters(model, self.lora, self.seed)
         self.engine: Any = build_engine(PackedStudent(model), self.config, whole_below=model.config.hidden_size)
+        if not self._weights_are_finite():
+            raise ModelError("a model's weights are finite numbers", self.student, "use another copy of the model")
+        self.whole = True
         self.foresight = Foresight(self.engine, self.terms, self.correction, self.config.updates_per_step, self.device)
 
     def step(self, plan: StepPlan, *batches: pa.RecordBatch) -> StepReport:
         """Train on this rank's rows of `batches`: rollouts and scores, as many of each as `plan` says.
 
-        The report is the same on every rank. Where no token of any rank can be trained, the weights stay as they are.
+        The report is the same on every rank. Where no token of any rank can be trained, or no gradient moves a weight,
+        weights and optimizer stay as they are. Raises NotFinite, on every rank and before the weights change.
         """
         started = time.perf_counter()
         updates = join(plan, batches)
-        missing = sum(self._lacks_scores(e) for update in updates for batch in update for e in batch)
+        own = [example for update in updates for batch in update for example in batch]
+        unsound = unsound_rows(own)
+        missing, refused = self._over_ranks([sum(self._lacks_scores(e) for e in own), len(unsound)])
+        if refused:
+            what = "the sampler's logprobs, or an advantage or weight, are not finite"
+            raise not_finite(what, plan.version, self._of_all(unsound))
         rate = learning_rate(plan.step, self.steps, self.config)
         seen = self.foresight.look(updates, plan.version, self._over_ranks, self._from_ranks)
         counts, metrics, untrained = self._train(updates, seen, plan.version, rate)
+        if not self._weights_are_finite():
+            raise not_finite("weights, after the step", plan.version)
+        self.whole = True
         dropped = {reason: counts[reason] for reason in ("teacher_refused", "off_policy") if counts[reason]}
         of_ranks = self._from_ranks(untrained) if dropped else []
-        metrics |= {"missing_scores": self._over_ranks([missing])[0], "learning_rate": rate}
+        metrics |= {"missing_scores": missing, "learning_rate": rate}
         return StepReport(
             loss=sum(term.weight * metrics.get(f"loss_{term.key}", 0.0) for term in self.terms),
             tokens=counts["trained"],
@@ -120,7 +136,7 @@ class LearnerWorker:
         rollouts that trained in no term."""
         untrained: dict[str, str] = {}
         metrics = dict(seen.metrics)
-        sums, counts, norms = Sums(), Counter[str](), []
+        sums, counts, norms, moved = Sums(), Counter[str](), [], 0
         for number, update in enumerate(updates):
             selections = [Selection.of(examples, self.terms, seen.rollouts) for examples in update]
             own = [example for examples in update for example in examples]
@@ -129,9 +145,14 @@ class LearnerWorker:
             divisors = self._divisors(of_update)
             counts += of_update + Counter({divisor_of(key): divisor for key, divisor in divisors.items()})
             if of_update["trained"]:
-                norms.append(self._update(selections, divisors, version, number / len(updates), rate, sums))
+                place = (version, number, len(updates))
+                watch = self._backward(selections, divisors, place, sums)
+                moves = self._moves(watch, selections, place)
+                norms.append(self._apply(rate, moves, place))
+                moved += moves
         totals = self._over_ranks([float(total) for total in sums.totals.values()])
         metrics |= sums.means(totals, counts)
+        metrics["skipped_updates"] = self.config.updates_per_step - moved
         if norms:
             metrics["grad_norm"] = sum(norms) / len(norms)
         if "importance_weight" in metrics:
@@ -177,33 +198,57 @@ class LearnerWorker:
                 divisors[term.key] = counts[term.key]
         return divisors
 
-    def _update(
-        self, selections: list[Selection], divisors: dict[str, int], version: int, done: float, rate: float, sums: Sums
-    ) -> float:
-        """One optimizer update; the gradients' norm. `done`: share of the step's updates before it."""
+    def _backward(
+        self, selections: list[Selection], divisors: dict[str, int], place: tuple[int, int, int], sums: Sums
+    ) -> Watch:
+        """The gradients of one update; `place`: the weights' version, the update's number and of how many."""
+        version, number, updates = place
+        watch = Watch()
 
         def share(example: Example) -> float:
             if not example.sampled:
                 return 1.0
-            return current_share(self.correction.proximal, example.rollout.oldest_version, version, version + done)
+            older, newer = example.rollout.oldest_version, version + number / updates
+            return current_share(self.correction.proximal, older, version, newer)
 
         for i, selection in enumerate(selections):
             batch = collate(selection, self.terms, self.device, share)
-            objective = Objective(self.terms, batch, divisors, self.heads, self.correction, sums)
+            objective = Objective(self.terms, batch, divisors, self.heads, self.correction, sums, watch)
             self.engine.set_gradient_accumulation_boundary(i == len(selections) - 1)
             loss = self.engine(
                 batch.token_ids,
                 batch.lengths,
                 batch.rows,
-                lambda hidden, head, objective=objective: ChunkedLoss.apply(hidden, head, objective),
+                lambda hidden, head, objective=objective: ChunkedLoss.apply(hidden, head, objective, watch.feel),
             )
             # DeepSpeed averages gradients over ranks; the loss is a sum over them.
             self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
-        norm = gradient_norm(self.engine)
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = rate
-        self.engine.step()
-        return float(self.engine.get_global_grad_norm() if norm is None else norm)
+        return watch
+
+    def _moves(self, watch: Watch, selections: list[Selection], place: tuple[int, int, int]) -> bool:
+        """Whether any rank's gradients are other than 0. Raises NotFinite for a loss of any rank."""
+        moves, *unsound = self._over_ranks(watch.flags(term.key for term in self.terms))
+        if any(unsound):
+            names = [f"loss_{term.key}" for term, count in zip(self.terms, unsound, strict=True) if count]
+            rollouts = self._of_all(watch.rollouts(selections))
+            raise self._stopped(f"{', '.join(names)} is not finite", place, rollouts)
+        return moves > 0
+
+    def _apply(self, rate: float, moves: bool, place: tuple[int, int, int]) -> float:
+        """Take the optimizer's step; the gradients' norm. Raises NotFinite where that is not finite."""
+        before, self.whole = self.whole, False
+        norm = apply_update(self.engine, rate, moves)
+        self.whole = before and not (moves and math.isfinite(norm))
+        if not math.isfinite(norm):
+            raise self._stopped("the gradients' norm is not finite, though every loss is", place)
+        return norm
+
+    def _stopped(self, what: str, place: tuple[int, int, int], rollouts: Iterable[str] = ()) -> NotFinite:
+        version, number, updates = place
+        return not_finite(what, version, rollouts, f", update {number + 1} of {updates}")
+
+    def _weights_are_finite(self) -> bool:
+        return not self._over_ranks([float(not weights_are_finite(self.engine))])[0]
 
     def _over_ranks(self, values: list[float]) -> list[float]:
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -214,6 +259,9 @@ class LearnerWorker:
         everyone: list[Any] = [None] * self.world_size
         torch.distributed.all_gather_object(everyone, own)
         return everyone
+
+    def _of_all(self, own: Sequence[str]) -> list[str]:
+        return [name for names in self._from_ranks(own) for name in names]
 
     def publish(self, version: int) -> Iterator[WeightBucket | WeightManifest]:
         """Rank 0 yields the weights' buckets and then their manifest; the other ranks take part and yield nothing."""
@@ -236,7 +284,11 @@ class LearnerWorker:
         broadcast_weights(self.engine, self.broadcasts)
 
     def save(self, folder: str) -> None:
-        """What is trained and its optimizer state, sharded as it is; `load` needs the same ranks, stage and dtype."""
+        """What is trained and its optimizer state, sharded as it is; `load` needs the same ranks, stage and dtype.
+        Raises LearnerError inside a step that failed: a checkpoint holds whole steps."""
+        if not self.whole:
+            found = "a step that failed has changed the weights"
+            raise LearnerError("a checkpoint holds the weights of a step's end", found, "continue with --resume")
         self.engine.save_checkpoint(folder, tag="learner", exclude_frozen_parameters=True)
 
     def load(self, folder: str) -> None:
@@ -249,6 +301,9 @@ class LearnerWorker:
             ) from error
         if path is None:
             raise CheckpointError("a learner checkpoint must be there", f"{folder}: none found")
+        if not self._weights_are_finite():
+            raise CheckpointError("a checkpoint's weights are finite numbers", folder, "resume an older one")
+        self.whole = True
 
     def export(self, folder: str) -> None:
         """Write a model folder that transformers loads as it is; rank 0 alone writes. Adapters are merged into it, and

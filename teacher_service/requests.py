@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from ..contracts.errors import TeacherError
-from ..contracts.records import Rollout, ScoreRequest
+from ..contracts.records import Rollout, ScoreRequest, TeacherScores
 
 SIGNALS = ("sampled", "topk", "given", "hidden")
 
@@ -31,6 +33,25 @@ def refusal(rollout: Rollout, request: ScoreRequest, *, context: int, vocab: int
         if support.min() < 0 or support.max() >= vocab:
             return "bad_ids"
     return ""
+
+
+def only_numbers(score: TeacherScores) -> TeacherScores:
+    """`score`, or its refusal as "not_finite": a teacher that overflowed, or that gives a sampled token no probability.
+
+    An id of a support may have none: its logprob is then −∞, which the divergences take.
+    """
+    support = score.topk_logprobs
+    sound = all(np.isfinite(array).all() for array in (score.logprobs, score.entropy, score.views))
+    sound = sound and not (np.isnan(support) | np.isposinf(support)).any()
+    if score.hidden.dtype == np.uint16:  # bits of bfloat16, whose exponent is full
+        sound = sound and not (score.hidden & 0x7F80 == 0x7F80).any()
+    else:
+        sound = sound and bool(np.isfinite(score.hidden).all())
+    if sound:
+        return score
+    return TeacherScores(
+        rollout_id=score.rollout_id, teacher_id=score.teacher_id, context=score.context, error_class="not_finite"
+    )
 
 
 def batches_of(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:

@@ -121,7 +121,8 @@ class VllmTeacher:
             columns |= {"topk_ids": ids, "topk_logprobs": logprobs}
         if logprobs.shape[1] == self.host.vocab:
             wide = logprobs.astype(np.float64)
-            columns["entropy"] = -(np.exp(wide) * wide).sum(1).astype(np.float32)
+            mass = np.exp(wide)
+            columns["entropy"] = -(mass * np.where(mass > 0, wide, 0.0)).sum(1).astype(np.float32)
         return columns
 
     def _hidden(self, output: Any, rollout: Rollout, head: torch.Tensor) -> dict[str, np.ndarray]:

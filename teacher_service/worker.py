@@ -19,6 +19,7 @@ from ..models.loading import load_tokenizer
 from .contexts import in_context
 from .engines import make_engine
 from .follower import Averager, Follower, follower_of
+from .requests import only_numbers
 from .views import Viewed
 
 
@@ -113,7 +114,7 @@ class TeacherWorker:
         """What was really scored, the views of each rollout side by side, and the refused views by error class."""
         with self._prompting:
             viewed = Viewed.of(mine, request, self.prompter, prompts, skills)
-        found = self.engine.score(viewed.shown, replace(request, views=0))
+        found = self._ask(viewed.shown, replace(request, views=0))
         served = [rollout for rollout, score in zip(viewed.shown, found, strict=True) if not score.error_class]
         return served, *viewed.fold(mine, found, request, self.teacher_id)
 
@@ -121,7 +122,7 @@ class TeacherWorker:
         self, mine: Sequence[Rollout], shown: Sequence[Rollout | None], request: ScoreRequest
     ) -> list[TeacherScores]:
         """Scores in the order of `mine`, each of the rollout as it is shown, or refused for want of a context."""
-        found = iter(self.engine.score([rollout for rollout in shown if rollout], request))
+        found = iter(self._ask([rollout for rollout in shown if rollout], request))
         return [
             next(found)
             if seen
@@ -133,6 +134,9 @@ class TeacherWorker:
             )
             for rollout, seen in zip(mine, shown, strict=True)
         ]
+
+    def _ask(self, rollouts: Sequence[Rollout], request: ScoreRequest) -> list[TeacherScores]:
+        return [only_numbers(score) for score in self.engine.score(rollouts, request)]
 
     @property
     def version(self) -> int:

@@ -44,7 +44,7 @@ class Engine:
 
     def __init__(self, module, before=None):
         self.module, self.before = module, before or module
-        self.optimizer = torch.optim.SGD(module.parameters())
+        self.optimizer = self.basic_optimizer = torch.optim.SGD(module.parameters())
         self.gradients, self.micro_batches, self.last = [], 0, False
 
     def __call__(self, *args):
@@ -65,6 +65,9 @@ class Engine:
         self.gradients.append([parameter.grad.clone() for parameter in self.module.parameters()])
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+    def was_step_applied(self):
+        return True
 
     def zero_optimization_stage(self):
         return 0

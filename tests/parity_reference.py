@@ -6,6 +6,7 @@ back without scores, and some are rows of the dataset.
 """
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -41,6 +42,18 @@ class Item(NamedTuple):
     scores: TeacherScores | None
     advantage: float
     weight: float
+
+
+BROKEN = {  # an item of the step → what is wrong with it, and what the message says
+    "teacher": lambda item: item._replace(scores=replace(item.scores, hidden=item.scores.hidden * np.nan)),
+    "sampler": lambda item: item._replace(rollout=replace(item.rollout, logprobs=item.rollout.logprobs * np.inf)),
+    "advantage": lambda item: item._replace(advantage=1e30),
+}
+SAYS = {
+    "teacher": "step 2, update 1 of 1: loss_exact_divergence is not finite, of rollouts {name}\n",
+    "sampler": "step 2: the sampler's logprobs, or an advantage or weight, are not finite, of rollouts {name}\n",
+    "advantage": "step 2, update 1 of 1: the gradients' norm is not finite, though every loss is\n",
+}
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ verdicts make of each rollout, and which loss terms the learner sums. The driver
 these parts and no method's name.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -50,6 +51,11 @@ class Credit:
 
     advantage: float = 0.0
     weight: float = 1.0  # multiplies its token losses, not what they are divided by
+
+
+def natural(rollout_id: str) -> list[str | int]:
+    """A key that orders rollouts by their ids, numbers as numbers, and so by nothing that timing decides."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", rollout_id)]
 
 
 Asks = Callable[[int, int], Sequence[Ask]]  # (step, position) → who answers that prompt

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field
 from ...contracts.config import Config, Section
 from ...contracts.errors import ConfigError
 from ...contracts.records import Term
-from .composition import Composition, Credit, Crediting, Facts, correction_of, sampling_of, student_group
+from .composition import Composition, Credit, Crediting, Facts, correction_of, natural, sampling_of, student_group
 from .credit import group_rows
 
 Credited = Sequence[Credit | str]
@@ -91,12 +91,19 @@ def likelihood(config: Config, credit: Crediting, min_samples: int = 1) -> Compo
     )
 
 
+def judged_in_order(facts: Sequence[Facts]) -> list[int]:
+    """Indices of those that the verifier judged, by their rollouts' ids: which is first, and how a sum is rounded, must
+    not depend on who was ready first."""
+    judged = [index for index, fact in enumerate(facts) if not fact.abstained]
+    return sorted(judged, key=lambda index: natural(facts[index].rollout_id))
+
+
 def by_group(rule: Callable[[Sequence[Facts]], Credited]) -> Crediting:
-    """Credit each prompt group by `rule` of those of its rollouts that were judged."""
+    """Credit each prompt group by `rule` of those of its rollouts that were judged, in the order of their ids."""
 
     def credit(facts: Sequence[Facts], step: int) -> list[Credit | str]:
         made: list[Credit | str] = ["abstained"] * len(facts)
-        judged = [index for index, fact in enumerate(facts) if not fact.abstained]
+        judged = judged_in_order(facts)
         for rows in group_rows([facts[index].group_id for index in judged]):
             members = [judged[row] for row in rows]
             for index, value in zip(members, rule([facts[index] for index in members]), strict=True):

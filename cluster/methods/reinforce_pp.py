@@ -12,7 +12,7 @@ from pydantic import Field
 from ...contracts.config import Config
 from .composition import Composition, Credit, Facts, read_options
 from .credit import whitened
-from .group_rl import Credited, Policy, policy_gradient, policy_terms
+from .group_rl import Credited, Policy, judged_in_order, policy_gradient, policy_terms
 
 
 class ReinforceOptions(Policy):
@@ -25,10 +25,12 @@ def compose(config: Config) -> Composition:
     options = read_options(ReinforceOptions, config.method_options, config.method)
 
     def credit(facts: Sequence[Facts], step: int) -> Credited:
-        judged = [fact for fact in facts if not fact.abstained]
-        groups = [fact.group_id for fact in judged] if options.baseline else None
-        advantages = iter(whitened([fact.reward for fact in judged], groups))
-        return ["abstained" if fact.abstained else Credit(advantage=float(next(advantages))) for fact in facts]
+        judged = judged_in_order(facts)
+        groups = [facts[index].group_id for index in judged] if options.baseline else None
+        made: list[Credit | str] = ["abstained"] * len(facts)
+        for index, advantage in zip(judged, whitened([facts[index].reward for index in judged], groups), strict=True):
+            made[index] = Credit(advantage=float(advantage))
+        return made
 
     terms = policy_terms(options, "tokens", kl_weight=options.kl_weight)
     return policy_gradient(config, credit, terms, min_samples=2 if options.baseline else 1)

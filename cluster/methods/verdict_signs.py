@@ -6,6 +6,7 @@ import numpy as np
 
 from .composition import Credit, Facts
 from .credit import group_relative, group_rows
+from .group_rl import judged_in_order
 
 
 def outcome_sign(facts: Sequence[Facts], step: int) -> list[Credit | str]:
@@ -17,7 +18,7 @@ def outcome_sign(facts: Sequence[Facts], step: int) -> list[Credit | str]:
 def group_sign(facts: Sequence[Facts], step: int) -> list[Credit | str]:
     """The sign of reward − mean over the student's answers to the prompt that were judged and not cut off (ours)."""
     signs = [0.0] * len(facts)
-    judged = [i for i, fact in enumerate(facts) if fact.source == "student" and _judged(fact)]
+    judged = [i for i in judged_in_order(facts) if facts[i].source == "student" and _judged(facts[i])]
     for rows in group_rows([facts[i].group_id for i in judged]):
         members = [judged[row] for row in rows]
         for i, value in zip(members, group_relative([facts[i].reward for i in members]), strict=True):

@@ -7,8 +7,7 @@ constant advantage of −1 is the control without a verifier.
 import torch
 
 from .base import StudentChunk, TermOutput, TokenRows
-
-MAX_LOG_RATIO = 20.0  # nats; beyond it the ratio's exponential leaves float32 and the token has no gradient
+from .divergence import MAX_LOG_RATIO
 
 
 def clipped_policy_gradient(
@@ -28,7 +27,7 @@ def clipped_policy_gradient(
     Metrics: r, the share of tokens that a clip cuts off from the gradient, and A.
     """
     advantage = rows.advantage_C
-    log_ratio = (student.sampled_C - rows.old_C).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    log_ratio = (student.sampled_C - rows.old_C).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)  # beyond: no gradient
     ratio = log_ratio.exp()
     floor, ceiling = torch.zeros_like(advantage), torch.full_like(advantage, float("inf"))
     if clip:

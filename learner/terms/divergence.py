@@ -4,6 +4,7 @@ Sources: reverse, forward and jsd: GKD, arXiv:2306.13649, eq. 1, in TRL's conven
 arXiv:2402.03898, eq. 4; the clip of single entries: OPSD's code (siyan-zhao/OPSD), arXiv:2601.18734.
 """
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 Direction = Literal["reverse", "forward", "jsd", "skew_forward", "skew_reverse"]
 
 LOG_FLOOR = -1000.0  # nats
+MAX_LOG_RATIO = 20.0  # nats; far beyond it a ratio's exponential leaves float32
 
 
 class Buckets(NamedTuple):
@@ -57,6 +59,16 @@ def divergence(p: Buckets, q: Buckets, kind: Direction, beta: float = 0.5, entry
     else:
         entries = p.mass_CB * (p.log_CB - _log_mixture(p, q, beta))
     return (entries.clamp(max=entry_clip) if entry_clip else entries).sum(1)
+
+
+def k3(log_ratio: Tensor) -> Tensor:
+    """exp(x) − x − 1, never negative; beyond MAX_LOG_RATIO the exponential goes on as its tangent, and is finite.
+
+    Source: J. Schulman, "Approximating KL Divergence" (2020).
+    """
+    bounded = log_ratio.clamp(max=MAX_LOG_RATIO)
+    beyond = math.exp(MAX_LOG_RATIO) * (1 + log_ratio - MAX_LOG_RATIO) - 1
+    return torch.where(log_ratio > MAX_LOG_RATIO, beyond, torch.expm1(bounded)) - log_ratio
 
 
 def entropy(p: Buckets) -> Tensor:

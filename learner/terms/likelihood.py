@@ -1,8 +1,7 @@
 """Terms of the student's own log-likelihood of a token: imitation, and a leash to a reference model."""
 
-import torch
-
 from .base import StudentChunk, TermOutput, TokenRows
+from .divergence import k3
 
 
 def nll(student: StudentChunk, rows: TokenRows) -> TermOutput:
@@ -17,5 +16,4 @@ def reference_kl(student: StudentChunk, rows: TokenRows) -> TermOutput:
     Metric: −x, the plain estimate of the same KL.
     """
     log_ratio = rows.reference_C - student.sampled_C
-    loss = torch.expm1(log_ratio) - log_ratio
-    return TermOutput(loss_C=loss, metrics={"reference_kl": -log_ratio.detach()})
+    return TermOutput(loss_C=k3(log_ratio), metrics={"reference_kl": -log_ratio.detach()})

@@ -6,10 +6,10 @@ from itself. The loss is always −sg(A) log π_θ: back-propagating the log-rat
 teacher is not in.
 """
 
-import torch
 from torch import Tensor
 
 from .base import StudentChunk, TermOutput, TokenRows
+from .divergence import k3
 
 
 def policy_gradient(student: StudentChunk, rows: TokenRows, *, extrapolation: float = 1.0) -> TermOutput:
@@ -35,4 +35,4 @@ def student_gap(student: StudentChunk, rows: TokenRows) -> tuple[Tensor, dict[st
     samples, the second with less noise and never below 0. Source: J. Schulman, "Approximating KL Divergence" (2020).
     """
     gap = rows.teacher_C - student.sampled_C.detach()
-    return gap, {"reverse_kl": -gap, "reverse_kl_k3": torch.expm1(gap) - gap}
+    return gap, {"reverse_kl": -gap, "reverse_kl_k3": k3(gap)}

@@ -130,6 +130,20 @@ def test_interrupted_twice_ends_at_once_and_leaves_nothing(models: Path, tmp_pat
     assert not list((tmp_path / "run").glob("checkpoints/step-*/*.tmp"))
 
 
+def test_ended_while_it_starts_leaves_nothing(models: Path, tmp_path: Path) -> None:
+    """By a signal to the whole group, as `timeout` or a shell's `kill %1` send it: Ray must not die of it first."""
+    command = Command(models, tmp_path / "run", "steps=100000")
+    deadline = time.monotonic() + PATIENCE
+    while not (tmp_path / "run" / "metrics.jsonl").exists():  # the learner and the rollout pool stand, no step is done
+        assert command.process.poll() is None and time.monotonic() < deadline, command.process.communicate()
+        time.sleep(0.05)
+    os.killpg(command.process.pid, signal.SIGTERM)
+    code, out, err = command.end()
+    assert code == 130 and "Traceback" not in out + err, out + err
+    assert "stopping" in out and "Failed to connect" not in err
+    assert command.left_behind() == []
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -10,8 +10,10 @@ import pytest
 import ray
 import torch
 from parity_reference import (
+    BROKEN,
     MASKED,
     OPTIONS,
+    SAYS,
     SEED,
     SHORT,
     STEPS,
@@ -29,7 +31,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from tutorloop.contracts.arrow import encode
 from tutorloop.contracts.config import Learner
-from tutorloop.contracts.errors import CheckpointError
+from tutorloop.contracts.errors import CheckpointError, LearnerError, NotFinite
 from tutorloop.contracts.records import Rollout, StepPlan, TeacherScores, TrainRow, WeightManifest
 from tutorloop.learner.packing import plan_updates
 from tutorloop.learner.worker import LearnerWorker
@@ -45,6 +47,14 @@ class Host(LearnerWorker):
     def build(self, **kwargs):
         torch.manual_seed(0)
         LearnerWorker.__init__(self, **kwargs)
+
+    def state(self):
+        """A digest of the weights that it has and of those that the optimizer has, and of its moments and counts."""
+        optimizer = self.engine.basic_optimizer
+        own = [getattr(p, "ds_tensor", p) for p in self.engine.module.parameters()]
+        own += [p for group in optimizer.param_groups for p in group["params"]]
+        own += [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+        return fingerprint((str(i), tensor.detach()) for i, tensor in enumerate(own)), len(own)
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +137,7 @@ def call(actors, method, *args):
 PORTS = {}
 
 
-def build(actors, models, student="student", terms=TERMS, correction=TRUNCATED, **options):
+def build(actors, models, student="student", terms=TERMS, correction=TRUNCATED, config=None, **options):
     """A new learner in the group's processes; the group itself, once joined, stays."""
     port = PORTS.setdefault(tuple(actors), free_port())
     kwargs = {
@@ -135,7 +145,7 @@ def build(actors, models, student="student", terms=TERMS, correction=TRUNCATED, 
         "master_port": port,
         "student": models[student],
         "heads": {"teacher": (models["teacher"], "fp32")},
-        "config": Learner(**(OPTIONS | options)),
+        "config": config or Learner(**(OPTIONS | options)),
         "terms": terms,
         "correction": correction,
         "steps": STEPS,
@@ -325,6 +335,47 @@ def test_what_cannot_be_trained_is_counted(hosts, models, data):
     assert report.tokens == 0 and report.metrics["missing_scores"] == len(asked)
     assert "reverse_kl" not in report.metrics, "a mean over nothing is no number"
     assert weights_of(hosts[2])[1].fingerprint == before
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_what_is_no_number_is_never_stepped(hosts, models, data, tmp_path, stage, dtype):
+    """One row of one rank is enough; weights, moments and counts of every rank stay, to the byte. So they do where no
+    row has a signal, whatever weight decay and momentum would do."""
+    build(hosts[2], models, zero_stage=stage, dtype=dtype)
+    train(hosts[2], data, range(1))
+    before = call(hosts[2], "state")
+    at = next(i for i, item in enumerate(data[1]) if item.scores is not None and item.scores.hidden.size)
+    name = data[1][at].rollout.rollout_id
+    for kind, broken in BROKEN.items():
+        items = [broken(item) if i == at else item for i, item in enumerate(data[1])]
+        with pytest.raises(NotFinite) as stopped:
+            train(hosts[2], {1: items}, [1])
+        assert SAYS[kind].format(name=name) in str(stopped.value)
+        assert call(hosts[2], "state") == before
+    call(hosts[2], "save", str(tmp_path))
+
+    build(hosts[2], models, zero_stage=stage, dtype=dtype)
+    train(hosts[2], data, range(1))
+    assert call(hosts[2], "state") == before, "one seed, one run"
+    (report,) = train(hosts[2], {1: [item._replace(weight=0.0) for item in data[1]]}, [1])
+    assert report.metrics["skipped_updates"] == 1 and report.metrics["grad_norm"] == 0 < report.tokens
+    assert call(hosts[2], "state") == before
+    (report,) = train(hosts[2], data, [1])
+    assert report.metrics["skipped_updates"] == 0
+    assert call(hosts[2], "state") != before
+
+
+@pytest.mark.parametrize("stage, dtype", [(0, "fp32"), (3, "bf16")])
+def test_weights_that_a_step_breaks_are_kept_by_nobody(hosts, models, data, tmp_path, stage, dtype):
+    huge = Learner(**OPTIONS, betas=(0.0, 0.95), zero_stage=stage, dtype=dtype).model_copy(
+        update={"learning_rate": 3.4e38, "warmup_steps": 0, "decay": "constant"}
+    )
+    build(hosts[2], models, config=huge)
+    with pytest.raises(NotFinite, match="step 1: weights, after the step"):
+        train(hosts[2], data, range(1))
+    with pytest.raises(LearnerError, match="a step's end"):
+        call(hosts[2], "save", str(tmp_path))
 
 
 def test_a_checkpoint_that_is_cut_short_says_so(hosts, models, tmp_path):

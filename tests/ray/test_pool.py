@@ -1,8 +1,11 @@
 """A pool's order on real actors: what is asked after a broadcast is answered by what it brought."""
 
+import os
+import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import ray
@@ -66,3 +69,26 @@ def test_calls_after_a_broadcast_are_answered_by_its_weights(at_once):
     assert len(before) == len(after) == 16 * at_once
     assert all(receipt.weight_version == wanted for wanted, receipt in after)
     assert max(receipt.rows for _, receipt in after) == at_once  # as many side by side, and no more
+
+
+PRIVATE = """
+from tutorloop.cluster.runtime import cluster
+with cluster(None):
+    import ray
+    print(ray._private.worker.global_worker.node.get_session_dir_path())
+"""
+
+
+def test_a_private_ray_starts_without_a_home_and_in_a_long_tmpdir(tmp_path):
+    folder = tmp_path / ("x" * 60)
+    folder.mkdir()
+    environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "RAY_AUTH_TOKEN")}
+    for home in ({}, {"HOME": "/"}):
+        before = Path("/.ray").exists()
+        command = [sys.executable, "-c", PRIVATE]
+        ran = subprocess.run(
+            command, env={**environment, **home, "TMPDIR": str(folder)}, capture_output=True, text=True, check=True
+        )
+        assert ran.stdout.startswith("/tmp/ray")
+        assert f"TMPDIR={folder}: is " in ran.stderr and "bytes too long" in ran.stderr
+        assert Path("/.ray").exists() == before and not list(folder.iterdir())

@@ -22,6 +22,7 @@ from learner_cases import (
 from term_cases import golden
 
 from tutorloop.contracts.config import REFERENCE
+from tutorloop.contracts.errors import NotFinite
 from tutorloop.contracts.records import Correction, TeacherScores, Term
 from tutorloop.models import logits as chunks
 
@@ -382,4 +383,5 @@ def test_a_teacher_without_entropies_changes_no_loss_and_no_other_metric():
         n: v for n, v in without.items() if n not in seconds
     }
     gated = (Term(name="topk_divergence", options={"teacher_entropy_above": 0.5}),)
-    assert np.isnan(OneProcess(world.student(), gated).learn(silent, [[[0, 1, 2], [3, 4, 5]]]).loss)
+    with pytest.raises(NotFinite, match="loss_topk_divergence is not finite"):
+        OneProcess(world.student(), gated).learn(silent, [[[0, 1, 2], [3, 4, 5]]])

@@ -214,7 +214,10 @@ def test_a_summary_without_evaluations_says_nothing_of_accuracy():
 
 def test_warnings_and_the_start_stand_in_the_final_table():
     console = Console(file=io.StringIO(), width=200)
-    console.print(final_table(summary_of([], warnings=[f"look {HOSTILE}"], startup_seconds=12.0, dropped={"stale": 0})))
+    start = {"ray": 5.0, "pools": 7.0}
+    console.print(
+        final_table(summary_of([], warnings=[f"look {HOSTILE}"], startup_seconds=start, dropped={"stale": 0}))
+    )
     text = console.file.getvalue()
     assert (
         "look [bold red]free[/] \\x1b[31m" in text and "1:15, of it 0:12 of starting" in text and "stale 0" not in text

@@ -54,6 +54,7 @@ def test_a_resumed_run_keeps_what_decides_the_weights(tmp_path: Path) -> None:
     folder = saved(tmp_path)
     folder.check(config(eval={"every": 7}), resume=True)
     folder.check(config(steps=9, rollout={"replicas": 4}, teacher={"model": "t", "num_cpus": 2}), resume=True)
+    folder.check(config(learner={"learning_rate": 1e-6}), resume=True)
     with pytest.raises(RunFolderError, match="seed: 0 before, 5 now"):
         folder.check(config(seed=5), resume=True)
     with pytest.raises(RunFolderError, match=r"learner\.ranks: 1 before, 2 now"):

@@ -15,7 +15,7 @@ from tutorloop.models import logits as logits_module
 from tutorloop.models.loading import load_causal_lm, load_lm_head
 from tutorloop.models.logits import token_logprobs
 from tutorloop.teacher_service.engines import make_engine
-from tutorloop.teacher_service.requests import batches_of
+from tutorloop.teacher_service.requests import batches_of, only_numbers
 from tutorloop.teacher_service.worker import TeacherWorker
 
 SIGNALS = ("sampled", "topk", "given", "hidden")
@@ -131,6 +131,41 @@ def test_what_cannot_be_scored_is_refused_alone(engine, qwen3):
     assert receipt.errors == {"too_long": 1, "empty": 1, "bad_ids": 2, "no_support": 1}
     assert [s.rollout_id for s in scores[:-1]] == [f"r{i}" for i in range(5)]
     assert len(scores[-1].logprobs) == 6
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("signal", SIGNALS)
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_scores_that_are_no_numbers_are_refused_and_its_neighbours_are_not(signal, dtype, broken, qwen3):
+    """A model that overflows at one word: rollouts in which it is read, packed with others, have no scores."""
+    random, request = fresh_random(), ScoreRequest(signal=signal, top_k=SUPPORT)
+    rollouts = [random_rollout(random, i, 4, 6) for i in range(6)]
+    word = 7
+    for i, rollout in enumerate(rollouts):
+        rollout.token_ids[rollout.token_ids == word] = word + 1
+        if i % 2:
+            rollout.token_ids[random.integers(9)] = word
+    worker = TeacherWorker(teacher_id="big", engine="transformers", model=qwen3, dtype=dtype)
+    model = worker.engine.model
+    with torch.no_grad():
+        model.get_input_embeddings().weight[word] = broken
+    batch, receipt = worker.score(encode(Rollout, rollouts), request)
+    scores = decode(TeacherScores, batch)
+    assert [score.error_class for score in scores] == ["", "not_finite"] * 3
+    assert receipt.errors == {"not_finite": 3} and receipt.tokens == 30
+    assert not any(score.logprobs.size or score.hidden.size or score.topk_ids.size for score in scores[1::2])
+
+
+def test_an_id_of_a_support_may_have_no_probability():
+    """Ids that a model leaves out of its vocabulary; the sampled token must not be among them."""
+    known = {"rollout_id": "r", "teacher_id": "t", "topk_ids": np.zeros((2, 2), np.int32)}
+    logprobs, support = np.zeros(2, np.float32), np.array([[0, -np.inf], [-1, -2]], np.float32)
+    assert only_numbers(TeacherScores(**known, logprobs=logprobs, topk_logprobs=support)).error_class == ""
+    for wrong in (np.nan, np.inf):
+        bad = np.where(np.isinf(support), np.float32(wrong), support)
+        assert only_numbers(TeacherScores(**known, logprobs=logprobs, topk_logprobs=bad)).error_class == "not_finite"
+    off = only_numbers(TeacherScores(**known, logprobs=logprobs - np.inf, topk_logprobs=support))
+    assert (off.rollout_id, off.teacher_id, off.error_class) == ("r", "t", "not_finite")
 
 
 def test_the_longest_rollout_of_the_context_is_scored(qwen3):
