@@ -26,7 +26,6 @@ from ..contracts.records import (
 )
 from ..models.contexts import PLAIN, Prompter, special_ids
 from ..models.loading import load_tokenizer
-from .clock import BusyClock
 from .engines import make_engine
 from .generated import REFUSED, Generated
 from .vllm_engine import VllmEngine
@@ -52,7 +51,6 @@ class RolloutWorker:
         self.engine = make_engine(engine, model, **options)
         self.model, self.max_batch = model, max_batch
         self.templates, self.template_kwargs = templates, template_kwargs
-        self._clock = BusyClock()
         self._prompting = Lock()  # a tokenizer serves one thread at a time
 
     @cached_property
@@ -86,7 +84,7 @@ class RolloutWorker:
         That is a prompt without room for a response, a context whose fields the row lacks, or a row without a solution
         where the dataset answers. A rollout holds the plain prompt, whatever its generator was shown.
         """
-        started = self._clock.start()
+        started = time.perf_counter()
         rows = sorted({request.row for request in requests})
         by_row = dict(zip(rows, decode(Prompt, prompts, rows), strict=True))
         responses = self._respond([by_row[request.row] for request in requests], requests, sampling)
@@ -102,7 +100,7 @@ class RolloutWorker:
         receipt = Receipt(
             rows=len(rollouts),
             tokens=sum(rollout.response_length for rollout in rollouts if rollout.source != "dataset"),
-            seconds=self._clock.stop(started),
+            seconds=time.perf_counter() - started,
             lengths=tuple(len(rollout.token_ids) for rollout in rollouts),
             response_lengths=tuple(rollout.response_length for rollout in rollouts),
             weight_version=min(sampled, default=self.engine.weight_version),

@@ -164,7 +164,7 @@ def _evaluate(
     _, verdicts = verifier.judge(batch)
     correct = np.array(verdicts.passed).reshape(len(prompts), SAMPLES)
     answers = [list(verdicts.answers[at : at + SAMPLES]) for at in range(0, len(requests), SAMPLES)]
-    stats = summarise(correct, answers, seed)
+    stats = summarise(correct, answers)
     figures = {
         figure: {name: round(value, 5) for name, value in stats[figure].items()} for figure in ("avg_at_k", "pass_at_k")
     }

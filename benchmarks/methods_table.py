@@ -126,7 +126,7 @@ def table(results: Results) -> str:
         _about(results),
         "## Accuracy, %",
         f"avg@{k} and pass@{k} at temperature 1 over {results.problems} problems of each split: the seed at the "
-        "median, [its 95 % bootstrap interval over problems], and (least – most) over the seeds.",
+        "median, [its 95 % interval over problems], and (least – most) over the seeds.",
         _grid(_accuracy_columns(k), groups),
         f"![avg@{k} of every method]({PLOT_FILE})",
         "## What it took",

@@ -30,7 +30,7 @@ def stages_of(rows: list[dict]) -> dict[str, list[float]]:
     for row in rows:
         for pool, figures in row["pools"].items():
             if pool.split(".")[0] in WORK:
-                busy = figures["busy_fraction"] * figures["replicas"] * row["seconds"]["total"]
+                busy = figures["busy_seconds"]
                 stages.setdefault(WORK[pool.split(".")[0]], []).append(1000 * busy)
         for stage in ("wait", "learn", "publish", "load", "total"):
             stages.setdefault(stage, []).append(1000 * row["seconds"].get(stage, 0.0))

@@ -60,7 +60,8 @@ def evaluate(
 
     row = standalone_eval.evaluate_model(config, address)
     if as_json:
-        typer.echo(json.dumps(row.stats))
+        shares = ("response_length", "truncated_share", "answered_share")
+        typer.echo(json.dumps(row.stats | {name: getattr(row, name) for name in shares}))
     else:
         Console().print(standalone_eval.table(config, row))
     return True

@@ -6,7 +6,7 @@ counted so far, because prompts and seeds are functions of the step.
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from .learner_group import LearnerGroup
 from .metrics import MetricsLog
 from .pool import Pool, pump
 from .progress import Progress
+from .recording import Recorder
 from .run_folder import RunFolder
 from .skill_bank import SkillBank
 from .stages import EntropyCollapse
@@ -75,6 +76,7 @@ class Driver:
     progress: Progress
     interrupt: Interrupt
     tally: Tally
+    recorder: Recorder
     step: int
     lost: TutorloopError | None = None  # what a pool failed with while the learner was at a step
     _saved: float = 0.0  # when the last checkpoint was, by the monotonic clock; first, when training started
@@ -83,12 +85,13 @@ class Driver:
         """The loop. Returns whether the stage came to its end (False: interrupted). A checkpoint stands then."""
         clock = Stopwatch()
         self._saved = time.monotonic()
+        self.tally.watch.begin(self.flow.pools)
         try:
             self.publish(clock)
             if not self.tally.evaluated(self.step):
                 self.evaluate(clock)
-            self.progress.phase("training")
             while not self.ended:
+                self.progress.phase("training")
                 self.interrupt.check()
                 self.folder.check_claim()
                 self.flow.admit(self.step)
@@ -170,7 +173,7 @@ class Driver:
             self.skills.record(shards, report)
             if said := self.skills.grow(self.step, shards):
                 self.progress.note(f"the skill bank after step {self.step}: {said}")
-        if self.trigger and self.trigger.observe(sampler_entropy(shards), pass_rate(shards)):
+        if self.trigger and self.trigger.observe(sampler_entropy(shards), pass_rate(shards) or 0.0):
             self.progress.note(f"the entropy has collapsed: stage {self.stage} ends after step {self.step}")
 
     def publish(self, clock: Stopwatch) -> None:
@@ -204,15 +207,17 @@ class Driver:
         if not self.problems or services.verifiers is None:
             return
         self.progress.phase("evaluating the student")
-        parts = (self.plan, services.rollouts, services.verifiers, services.pools, "student", self.step, self.interrupt)
-        with clock("evaluate"):
-            for row in [evaluate(problems, *parts) for problems in self.problems]:
-                self.tally.evals.append(row)
+        who = ("student", self.step, self.interrupt, self.recorder)
+        with clock("evaluate"), self.tally.paused(self.flow):
+            pools = (services.rollouts, services.verifiers, services.pools)
+            for row in evaluate(self.problems, self.plan, *pools, *who):
+                row = self.tally.eval_row(self.config, row)
                 self.log.log_eval(row)
                 self.progress.eval(row)
 
     def save(self, clock: Stopwatch) -> None:
-        with clock("checkpoint"):
+        with clock("checkpoint"), self.tally.paused(self.flow):
+            self.recorder.collect(wait=True)  # a resumed run goes on from a file that is whole
             state = {
                 "step": self.step,
                 "stage": self.stage,
@@ -242,6 +247,10 @@ class Driver:
 
     def record(self, shards: list[Shard], report: StepReport, clock: Stopwatch) -> None:
         clock.seconds["total"] = time.monotonic() - clock.start
+        with suppress(TutorloopError):  # it is heard again at the next wait
+            pump(self.flow.pools, timeout=0)  # what has ended meanwhile is busy no more
         row = self.tally.step_row(self.step, shards, report, clock.seconds, self.flow)
         self.log.log_step(row)
-        self.progress.step(row)
+        self.recorder.step(self.step, [*shards, *self.flow.stale], report.untrained)
+        self.recorder.collect()
+        self.progress.step(row, self.recorder.newest)

@@ -22,7 +22,7 @@ from ..contracts.errors import NotFinite
 from ..contracts.records import Receipt, SampleRequest, ScoreRequest, TrainRow, seed_of
 from .data import PromptOrder
 from .interrupt import Interrupt
-from .methods.composition import Ask, Composition, Facts, natural
+from .methods.composition import Ask, Composition, Credit, Facts, natural
 from .pool import Call, Pool, pump
 
 
@@ -41,6 +41,7 @@ class Shard:
     verdicts: ObjectRef | None = None
     judged: Receipt | None = None
     awaited: int = 0  # answers of services still to come
+    outcomes: list[Credit | str] = field(default_factory=list)  # what each rollout trains with, or why it does not
 
     @property
     def source(self) -> str:
@@ -128,6 +129,7 @@ class Flow:
         self.admitted = first  # steps whose prompt groups have been dispatched
         self.shards: dict[int, list[Shard]] = {}
         self.dropped: Counter[str] = Counter()
+        self.stale: list[Shard] = []  # of the step last taken
         self.scored_by_rollouts = 0  # tokens, by a teacher that shares the rollout pool
 
     @property
@@ -281,13 +283,12 @@ class Flow:
             self.interrupt.check()
             pump(self.pools)
         bound = self.config.max_staleness + self.composition.round_steps - 1
-        fresh = []
-        for shard in sorted(self.shards.pop(step), key=lambda shard: natural(shard.requests[0].rollout_id)):
-            if shard.staleness(step) > bound:
-                self.dropped["stale"] += len(shard.requests)
-            else:
-                fresh.append(shard)
-        return fresh
+        shards = sorted(self.shards.pop(step), key=lambda shard: natural(shard.requests[0].rollout_id))
+        self.stale = [shard for shard in shards if shard.staleness(step) > bound]
+        for shard in self.stale:
+            shard.outcomes = ["stale"] * len(shard.requests)
+            self.dropped["stale"] += len(shard.requests)
+        return [shard for shard in shards if shard.staleness(step) <= bound]
 
     def trainable(self, step: int, shards: Sequence[Shard]) -> list[tuple[int, TrainRow]]:
         """Tokens and credit of each row that the method trains; the others are counted with their reason."""
@@ -298,6 +299,7 @@ class Flow:
         credits = self.composition.credit(facts, step - self.first)
         for (batch, row), length, fact, credit in zip(places, lengths, facts, credits, strict=True):
             outcome = credit if fact.length else "empty_response"
+            shards[batch].outcomes.append(outcome)
             if isinstance(outcome, str):
                 self.dropped[outcome] += 1
             elif not math.isfinite(outcome.advantage) or not math.isfinite(outcome.weight):

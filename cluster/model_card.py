@@ -17,12 +17,12 @@ def write_model_card(path: Path, config: Config, summary: dict[str, Any]) -> Non
     """README.md of an exported model, with the front matter that model hubs read."""
     teachers = ", ".join(f"`{teacher.model}`" for teacher in config.named_teachers.values()) or "none"
     recipe = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    accuracy = summary["accuracy"]
+    shown = {key: f"{100 * value:.1f} %" for key, value in summary["accuracy"].items()}
     split = {
         "in distribution": ("before", "after", "teacher"),
         "out of distribution": ("ood_before", "ood_after", "ood_teacher"),
     }
-    rows = [f"| {name} | " + " | ".join(_percent(accuracy[key]) for key in keys) + " |" for name, keys in split.items()]
+    rows = [f"| {name} | " + " | ".join(shown.get(key, "–") for key in keys) + " |" for name, keys in split.items()]
     front = yaml.safe_dump(
         {"library_name": "transformers", "tags": ["tutorloop", *(stage.method for stage in config.plan)]},
         sort_keys=False,
@@ -48,7 +48,3 @@ avg@{config.eval.samples} at temperature {config.eval.temperature}, first {confi
 """,
         encoding="utf-8",
     )
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f} %"

@@ -2,7 +2,7 @@
 
 Calls wait here, not at the actors, so a weight update or a new replica never stands behind a long queue. Every call
 returns its payload (left in the object store) and a small `Receipt` (read by the driver). The pool measures itself:
-tokens and busy seconds come with the receipts.
+tokens come with the receipts, busy time as it passes (busy.py).
 """
 
 from collections import Counter, deque
@@ -21,6 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from ..contracts import config
 from ..contracts.errors import ResourceError, TutorloopError
 from ..contracts.records import Receipt
+from .busy import BusyTime
 from .room import Need, wait_for_actors, wait_for_groups
 from .runtime import end, get, make_actor, say
 
@@ -33,7 +34,7 @@ class Call:
     args: tuple[Any, ...]
     cost: int
     done: Callable[[ObjectRef, Receipt], None]
-    counted: bool = True  # in the pool's tokens and busy seconds; an evaluation's calls are not
+    counted: bool = True  # in the pool's tokens; an evaluation's calls are not
 
 
 class Pool:
@@ -56,7 +57,7 @@ class Pool:
         **arguments: Any,
     ) -> None:
         self.name, self.boundary = name, boundary
-        self.tokens, self.busy_seconds = 0, 0.0
+        self.tokens, self.busy = 0, BusyTime(pool.replicas)
         self.errors: Counter[str] = Counter()
         self._outstanding, self._ordered = max(2, at_once), at_once == 1
         self.places = Places(pool, here)
@@ -98,6 +99,7 @@ class Pool:
             method = getattr(self.replicas[index], call.method).options(num_returns=2)
             payload, receipt = method.remote(*call.args)
             self._in_flight[receipt] = (index, call, payload)
+            self.busy.sent(index, receipt)
 
     def broadcast(self, method: str, *args: Any) -> None:
         """Call every replica, after what it has in flight and before anything submitted later."""
@@ -129,11 +131,11 @@ class Pool:
             del self._acks[ref]
             self._dispatch()
             return
-        _, call, payload = self._in_flight.pop(ref)
+        index, call, payload = self._in_flight.pop(ref)
         receipt: Receipt = result
+        self.busy.done(index, ref, receipt.seconds, receipt.ended)
         if call.counted:
             self.tokens += receipt.tokens
-            self.busy_seconds += receipt.seconds
         self.errors.update(receipt.errors)
         self._dispatch()
         call.done(payload, receipt)

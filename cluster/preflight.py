@@ -16,7 +16,7 @@ from .data import eval_data, fitting, load_prompts
 from .methods.composition import Composition
 from .pool import need_of
 from .room import Need
-from .services import key_of, load_functions
+from .services import judges, judges_training, key_of, load_functions
 from .skill_bank import check_skills
 
 SHOWN = {"answer": "data.answer_field", "solution": "data.solution_field"}  # fields of templates that rows must have
@@ -66,7 +66,7 @@ def check_inputs(config: Config, compositions: Sequence[Composition]) -> Inputs:
             found = f"{name}: {teacher.dtype}; learner: {config.learner.dtype}"
             raise ConfigError("a teacher that follows the student has the learner's dtype", found, "set both alike")
 
-    (train, *held_out), left_out = _fitting_rows(config, tokenizer, contexts)
+    (train, *held_out), left_out = _fitting_rows(config, compositions, tokenizer, contexts)
     _check_shown(config, compositions, train)
     train = _with_teachers(config, compositions, train)
     return Inputs(
@@ -79,7 +79,7 @@ def check_inputs(config: Config, compositions: Sequence[Composition]) -> Inputs:
 
 
 def _fitting_rows(
-    config: Config, tokenizer: Any, contexts: Mapping[str, int]
+    config: Config, compositions: Sequence[Composition], tokenizer: Any, contexts: Mapping[str, int]
 ) -> tuple[list[list[Prompt]], dict[str, int]]:
     """The rows of training and of both evaluations that fit every context, and how many were left out, by why."""
     data, evaluation, responses = config.data, config.eval, config.rollout.max_new_tokens
@@ -88,7 +88,8 @@ def _fitting_rows(
         "keep_rows": config.verifier.reads_rows,
         "thinking": config.thinking,
     }
-    loaded = [load_prompts(data, data.path, data.split, tokenizer, **needs)]
+    own = needs | {"need_answer": config.verifier.needs_gold and judges_training(config, compositions)}
+    loaded = [load_prompts(data, data.path, data.split, tokenizer, **own)]
     fitted = [fitting(loaded[0], responses, contexts, data.path, data)]
     held_out, answers = eval_data(data, evaluation), evaluation.max_new_tokens or responses
     for path in (evaluation.path, evaluation.ood_path):
@@ -192,13 +193,13 @@ def _with_teachers(config: Config, compositions: Iterable[Composition], prompts:
     return [replace(prompt, teacher=prompt.teacher or names[0]) for prompt in prompts]
 
 
-def needs_of(config: Config, compositions: Iterable[Composition]) -> list[Need]:
+def needs_of(config: Config, compositions: Sequence[Composition]) -> list[Need]:
     """What the pools and the learner ask the cluster for."""
     teachers = {name: teacher for name, teacher in config.named_teachers.items() if not teacher.shared}
     names = {name: "teacher" if len(config.named_teachers) == 1 else f"teacher.{name}" for name in teachers}
     pools: dict[str, Pool | None] = {"rollout": config.rollout}
     pools |= {names[name]: teacher for name, teacher in teachers.items()}
-    pools |= {REFERENCE: config.reference, "verifier": config.verifier if config.verifier.kind != "none" else None}
+    pools |= {REFERENCE: config.reference, "verifier": config.verifier if judges(config, compositions) else None}
     if any("teacher" in composition.generators for composition in compositions):
         pools["teacher_rollout"] = config.teacher_rollout
     needs = [need_of(name, pool) for name, pool in pools.items() if pool]

@@ -1,11 +1,12 @@
 """What a person sees while a run goes on, and when it ends.
 
-On a terminal it is one live panel: how far, how well, how fast each pool, how stale, how long still, and what the
-driver is doing now. In a pipe it is a plain line now and then, without a control character, so that a log stays
-readable. Text that comes from models, data or errors is hostile: it is shown with its control characters escaped, and
-never read as markup.
+On a terminal it is one live panel: how far, how well, how fast each pool, how stale, how long still, what the driver is
+doing now, and the newest rollout. In a pipe it is a plain line now and then, without a control character, so that a log
+stays readable. What was not measured is not shown. Text that comes from models, data or errors is hostile: it is shown
+with its control characters escaped, and never read as markup.
 """
 
+import re
 import unicodedata
 from collections.abc import Mapping
 from types import TracebackType
@@ -29,7 +30,8 @@ SPLITS = {"in_distribution": "in distribution", "out_of_distribution": "out of d
 class Progress:
     """Shows a run's rows as they come: `with Progress(steps) as progress: progress.step(row)`.
 
-    `phase` names what the driver does now (terminal only); `note` leaves a line that stays.
+    `phase` names what the driver does now; in a pipe it is a line the first time, whatever its numbers. `note` leaves a
+    line that stays.
     """
 
     def __init__(self, total_steps: int, console: Console | None = None) -> None:
@@ -41,6 +43,8 @@ class Progress:
         self._row: StepRow | None = None
         self._accuracy: EvalRow | None = None
         self._printed: StepRow | None = None
+        self._sample: Mapping[str, Any] | None = None
+        self._phases: set[str] = set()
 
     def __enter__(self) -> "Progress":
         if self._console.file.isatty() and not self._console.is_dumb_terminal:
@@ -60,11 +64,16 @@ class Progress:
         self._phase = text
         if self._live:
             self._live.update(self._panel())  # drawn at the next refresh: phases may change fast
+        elif (kind := re.sub(r"\d+", "", text)) not in self._phases:
+            self._phases.add(kind)
+            self._print(text)
 
     def note(self, text: str) -> None:
         self._print(text)
 
-    def step(self, row: StepRow) -> None:
+    def step(self, row: StepRow, sample: Mapping[str, Any] | None = None) -> None:
+        """`sample`: the newest line of rollouts.jsonl."""
+        self._sample = sample
         self._first = self._first or row
         self._row = row
         self._phase = "training" if self._phase == STARTING else self._phase
@@ -72,6 +81,11 @@ class Progress:
         if not self._live and self._due(row):
             self._printed = row
             self._print(self._line(row))
+        self._warn(row)
+
+    def _warn(self, row: StepRow | EvalRow) -> None:
+        for text in row.warnings:
+            self.note(f"warning: {text}")
 
     def eval(self, row: EvalRow) -> None:
         if row.model == "student" and row.split == "in_distribution":
@@ -81,7 +95,11 @@ class Progress:
         text = f"eval at step {row.step}: {row.model} {SPLITS[row.split]} avg@{k} {interval(avg)}"
         if k > 1:
             text += f", pass@{k} {percent(passed['value'])}, maj@{k} {percent(voted['value'])}"
+        for name, share in (("answered", row.answered_share), ("cut off", row.truncated_share)):
+            text += f", {name} {percent(share, 0)}" if share is not None else ""
+        text += f", {row.response_length:.0f} tokens" if row.response_length is not None else ""
         self._print(f"{text}, {row.stats['problems']} problems in {row.seconds:.0f} s")
+        self._warn(row)
         self._refresh()
 
     def seconds_left(self) -> float | None:
@@ -92,18 +110,18 @@ class Progress:
         if not done:
             return None
         pace = (self._row.wall_seconds - self._first.wall_seconds) / done
-        return pace * (self._total - self._row.step - 1)
+        return pace * (self._total - self._row.step)
 
     def _due(self, row: StepRow) -> bool:
         last = self._printed
-        if last is None or row.step + 1 >= self._total:
+        if last is None or row.step >= self._total:
             return True
         seconds, steps = row.wall_seconds - last.wall_seconds, row.step - last.step
         return seconds >= SECONDS_BETWEEN_LINES and steps >= SHARE_BETWEEN_LINES * self._total
 
     def _line(self, row: StepRow) -> str:
         pools = "  ".join(f"{name} {_speed(p.tokens_per_second, p.busy_fraction)}" for name, p in row.pools.items())
-        parts = [f"step {row.step + 1}/{self._total}", *_figures(row, self._accuracy), pools, f"left {self._left()}"]
+        parts = [f"step {row.step}/{self._total}", *_figures(row, self._accuracy), pools, f"left {self._left()}"]
         return "  ".join(part for part in parts if part)
 
     def _left(self) -> str:
@@ -125,7 +143,7 @@ class Progress:
 
     def _panel(self) -> Panel:
         row = self._row
-        done = row.step + 1 if row else 0
+        done = row.step if row else 0
         bar = Table.grid(padding=(0, 1), expand=True)
         bar.add_column(no_wrap=True)
         bar.add_column(ratio=1)
@@ -139,21 +157,64 @@ class Progress:
         if row:
             parts.append(_spaced(_figures(row, self._accuracy)))
             parts.append(_pool_table(row))
+        if self._sample:
+            parts.append(_sample(self._sample))
         return Panel(Group(*parts), title=Text(plain(self._phase)), title_align="left", border_style="dim")
 
 
 def _figures(row: StepRow, accuracy: EvalRow | None) -> list[str]:
-    if accuracy:
-        first = f"accuracy {percent(accuracy.stats['avg_at_k']['value'])} (step {accuracy.step})"
-    else:
-        first = f"accuracy {percent(row.pass_rate)} (rollouts)"
-    kl = row.learner.get("reverse_kl")
-    return [
-        first,
-        f"reverse KL {kl:.4f}" if kl is not None else "",
-        f"loss {row.loss:.4f}",
-        f"staleness {row.staleness_mean:.1f}",
-    ]
+    """The headline: `name figure` each, of what was measured."""
+    learner = row.learner
+    figures = {
+        "passed": row.pass_rate if row.pass_rate is None else percent(row.pass_rate),
+        "reward": _number(row.reward, 3),
+        "length": _number(row.response_length, 0),
+        "cut off": percent(row.truncated_share, 0) if row.truncated_share else None,
+        "reverse KL": _number(learner.get("reverse_kl"), 4),
+        "top-k reverse KL": _number(learner.get("topk_reverse_kl"), 4),
+        "teacher's mass": percent(learner["teacher_mass"]) if "teacher_mass" in learner else None,
+        "loss": _number(row.loss, 4),
+        "grad norm": _number(learner.get("grad_norm"), 3),
+        "staleness": _number(row.staleness_mean, 1),
+    }
+    first = f"accuracy {percent(accuracy.stats['avg_at_k']['value'])} (step {accuracy.step})" if accuracy else ""
+    return [first, *(f"{name} {figure}" for name, figure in figures.items() if figure is not None)]
+
+
+def _number(value: float | None, digits: int) -> str | None:
+    """With so many digits; a zero has no sign."""
+    return None if value is None else f"{value:z.{digits}f}"
+
+
+def _sample(line: Mapping[str, Any]) -> Text:
+    """The newest rollout: what was asked, what came, and what became of it."""
+    text = Text()
+    for name, part, most in (("prompt ", line["prompt"], 160), ("response ", line["response"], 320)):
+        text.append(name, "dim")
+        text.append(f"{plain(excerpt(part, most))}\n")
+    return text.append(sample_facts(line), "dim")
+
+
+def sample_facts(line: Mapping[str, Any]) -> str:
+    """What became of a recorded rollout, on one line."""
+    facts = [f"step {line['step']}", line.get("model") or line["source"]]
+    if line.get("abstained"):
+        facts.append(f"not judged: {line.get('error_class')}")
+    elif "passed" in line:
+        facts.append("passed" if line["passed"] else "did not pass")
+    facts += [f"answer {line['answer']}"] if line.get("answer") else []
+    facts += [f"gold {line['golds'][0]}"] if line.get("golds") else []
+    facts += [f"{len(line['token_ids']) - line['prompt_length']} tokens, ended by {line['finish_reason']}"]
+    facts += [f"dropped: {line['dropped']}"] if line.get("dropped") else []
+    return plain(excerpt(" · ".join(facts), 400))
+
+
+def excerpt(text: str, most: int) -> str:
+    """Begin and end of a text that is too long to show, and how much is left out."""
+    if len(text) <= most:
+        return text
+    half = most // 2
+    return f"{text[:half]} … {len(text) - 2 * half:,} characters … {text[-half:]}"
 
 
 def _spaced(parts: list[str]) -> Text:
@@ -188,22 +249,29 @@ def _pool_table(row: StepRow) -> Table:
 
 def final_table(summary: Mapping[str, Any]) -> RenderableType:
     """The before-and-after table of a run's `summary.json`, ready for `console.print`."""
-    accuracy = Table(title="accuracy, with 95 % intervals over problems", title_justify="left", title_style="dim")
-    accuracy.add_column("split", no_wrap=True)
-    for name in ("before", "after", "teacher", "of teacher"):
-        accuracy.add_column(name, justify="right")
-    for split, figures in accuracy_figures(summary).items():
-        after, teacher = figures["after"], figures["teacher"]
-        share = percent(after["value"] / teacher["value"]) if after and teacher and teacher["value"] else "–"
-        cells = [interval(figure) if figure else "–" for figure in figures.values()]
-        accuracy.add_row(SPLITS[split], *cells, share)
-
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="dim", no_wrap=True)
     facts.add_column()
     for name, fact in run_facts(summary):
         facts.add_row(name, Text(plain(fact)))
+    found = accuracy_figures(summary)
+    if not any(any(figures.values()) for figures in found.values()):
+        return facts
+    accuracy = Table(title="accuracy, with 95 % intervals over problems", title_justify="left", title_style="dim")
+    accuracy.add_column("split", no_wrap=True)
+    for name in ("before", "after", "teacher", "of teacher"):
+        accuracy.add_column(name, justify="right")
+    for split, figures in found.items():
+        if any(figures.values()):
+            accuracy.add_row(SPLITS[split], *accuracy_cells(figures))
     return Group(accuracy, facts)
+
+
+def accuracy_cells(figures: Mapping[str, dict[str, float] | None]) -> list[str]:
+    """Before, after and teacher with their intervals, and the student's share of the teacher's accuracy."""
+    after, teacher = figures["after"], figures["teacher"]
+    share = percent(after["value"] / teacher["value"]) if after and teacher and teacher["value"] else "–"
+    return [*(interval(figure) if figure else "–" for figure in figures.values()), share]
 
 
 def accuracy_figures(summary: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float] | None]]:
@@ -224,8 +292,11 @@ def accuracy_figures(summary: Mapping[str, Any]) -> dict[str, dict[str, dict[str
 def run_facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The rest of a summary as name and text."""
     facts = [("method", f"{summary.get('method')}, seed {summary.get('seed')}, {summary.get('steps')} steps")]
+    facts += [("warning", text) for text in summary.get("warnings") or []]
     if summary.get("wall_seconds") is not None:
-        facts.append(("wall time", clock(summary["wall_seconds"])))
+        start = summary.get("startup_seconds")
+        of_it = f", of it {clock(sum(start.values()))} of starting" if start else ""
+        facts.append(("wall time", clock(summary["wall_seconds"]) + of_it))
     if tokens := summary.get("tokens"):
         facts.append(
             ("tokens", ", ".join(f"{count:,} {kind.replace('_', ' ')}" for kind, count in tokens.items() if count))
@@ -235,7 +306,7 @@ def run_facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     if staleness := summary.get("staleness"):
         facts.append(("staleness", f"mean {staleness['mean']:.2f}, max {staleness['max']} weight versions"))
     for title, key in (("dropped", "dropped"), ("verifier errors", "verifier_errors")):
-        if counts := summary.get(key):
+        if counts := {name: count for name, count in (summary.get(key) or {}).items() if count}:
             facts.append((title, ", ".join(f"{name} {count:,}" for name, count in counts.items())))
     if summary.get("peak_memory_bytes"):
         facts.append(("peak memory", f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB"))

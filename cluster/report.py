@@ -7,31 +7,33 @@ the run is escaped; legends are HTML, so no such text reaches the plotting libra
 """
 
 import html
-import itertools
 import json
-import math
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
 import numpy as np
 
 from ..contracts.errors import RunFolderError
+from .curves import Rows, keys_of, plots_of
 from .metrics import METRICS_FILE, read_rows
-from .plots import INKS, SERIES_INKS, Panel, Series, svg
-from .progress import SPLITS, accuracy_figures, clock, interval, percent, plain, run_facts
+from .plots import INKS, Panel, Series, svg
+from .progress import (
+    SPLITS,
+    accuracy_cells,
+    accuracy_figures,
+    clock,
+    excerpt,
+    interval,
+    percent,
+    plain,
+    run_facts,
+    sample_facts,
+)
+from .samples import shown_samples
 
-MOST_POINTS = 150  # of a line
-MOST_BARS = 60
-BETWEEN_STEPS = ("evaluate", "checkpoint")  # stages that happen now and then: in the table, not in the plot of a step
-
-Rows = Sequence[dict[str, Any]]
-Place = tuple[str, ...]  # keys into a row, outermost first
-
-
-OUTCOMES = ("all_right", "mixed", "all_wrong")  # of a prompt group
-POLARITIES, STANCES = ("helpful", "harmful", "neutral"), ("for", "against", "silent")  # of views
+MOST_CHARACTERS = 4000  # of a prompt or response
 
 
 def _variables(theme: int) -> str:
@@ -66,6 +68,9 @@ table{{border-collapse:collapse;margin-top:.5rem;font-size:.9rem;font-variant-nu
 th,td{{padding:.3rem 1rem .3rem 0;text-align:right;border-bottom:1px solid var(--grid);white-space:nowrap}}
 th{{font-weight:500;color:var(--soft)}}
 th:first-child{{text-align:left}}
+h3{{font-size:.85rem;font-weight:500;color:var(--soft);margin:1.25rem 0 0;overflow-wrap:anywhere}}
+article pre{{margin:.35rem 0 0;white-space:pre-wrap;overflow-wrap:anywhere}}
+.said{{border-left:3px solid var(--c0)}}
 .facts td{{text-align:left;white-space:normal;overflow-wrap:anywhere}}
 pre{{background:var(--card);padding:1rem;border-radius:.5rem;overflow-x:auto;font:13px/1.5 ui-monospace,monospace}}
 """
@@ -85,7 +90,8 @@ def write_report(folder: Path) -> Path:
     text = config.read_text(encoding="utf-8") if config.exists() else ""
     page = folder / "report.html"
     aside = folder / ".report.html.tmp"
-    aside.write_text(_page(folder.resolve().name, steps, evals, summary, text), encoding="utf-8")
+    samples = shown_samples(folder)
+    aside.write_text(_page(folder.resolve().name, steps, evals, samples, summary, text), encoding="utf-8")
     aside.replace(page)
     return page
 
@@ -105,23 +111,25 @@ def _read_summary(path: Path) -> dict[str, Any] | None:
 # ---- the page --------------------------------------------------------------------------------------------------------
 
 
-def _page(name: str, steps: Rows, evals: Rows, summary: dict[str, Any] | None, config: str) -> str:
+def _page(name: str, steps: Rows, evals: Rows, samples: Rows, summary: dict[str, Any] | None, config: str) -> str:
     title = f"tutorloop: {name}"
     state = "no summary: the run was cut off" if summary is None else ""
     if summary and summary.get("interrupted"):
         state = "interrupted"
-    last_step = max([1, *(row["step"] + 1 for row in steps), *(row["step"] for row in evals)])
-    plots = [_figure(number, *plot, last_step) for number, plot in enumerate(_plots(steps, evals))]
-    facts = run_facts(summary) if summary else []
+    last_step = max([1, *(row["step"] for row in [*steps, *evals])])
+    plots = [_figure(number, *plot, last_step) for number, plot in enumerate(plots_of(steps, evals))]
+    facts = [fact for fact in run_facts(summary) if fact[0] != "warning"] if summary else []
     run = f" · {facts[0][1]}" if facts else ""
     body = [
         f"<header><p class='over'>tutorloop{_text(run)}</p><h1>{_text(name)}</h1>",
         f"<p class='state'>{_text(state)}</p>" if state else "",
+        *(f"<p class='state'>{_text(f'warning: {warning}')}</p>" for warning in _warnings([*steps, *evals])),
         _tiles(steps, summary),
         "</header><main>",
-        _accuracy_table(summary) if summary and any(map(_has_value, accuracy_figures(summary).values())) else "",
+        _accuracy_table(summary) if summary else "",
         f"<section class='plots'>{''.join(plots)}</section>",
-        _stage_table(steps),
+        _samples(samples),
+        _stage_table(steps, summary),
         _table("Summary", (), facts) if facts else "",
         _eval_table(evals) if evals else "",
         _nonfinite(steps),
@@ -137,8 +145,31 @@ def _page(name: str, steps: Rows, evals: Rows, summary: dict[str, Any] | None, c
     )
 
 
-def _has_value(figures: dict[str, Any]) -> bool:
-    return any(figures.values())
+def _warnings(rows: Rows) -> list[str]:
+    """In the order in which they were raised."""
+    return list(dict.fromkeys(text for row in rows for text in row.get("warnings", ())))
+
+
+def _block(text: str) -> str:
+    """A text of many lines, for a `pre`."""
+    lines = excerpt(text, MOST_CHARACTERS).split("\n")
+    return html.escape("\n".join(map(plain, lines)))
+
+
+def _samples(samples: Rows) -> str:
+    """What the model wrote: a few rollouts as they stand in rollouts.jsonl."""
+    if not samples:
+        return ""
+    parts = []
+    for line in samples:
+        asked = "".join(f"[{turn['role']}]\n{turn['content']}\n\n" for turn in line.get("turns", ()))
+        where = "evaluation" if line["kind"] == "eval" else "training"
+        parts.append(
+            f"<article><h3>{_text(where)} · {_text(sample_facts(line))}</h3>"
+            f"<pre tabindex='0'>{_block(asked + line['prompt'])}</pre>"
+            f"<pre class='said' tabindex='0'>{_block(line['response'])}</pre></article>"
+        )
+    return f"<section><h2>What the model wrote</h2>{''.join(parts)}</section>"
 
 
 def _text(value: object) -> str:
@@ -154,7 +185,7 @@ def _tiles(steps: Rows, summary: dict[str, Any] | None) -> str:
     if after is not None and teacher:
         tiles.append(("of the teacher's", percent(after / teacher)))
     if steps:
-        tiles.append(("steps", f"{steps[-1]['step'] + 1:,}"))
+        tiles.append(("steps", f"{steps[-1]['step']:,}"))
         tiles.append(("wall time", clock((summary or {}).get("wall_seconds") or steps[-1]["wall_seconds"])))
         tiles.append(("tokens trained", f"{sum(row['tokens'].get('trained', 0) for row in steps):,}"))
     cells = [f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in tiles]
@@ -177,25 +208,30 @@ def _table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> st
 
 
 def _accuracy_table(summary: dict[str, Any]) -> str:
-    rows = []
-    for split, figures in accuracy_figures(summary).items():
-        after, teacher = figures["after"], figures["teacher"]
-        share = percent(after["value"] / teacher["value"]) if after and teacher and teacher["value"] else "–"
-        rows.append((SPLITS[split], *(interval(figure) if figure else "–" for figure in figures.values()), share))
+    measured = [pair for pair in accuracy_figures(summary).items() if any(pair[1].values())]
+    rows = [(SPLITS[split], *accuracy_cells(figures)) for split, figures in measured]
     head = ("split", "student before", "student after", "teacher", "of the teacher's")
-    return _table("Accuracy, with 95 % intervals over problems", head, rows)
+    return _table("Accuracy, with 95 % intervals over problems", head, rows) if rows else ""
 
 
-def _stage_table(steps: Rows) -> str:
-    totals = {stage: sum(row["seconds"].get(stage) or 0.0 for row in steps) for stage in _keys(steps, "seconds")}
+def _stage_table(steps: Rows, summary: dict[str, Any] | None) -> str:
+    """Stages of the steps, and before them the start of all processes, where the summary says how long it took."""
+    totals = {stage: sum(row["seconds"].get(stage) or 0.0 for row in steps) for stage in keys_of(steps, "seconds")}
     whole = totals.pop("total", 0.0) or sum(totals.values())
     if not whole:
         return ""
-    rest = whole - sum(totals.values())
+    parts = [*totals.items(), ("everything else", max(whole - sum(totals.values()), 0.0))]
+    start = (summary or {}).get("startup_seconds") or {}
+    everything = whole + sum(start.values())
     rows = [
-        (stage, f"{seconds:,.1f} s", percent(seconds / whole), f"{seconds / len(steps):.3f} s")
-        for stage, seconds in [*totals.items(), ("everything else", max(rest, 0.0)), ("total", whole)]
+        (f"start: {stage}", f"{seconds:,.1f} s", percent(seconds / everything), "") for stage, seconds in start.items()
     ]
+    rows += [
+        (stage, f"{seconds:,.1f} s", percent(seconds / everything), f"{seconds / len(steps):.3f} s")
+        for stage, seconds in [*parts, ("all steps", whole)]
+    ]
+    if start:
+        rows.append(("total", f"{everything:,.1f} s", percent(1), ""))
     return _table("Where the time went", ("stage", "total", "share", "mean of a step"), rows)
 
 
@@ -205,8 +241,12 @@ def _eval_table(evals: Rows) -> str:
         stats = row["stats"]
         figures = [interval(stats[name]) for name in ("avg_at_k", "pass_at_k", "maj_at_k")]
         who = (str(row["step"]), row["model"], SPLITS.get(row["split"], row["split"]))
+        shares = [row.get(name) for name in ("answered_share", "truncated_share")]
+        figures += ["–" if share is None else percent(share) for share in shares]
+        figures.append("–" if row.get("response_length") is None else f"{row['response_length']:.0f}")
         rows.append((*who, *figures, f"{stats['problems']} × {stats['samples']}", f"{row['seconds']:.1f} s"))
-    head = ("step", "model", "split", "avg@k", "pass@k", "maj@k", "problems × k", "took")
+    of_stats = ("avg@k", "pass@k", "maj@k", "answered", "cut off", "tokens")
+    head = ("step", "model", "split", *of_stats, "problems × k", "took")
     return _table("Evaluations", head, rows)
 
 
@@ -221,13 +261,14 @@ def _nonfinite(steps: Rows) -> str:
 
 
 def _figure(number: int, title: str, note: str, panels: Sequence[Panel], last_step: float) -> str:
-    parts = [_panel(panel, f"p{number}{letter}", last_step) for letter, panel in zip("abc", panels, strict=False)]
+    keys = [f"p{number}{letter}" for letter in ascii_lowercase[: len(panels)]]
+    parts = [_panel(panel, key, last_step) for key, panel in zip(keys, panels, strict=True)]
     return f"<figure><figcaption><h2>{_text(title)}</h2><p>{_text(note)}</p></figcaption>{''.join(parts)}</figure>"
 
 
 def _panel(panel: Panel, key: str, last_step: float) -> str:
     legend = ""
-    if len(panel.series) > 1:
+    if len(panel.series) > 1 or panel.series[0].label not in panel.unit:
         swatches = [
             f"<li><i class='{'level' if s.level else 'line'}' style='--c:var(--{s.ink})'></i>{_text(s.label)}</li>"
             for s in panel.series
@@ -242,115 +283,3 @@ def _described(series: Series, share: bool) -> str:
     seen = series.values[np.isfinite(series.values)]
     first, last = (percent(value) if share else f"{value:.4g}" for value in (seen[0], seen[-1]))
     return f"{series.label} {last}" if len(seen) == 1 else f"{series.label} from {first} to {last}"
-
-
-# ---- what is plotted -------------------------------------------------------------------------------------------------
-
-
-def _plots(steps: Rows, evals: Rows) -> Iterable[tuple[str, str, list[Panel]]]:
-    """Title, one line of explanation, and panels; a panel without a figure to show is left out."""
-    pools = _keys(steps, "pools")
-    stages = {name: ("seconds", name) for name in _keys(steps, "seconds") if name not in ("total", *BETWEEN_STEPS)}
-    speed, busy = ({name: ("pools", name, key) for name in pools} for key in ("tokens_per_second", "busy_fraction"))
-
-    def panel(unit: str, places: dict[str, Place], share: bool = False, bars: bool = False) -> Panel:
-        most = MOST_BARS if bars else MOST_POINTS
-        return Panel(unit=unit, series=_curves(steps, places, most), share=share, bars=bars)
-
-    plots = {
-        ("Accuracy", "Evaluations with 95 % intervals over problems; the teacher's dashed."): [
-            Panel(unit="avg@k of held-out problems", series=_accuracy(evals), share=True)
-        ],
-        ("Loss", "What the optimizer sees; and the distance from the teacher, where there is one."): [
-            panel("reverse KL, nats per token", {"reverse KL": ("learner", "reverse_kl")}),
-            panel("loss", {"loss": ("loss",)}),
-        ],
-        ("Entropy", "The student's, of the tokens that trained and (−log μ) of all that were sampled."): [
-            panel("nats per token", {"trained": ("learner", "entropy"), "sampled": ("sampler_entropy",)})
-        ],
-        ("Verifier", "Of the rollouts that could be judged, whether they trained or not."): [
-            panel("mean reward", {"reward": ("reward",)}),
-            panel("share that passed", {"passed": ("pass_rate",)}, share=True),
-            panel("parts of the reward", {name: ("reward_parts", name) for name in _keys(steps, "reward_parts")}),
-            panel("prompt groups", {name.replace("_", " "): ("groups", name) for name in OUTCOMES}, share=True),
-        ],
-        ("Skills", "What the teachers' views of the answers were: verdict × stance, as shares."): [
-            panel("of all views", {name: ("learner", f"skill_{name}") for name in POLARITIES}, share=True),
-            panel(
-                "of right answers' views", {name: ("learner", f"skill_right_{name}") for name in STANCES}, share=True
-            ),
-            panel(
-                "of wrong answers' views", {name: ("learner", f"skill_wrong_{name}") for name in STANCES}, share=True
-            ),
-        ],
-        ("Responses", "Of all rollouts of the step."): [
-            panel("mean length, tokens", {"length": ("response_length",)}),
-            panel("share ended by the token limit", {"truncated": ("truncated_share",)}, share=True),
-        ],
-        ("Pools", "Since the step before."): [
-            panel("tokens per second", speed),
-            panel("busy share of the replicas' time", busy, share=True),
-        ],
-        ("A step's time", f"By stage; {' and '.join(BETWEEN_STEPS)} stand in the table below."): [
-            panel("seconds, stacked", stages, bars=True)
-        ],
-        ("Staleness", "Weight versions between sampling a rollout and training on it."): [
-            panel("versions", {"mean": ("staleness_mean",), "max": ("staleness_max",)})
-        ],
-        ("Optimizer", "The gradient's global norm is taken before clipping."): [
-            panel("gradient norm", {"norm": ("learner", "grad_norm")}),
-            panel("learning rate", {"rate": ("learner", "learning_rate")}),
-        ],
-    }
-    for (title, note), panels in plots.items():
-        shown = [replace(p, series=[s for s in p.series if np.isfinite(s.values).any()]) for p in panels]
-        shown = [p for p in shown if p.series]
-        if shown:
-            yield title, note, shown
-
-
-def _keys(rows: Rows, field: str) -> list[str]:
-    """All keys that `field` has in any row, in order of first sight."""
-    return list(dict.fromkeys(key for row in rows for key in row.get(field, ())))
-
-
-def _curves(rows: Rows, places: dict[str, Place], most: int) -> list[Series]:
-    """A curve of at most `most` points for each label and its place in a row."""
-    done = _bins(np.array([row["step"] + 1.0 for row in rows]), most)
-    inks = itertools.cycle(SERIES_INKS)
-    return [
-        Series(label=label, ink=next(inks), steps=done, values=_bins(_values(rows, place), most))
-        for label, place in places.items()
-    ]
-
-
-def _values(rows: Rows, place: Place) -> np.ndarray:
-    """float [S]; NaN where a row has no such figure or it was not finite."""
-
-    def read(row: Any) -> float:
-        for key in place:
-            row = row.get(key) if isinstance(row, dict) else None
-        return math.nan if row is None else float(row)
-
-    return np.array([read(row) for row in rows])
-
-
-def _bins(values: np.ndarray, most: int) -> np.ndarray:
-    """Means of at most `most` runs of neighbours, without their NaN; NaN where there is nothing else."""
-    parts = np.array_split(values, min(most, len(values))) if len(values) else []
-    return np.array([part[np.isfinite(part)].mean() if np.isfinite(part).any() else math.nan for part in parts])
-
-
-def _accuracy(evals: Rows) -> list[Series]:
-    series = []
-    for (split, label), ink in zip(SPLITS.items(), SERIES_INKS, strict=False):
-        for model in ("student", "teacher"):
-            rows = sorted((r for r in evals if (r["split"], r["model"]) == (split, model)), key=lambda r: r["step"])
-            if not rows:
-                continue
-            figures = [row["stats"]["avg_at_k"] for row in rows]
-            value, low, high = (np.array([figure[key] for figure in figures]) for key in ("value", "low", "high"))
-            steps = np.array([float(row["step"]) for row in rows])
-            name, level = f"{model}, {label}", model == "teacher"
-            series.append(Series(label=name, ink=ink, steps=steps, values=value, low=low, high=high, level=level))
-    return series

@@ -33,11 +33,13 @@ from .model_card import write_model_card
 from .pool import Pool
 from .preflight import Inputs, check_inputs, needs_of
 from .progress import Progress, final_table
+from .recording import Recorder
 from .report import write_report
 from .room import check_room
 from .run_folder import Checkpoint, RunFolder
 from .runtime import cluster
-from .services import heads, stage_generators, stage_teachers, start_generators, start_verifiers
+from .samples import truncate_samples
+from .services import heads, judges, stage_generators, stage_teachers, start_generators, start_verifiers
 from .skill_bank import SkillBank
 from .stages import EntropyCollapse
 from .startup import Startup
@@ -59,6 +61,7 @@ class Run:
     progress: Progress
     interrupt: Interrupt
     tally: Tally
+    recorder: Recorder
     startup: Startup
     stack: ExitStack
     _log: MetricsLog | None = None
@@ -68,9 +71,13 @@ class Run:
         if self._log is None:
             self.folder.create(self.config)
             (self.folder.path / "summary.json").unlink(missing_ok=True)  # it says that a run has ended
-            self._log = MetricsLog(self.folder.path, self.config.metrics.host, self.config.metrics.port)
+            self._log = MetricsLog(
+                self.folder.path, self.config.metrics.host, self.config.metrics.port, method_of(self.config)
+            )
             self.stack.callback(self._log.close)
-            self._log.truncate_after(self.checkpoint[1]["step"] if self.checkpoint else 0)
+            done = self.checkpoint[1]["step"] if self.checkpoint else 0
+            self._log.truncate_after(done)
+            truncate_samples(self.folder.path, done)
             self.progress.note(f"metrics at {self._log.url}")
         return self._log
 
@@ -105,17 +112,19 @@ def train(config: Config, resume: bool, address: str | None, console: Console) -
             progress.note(f"{name}: {limits}")
         if checkpoint:
             progress.note(f"resuming after step {checkpoint[1]['step']} from {checkpoint[0]}")
+        prompts = ray.put(encode(Prompt, inputs.train))
         run = Run(
             config=config,
             folder=folder,
             inputs=inputs,
             checkpoint=checkpoint,
-            verifiers=start_verifiers(config) if config.verifier.kind != "none" else None,
-            prompts=ray.put(encode(Prompt, inputs.train)),
+            verifiers=start_verifiers(config) if judges(config, compositions) else None,
+            prompts=prompts,
             problems=_problem_sets(inputs),
             progress=progress,
             interrupt=interrupt,
             tally=tally,
+            recorder=Recorder(folder.path, config.record, prompts),
             startup=startup,
             stack=stack.enter_context(ExitStack()),
         )
@@ -189,8 +198,7 @@ def _assemble(run: Run, number: int, composition: Composition, first: int, stack
     if composition.scoring and composition.scoring.top_k:
         _note_largest_k(run, [own[name] for name in config.named_teachers if name in own])
     skills = _skills(run, config, composition, stack)
-    own_teachers = {name: teacher for name, teacher in config.named_teachers.items() if name in teachers}
-    following = {name: t.follows for name, t in own_teachers.items() if t.follows and not t.shared}
+    following = {name: t.follows for name, t in config.named_teachers.items() if name in own and t.follows}
     flow = Flow(
         config,
         composition,
@@ -219,6 +227,7 @@ def _assemble(run: Run, number: int, composition: Composition, first: int, stack
         progress=run.progress,
         interrupt=run.interrupt,
         tally=run.tally,
+        recorder=run.recorder,
         step=first,
     )
 
@@ -279,9 +288,9 @@ def _evaluate_teachers(run: Run, config: Config, log: MetricsLog) -> None:
         pool = start_generators("teacher as generator", teacher.model, teacher.dtype, one, config)
         pool.ready(run.progress.note)
         assert run.verifiers, "preflight refuses an evaluation without a verifier"
-        parts = (eval_plan(config), pool, run.verifiers, [], "teacher", 0, run.interrupt)
-        for row in [evaluate(problems, *parts) for problems in run.problems]:
-            run.tally.evals.append(row)
+        parts = (eval_plan(config), pool, run.verifiers, [], "teacher", 0, run.interrupt, run.recorder)
+        for row in evaluate(run.problems, *parts):
+            row = run.tally.eval_row(config, row)
             log.log_eval(row)
             run.progress.eval(row)
         pool.close()
@@ -303,7 +312,13 @@ def eval_plan(config: Config) -> EvalPlan:
         sampling=Sampling(max_new_tokens=new_tokens, temperature=config.eval.temperature),
         batch_size=config.rollout.batch_size,
         seed=config.seed,
+        reads_answers=config.verifier.needs_gold,
     )
+
+
+def method_of(config: Config) -> str:
+    """The run's methods in words, one after the other."""
+    return " → ".join(stage.method for stage in config.plan)
 
 
 def _write_down(run: Run, driver: Driver, finished: bool) -> dict[str, Any]:
@@ -313,7 +328,7 @@ def _write_down(run: Run, driver: Driver, finished: bool) -> dict[str, Any]:
     memory = {pool.name: pool.peak_memory() for pool in driver.flow.pools}
     memory["learner"] = driver.learner.peak_memory()
     summary = {
-        "method": " → ".join(stage.method for stage in config.plan),
+        "method": method_of(config),
         "seed": config.seed,
         "steps": driver.step,
         "interrupted": not finished,
@@ -324,6 +339,8 @@ def _write_down(run: Run, driver: Driver, finished: bool) -> dict[str, Any]:
         **({"left_out": run.inputs.left_out} if run.inputs.left_out else {}),
         **run.tally.summary(),
     }
+    if run.recorder.lost:
+        run.progress.note(f"{run.recorder.lost} batches of rollouts were lost before rollouts.jsonl could show them")
     if finished:
         folder.put(folder.path / "final", "the model", driver.learner.export)
         write_model_card(folder.path / "final" / "README.md", config, summary)

@@ -1,7 +1,7 @@
 """Starting a stage's pools: generators, teachers and reference, verifiers; and the heads that the learner needs."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..actors.engines import CALLS_AT_ONCE
@@ -66,6 +66,19 @@ def _placement(engine: str, pool: PoolConfig) -> dict[str, Any]:
         return torch_placement(pool)
     share = pool.num_gpus if 0 < pool.num_gpus < 1 else 1.0
     return torch_placement(pool) | {"tensor_parallel": parts_of(pool), "gpu_share": share}
+
+
+def judges_training(config: Config, compositions: Iterable[Composition]) -> bool:
+    """Whether a stage's rollouts are judged: all that a model samples, where there is a verifier. The dataset's own
+    solutions are not."""
+    sources = {source for composition in compositions for source in composition.generators}
+    return config.verifier.kind != "none" and bool(sources - {"dataset"})
+
+
+def judges(config: Config, compositions: Iterable[Composition]) -> bool:
+    """Whether anything is, in training or in an evaluation: a verifier pool is started for it, and not otherwise."""
+    evaluates = bool(config.eval.path or config.eval.ood_path) and config.verifier.kind != "none"
+    return evaluates or judges_training(config, compositions)
 
 
 def start_verifiers(config: Config) -> Pool:

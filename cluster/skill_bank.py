@@ -81,7 +81,8 @@ class SkillBank:
     def grow(self, step: int, shards: Sequence[Shard]) -> str:
         """Update the bank from a step's rollouts where that is due and too few passed; what was done, in words."""
         own = self.settings
-        if not own.update_every or step % own.update_every or pass_rate(shards) >= own.update_below:
+        passed = pass_rate(shards)
+        if not own.update_every or step % own.update_every or passed is None or passed >= own.update_below:
             return ""
         judged = [shard for shard in shards if shard.verdicts is not None]
         batches = [batch for shard in judged for batch in (shard.rollouts, shard.verdicts)]

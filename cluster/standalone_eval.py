@@ -34,7 +34,7 @@ def evaluate_model(config: Config, address: str | None) -> EvalRow:
             generators.ready()
             verifiers.ready()
             problems = ProblemSet.of("in_distribution", prompts)
-            row = evaluate(problems, eval_plan(config), generators, verifiers, [], "student", 0, interrupt)
+            (row,) = evaluate([problems], eval_plan(config), generators, verifiers, [], "student", 0, interrupt)
     if len(prompts) < len(loaded):
         row.stats["left_out"] = {"too_long": len(loaded) - len(prompts)}
     return row
@@ -54,4 +54,9 @@ def table(config: Config, row: EvalRow) -> Table:
     for name, figure in figures.items():
         low, high = figure["low"], figure["high"]
         result.add_row(name, f"{100 * figure['value']:.1f} %", f"{100 * low:.1f} – {100 * high:.1f} %")
+    for name, share in (("answered", row.answered_share), ("cut off by the limit", row.truncated_share)):
+        if share is not None:
+            result.add_row(name, f"{100 * share:.1f} %", "")
+    if row.response_length is not None:
+        result.add_row("tokens a response", f"{row.response_length:.0f}", "")
     return result

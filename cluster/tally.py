@@ -2,11 +2,15 @@
 
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from ..contracts.config import Config
 from ..contracts.records import StepReport
+from .alarms import Alarms
+from .busy import Watch
 from .flow import Flow, Shard
 from .methods.composition import Facts
 from .metrics import EvalRow, PoolRow, StepRow
@@ -20,7 +24,9 @@ class Tally:
     tokens: Counter[str] = field(default_factory=Counter)  # generated, scored, trained
     dropped: Counter[str] = field(default_factory=Counter)
     failed: Counter[str] = field(default_factory=Counter)  # "pool:error class"
-    busy: dict[str, float] = field(default_factory=dict)  # pool → seconds
+    busy: Counter[str] = field(default_factory=Counter)  # pool → seconds of all its replicas while the run trained
+    available: Counter[str] = field(default_factory=Counter)  # the same if they had always been busy
+    present: Counter[str] = field(default_factory=Counter)  # pool → seconds of training that it was there for
     pool_tokens: Counter[str] = field(default_factory=Counter)
     staleness_sum: float = 0.0
     staleness_rows: int = 0
@@ -28,8 +34,10 @@ class Tally:
     training_seconds: float = 0.0
     before: float = 0.0
     evals: list[EvalRow] = field(default_factory=list)
+    alarms: Alarms = field(default_factory=Alarms)
     started: float = field(default_factory=time.monotonic)
-    _seen: dict[Pool, tuple[int, float, Counter[str]]] = field(default_factory=dict)  # pool → its counters last time
+    watch: Watch = field(default_factory=Watch)
+    _seen: dict[Pool, tuple[int, Counter[str]]] = field(default_factory=dict)  # pool → its counters last time
 
     @property
     def wall_seconds(self) -> float:
@@ -42,7 +50,8 @@ class Tally:
         """For a checkpoint: plain values."""
         counters = {name: dict(getattr(self, name)) for name in COUNTERS}
         plain = {name: getattr(self, name) for name in PLAIN}
-        return {**counters, **plain, "before": self.wall_seconds, "evals": [asdict(row) for row in self.evals]}
+        evals = [asdict(row) for row in self.evals]
+        return {**counters, **plain, "before": self.wall_seconds, "evals": evals, "alarms": asdict(self.alarms)}
 
     def resume(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint's counts."""
@@ -51,11 +60,25 @@ class Tally:
         for name in (*PLAIN, "before"):
             setattr(self, name, state[name])
         self.evals = [EvalRow(**row) for row in state["evals"]]
+        self.alarms = Alarms(**state["alarms"])
 
-    def count(self, flow: Flow) -> dict[str, tuple[int, float]]:
-        """Take over what the flow and its pools have counted since the last time: tokens and busy seconds by pool."""
+    @contextmanager
+    def paused(self, flow: Flow) -> Iterator[None]:
+        """What the pools do meanwhile is no part of training."""
+        self.watch.pause()
+        yield
+        self.watch.begin(flow.pools)
+
+    def eval_row(self, config: Config, row: EvalRow) -> EvalRow:
+        """Count an evaluation; the row with the alarms that it raises."""
+        row = replace(row, warnings=self.alarms.eval(config, row))
+        self.evals.append(row)
+        return row
+
+    def count(self, flow: Flow) -> dict[str, int]:
+        """Take over what the flow and its pools have counted since the last time: tokens by pool."""
         done = {pool.name: self._advance(pool) for pool in flow.pools}
-        for name, (tokens, _) in done.items():
+        for name, tokens in done.items():
             if name != "verifier":  # its work is rollouts
                 self.tokens[TOKENS_OF.get(name, "scored")] += tokens
         self.dropped.update(flow.dropped)
@@ -68,112 +91,121 @@ class Tally:
         self, step: int, shards: Sequence[Shard], report: StepReport, seconds: dict[str, float], flow: Flow
     ) -> StepRow:
         """Count a finished step (`step` steps are done with it) and describe it."""
-        total = seconds["total"] - seconds.get("evaluate", 0.0) - seconds.get("checkpoint", 0.0)
-        self.training_seconds += total
-        before = Counter(self.tokens)
+        before, dropped = Counter(self.tokens), Counter(self.dropped)
         flow.dropped.update(report.dropped)
+        moved = report.metrics.get("grad_norm", 0.0) != 0
+        if report.rollouts and not moved:
+            flow.dropped["no_gradient"] += report.rollouts
         done = self.count(flow)
         given = (shard.generated for shard in shards if shard.source == "dataset" and shard.generated)
         self.tokens["given"] += sum(sum(receipt.response_lengths) for receipt in given)
         self.tokens["trained"] += report.tokens
-        self.busy["learner"] = self.busy.get("learner", 0.0) + report.seconds
-        self.pool_tokens["learner"] += report.tokens
-        pools = {
-            pool.name: PoolRow(
-                replicas=len(pool.replicas),
-                tokens_per_second=done[pool.name][0] / total,
-                busy_fraction=min(1.0, done[pool.name][1] / (total * len(pool.replicas))),
-                queue_depth=pool.queue_depth,
-            )
-            for pool in flow.pools
-        }
-        pools["learner"] = PoolRow(
-            replicas=flow.config.learner.ranks,
-            tokens_per_second=report.tokens / total,
-            busy_fraction=min(1.0, report.seconds / total),
-            queue_depth=flow.queue_depth,
-        )
-        return StepRow(
-            step=step - 1,
-            version=step,
+        row = StepRow(
+            step=step,
             wall_seconds=self.wall_seconds,
             seconds=dict(seconds),
             loss=report.loss,
             learner=report.metrics,
-            rollouts={"taken": sum(len(shard.requests) for shard in shards), "trained": report.rollouts},
+            rollouts={
+                "taken": sum(len(shard.requests) for shard in shards),
+                "trained": report.rollouts if moved else 0,
+            },
             tokens={name: self.tokens[name] - before[name] for name in TOKENS},
-            pools=pools,
+            pools=self._pool_rows(flow, report, done),
             dropped=dict(self.dropped),
             failed=dict(self.failed),
             **self._rollout_figures(step - 1, shards),
         )
+        return replace(row, warnings=self.alarms.step(flow.config, row, shards, self.dropped - dropped))
 
-    def _advance(self, pool: Pool) -> tuple[int, float]:
-        """What a pool did since it was last asked; a later stage's pools of the same name add to the same counts."""
-        old_tokens, old_busy, old_errors = self._seen.get(pool, (0, 0.0, Counter()))
-        self._seen[pool] = (pool.tokens, pool.busy_seconds, Counter(pool.errors))
-        tokens, busy = pool.tokens - old_tokens, pool.busy_seconds - old_busy
-        self.busy[pool.name] = self.busy.get(pool.name, 0.0) + busy
+    def _pool_rows(self, flow: Flow, report: StepReport, tokens: dict[str, int]) -> dict[str, PoolRow]:
+        """What each pool did since the step before, and the learner in this one."""
+        seen, ranks = self.watch.take(), flow.config.learner.ranks
+        self.training_seconds += seen.seconds
+        replicas = {pool.name: len(pool.replicas) for pool in flow.pools}
+        depths = {pool.name: pool.queue_depth for pool in flow.pools}
+        seen.busy["learner"], seen.available["learner"] = ranks * report.seconds, ranks * seen.seconds
+        replicas["learner"], depths["learner"] = ranks, flow.queue_depth
+        tokens = {**tokens, "learner": report.tokens}
+        self.pool_tokens["learner"] += report.tokens
+        self.busy.update(seen.busy)
+        self.available.update(seen.available)
+        self.present.update(dict.fromkeys(replicas, seen.seconds))
+        return {
+            name: PoolRow(
+                replicas=count,
+                tokens_per_second=tokens[name] / max(seen.seconds, INSTANT),
+                busy_seconds=seen.busy.get(name, 0.0),
+                busy_fraction=seen.busy.get(name, 0.0) / max(seen.available.get(name, 0.0), INSTANT),
+                queue_depth=depths[name],
+            )
+            for name, count in replicas.items()
+        }
+
+    def _advance(self, pool: Pool) -> int:
+        """Tokens of a pool since it was last asked; a later stage's pools of the same name add to the same counts."""
+        old_tokens, old_errors = self._seen.get(pool, (0, Counter()))
+        self._seen[pool] = (pool.tokens, Counter(pool.errors))
+        tokens = pool.tokens - old_tokens
         self.pool_tokens[pool.name] += tokens
         for error, count in (pool.errors - old_errors).items():
             self.failed[f"{pool.name}:{error}"] += count
-        return tokens, busy
+        return tokens
 
     def _rollout_figures(self, step: int, shards: Sequence[Shard]) -> dict[str, Any]:
+        """Of the step's rollouts; None where there was nothing to measure."""
         generated = [shard.generated for shard in shards if shard.generated]
-        judged = [shard.judged for shard in shards if shard.judged]
         rows = sum(receipt.rows for receipt in generated)
         lengths = [length for receipt in generated for length in receipt.response_lengths]
-        rewards = [reward for receipt in judged for reward in receipt.rewards]
-        abstained = sum(count for receipt in judged for count in receipt.errors.values())
-        parts: Counter[str] = Counter()
-        for receipt in judged:
-            parts.update(receipt.parts)
-        counted = max(1, len(rewards) - abstained)
-        stale = [(shard.staleness(step), shard.generated.rows) for shard in shards if shard.generated]
+        stale = [(shard.staleness(step), len(shard.requests)) for shard in shards if shard.source == "student"]
+        sampled = sum(count for _, count in stale)
         self.staleness_sum += sum(age * count for age, count in stale)
-        self.staleness_rows += rows
+        self.staleness_rows += sampled
         self.staleness_max = max([self.staleness_max, *(age for age, _ in stale)])
         return {
-            "reward": sum(rewards) / counted,
-            "reward_parts": {name: total / counted for name, total in parts.items()},
-            "pass_rate": pass_rate(shards),
-            "abstained": abstained,
-            "response_length": sum(lengths) / max(1, len(lengths)),
-            "truncated_share": sum(receipt.truncated for receipt in generated) / max(1, rows),
-            "staleness_mean": sum(age * count for age, count in stale) / max(1, rows),
-            "staleness_max": max([0, *(age for age, _ in stale)]),
+            **_judged_figures(shards),
+            "response_length": sum(lengths) / len(lengths) if lengths else None,
+            "truncated_share": sum(receipt.truncated for receipt in generated) / rows if rows else None,
+            "staleness_mean": sum(age * count for age, count in stale) / sampled if sampled else None,
+            "staleness_max": max(age for age, _ in stale) if stale else None,
             "sampler_entropy": sampler_entropy(shards),
-            "groups": group_shares([fact for shard in shards for fact in shard.facts()]),
+            "groups": group_shares(shards),
         }
 
     def summary(self) -> dict[str, Any]:
-        """The counted part of summary.json."""
-        seconds = max(self.training_seconds, 1e-9)
-        return {
+        """The counted part of summary.json; what was not measured is not there."""
+        accuracy = {
+            "before": self._accuracy("in_distribution", "student"),
+            "after": self._accuracy("in_distribution", "student", last=True),
+            "teacher": self._accuracy("in_distribution", "teacher"),
+            "ood_before": self._accuracy("out_of_distribution", "student"),
+            "ood_after": self._accuracy("out_of_distribution", "student", last=True),
+            "ood_teacher": self._accuracy("out_of_distribution", "teacher"),
+        }
+        summary: dict[str, Any] = {
             "wall_seconds": self.wall_seconds,
-            "accuracy": {
-                "before": self._accuracy("in_distribution", "student"),
-                "after": self._accuracy("in_distribution", "student", last=True),
-                "teacher": self._accuracy("in_distribution", "teacher"),
-                "ood_before": self._accuracy("out_of_distribution", "student"),
-                "ood_after": self._accuracy("out_of_distribution", "student", last=True),
-                "ood_teacher": self._accuracy("out_of_distribution", "teacher"),
-            },
+            "accuracy": {name: value for name, value in accuracy.items() if value is not None},
             "tokens": {name: self.tokens[name] for name in TOKENS},
             "pools": {
-                name: {"tokens_per_second": self.pool_tokens[name] / seconds, "busy_fraction": busy / seconds}
-                for name, busy in self.busy.items()
+                name: {
+                    "tokens_per_second": self.pool_tokens[name] / max(seconds, INSTANT),
+                    "busy_seconds": self.busy[name],
+                    "busy_fraction": self.busy[name] / max(self.available[name], INSTANT),
+                }
+                for name, seconds in self.present.items()
             },
-            "staleness": {"mean": self.staleness_sum / max(1, self.staleness_rows), "max": self.staleness_max},
             "dropped": dict(self.dropped),
             "verifier_errors": {
                 name.removeprefix("verifier:"): count
                 for name, count in self.failed.items()
                 if name.startswith("verifier:")
             },
+            "warnings": list(self.alarms.said.values()),
             "evals": [asdict(row) for row in self.evals],
         }
+        if self.staleness_rows:
+            summary["staleness"] = {"mean": self.staleness_sum / self.staleness_rows, "max": self.staleness_max}
+        return summary
 
     def _accuracy(self, split: str, model: str, last: bool = False) -> float | None:
         """avg@k of the first evaluation, or of the last one after a step; None where there was none."""
@@ -181,11 +213,28 @@ class Tally:
         return rows[-1 if last else 0].stats["avg_at_k"]["value"] if rows else None
 
 
-def pass_rate(shards: Sequence[Shard]) -> float:
-    """Share of the judged rollouts that passed; 0 where none was judged."""
+def pass_rate(shards: Sequence[Shard]) -> float | None:
+    """Share of the judged rollouts that passed; None where none was judged."""
     judged = [shard.judged for shard in shards if shard.judged]
     counted = sum(not abstained for receipt in judged for abstained in receipt.abstained)
-    return sum(passed for receipt in judged for passed in receipt.passed) / max(1, counted)
+    return sum(passed for receipt in judged for passed in receipt.passed) / counted if counted else None
+
+
+def _judged_figures(shards: Sequence[Shard]) -> dict[str, Any]:
+    """Of the rollouts that were sent to the verifier; None where none were."""
+    judged = [shard.judged for shard in shards if shard.judged]
+    rewards = [reward for receipt in judged for reward in receipt.rewards]
+    abstained = sum(abstains for receipt in judged for abstains in receipt.abstained)
+    parts: Counter[str] = Counter()
+    for receipt in judged:
+        parts.update(receipt.parts)
+    counted = len(rewards) - abstained
+    return {
+        "reward": sum(rewards) / counted if counted else None,
+        "reward_parts": {name: total / counted for name, total in parts.items()} if counted else {},
+        "pass_rate": pass_rate(shards),
+        "abstained": abstained if rewards else None,
+    }
 
 
 def sampler_entropy(shards: Sequence[Shard]) -> float | None:
@@ -199,27 +248,33 @@ def sampler_entropy(shards: Sequence[Shard]) -> float | None:
     return sum(receipt.surprisal for receipt in sampled) / tokens if tokens else None
 
 
-def group_shares(facts: Sequence[Facts]) -> dict[str, float]:
+def group_shares(shards: Sequence[Shard]) -> dict[str, float]:
     """Of the student's judged prompt groups those all right, all wrong and mixed; distinct answers and paths a rollout;
     and the share of all rollouts that the student did not sample."""
     groups: dict[str, list[Facts]] = {}
-    for fact in facts:
+    for fact in (fact for shard in shards if shard.judged for fact in shard.facts()):
         if fact.source == "student" and not fact.abstained:
             groups.setdefault(fact.group_id, []).append(fact)
-    count, rollouts = max(1, len(groups)), max(1, sum(map(len, groups.values())))
+    total = sum(len(shard.requests) for shard in shards)
+    given = sum(len(shard.requests) for shard in shards if shard.source != "student")
+    shares = {"given_share": given / max(1, total)}
+    if not groups:
+        return shares
+    count, rollouts = len(groups), sum(map(len, groups.values()))
     right = sum(all(fact.passed for fact in group) for group in groups.values())
     wrong = sum(not any(fact.passed for fact in group) for group in groups.values())
     return {
         "all_right": right / count,
         "all_wrong": wrong / count,
-        "mixed": (len(groups) - right - wrong) / count,
+        "mixed": (count - right - wrong) / count,
         "distinct_answers": sum(len({fact.answer for fact in group}) for group in groups.values()) / rollouts,
         "distinct_paths": sum(len({fact.path for fact in group}) for group in groups.values()) / rollouts,
-        "given_share": sum(fact.source != "student" for fact in facts) / max(1, len(facts)),
+        **shares,
     }
 
 
+INSTANT = 1e-9  # seconds
 TOKENS = ("generated", "teacher_generated", "given", "scored", "trained")
 TOKENS_OF = {"rollout": "generated", "teacher_rollout": "teacher_generated"}  # by pool; the teachers' are scored
-COUNTERS = ("tokens", "dropped", "failed", "pool_tokens")
-PLAIN = ("busy", "staleness_sum", "staleness_rows", "staleness_max", "training_seconds")
+COUNTERS = ("tokens", "dropped", "failed", "pool_tokens", "busy", "available", "present")
+PLAIN = ("staleness_sum", "staleness_rows", "staleness_max", "training_seconds")

@@ -8,6 +8,7 @@ Shapes: L tokens of prompt and response, R = L - prompt_length response tokens, 
 """
 
 import hashlib
+import time
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -327,6 +328,7 @@ class StepReport:
     metrics: dict[str, float]
     dropped: dict[str, int] = field(default_factory=dict)  # reason → rollouts that trained in no term
     stances: dict[str, Stances] = field(default_factory=dict)  # by rollout, of its teacher's views
+    untrained: dict[str, str] = field(default_factory=dict)  # reasons of the rollouts that trained in no term
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -335,7 +337,8 @@ class Receipt:
 
     rows: int
     tokens: int  # generated, scored (prompt included) or, for the verifier, 0
-    seconds: float  # spent working on the batch
+    seconds: float  # from the call's begin to its end
+    ended: float = field(default_factory=time.time, compare=False)  # when that was, by the clock on the wall
     lengths: tuple[int, ...] = ()  # tokens of each rollout, prompt included
     response_lengths: tuple[int, ...] = ()
     weight_version: int = 0  # the oldest in the batch

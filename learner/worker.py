@@ -108,10 +108,12 @@ class LearnerWorker:
             raise not_finite(what, plan.version, self._of_all(unsound))
         rate = learning_rate(plan.step, self.steps, self.config)
         seen = self.foresight.look(updates, plan.version, self._over_ranks, self._from_ranks)
-        counts, metrics = self._train(updates, seen, plan.version, rate)
+        counts, metrics, untrained = self._train(updates, seen, plan.version, rate)
         if not self._weights_are_finite():
             raise not_finite("weights, after the step", plan.version)
         self.whole = True
+        dropped = {reason: counts[reason] for reason in ("teacher_refused", "off_policy") if counts[reason]}
+        of_ranks = self._from_ranks(untrained) if dropped else []
         metrics |= {"missing_scores": missing, "learning_rate": rate}
         return StepReport(
             loss=sum(term.weight * metrics.get(f"loss_{term.key}", 0.0) for term in self.terms),
@@ -119,20 +121,27 @@ class LearnerWorker:
             rollouts=counts["rollouts"],
             seconds=time.perf_counter() - started,
             metrics=metrics,
-            dropped={reason: counts[reason] for reason in ("teacher_refused", "off_policy") if counts[reason]},
+            dropped=dropped,
             stances=seen.stances,
+            untrained={name: reason for of_rank in of_ranks for name, reason in of_rank.items()},
         )
 
     def _lacks_scores(self, example: Example) -> bool:
         return any(example.asked_by(term) and not example.has(term) for term in self.terms)
 
-    def _train(self, updates: Updates, seen: Seen, version: int, rate: float) -> tuple[Counter[str], dict[str, float]]:
-        """Every update of the step; what was counted, and the metrics over all updates."""
+    def _train(
+        self, updates: Updates, seen: Seen, version: int, rate: float
+    ) -> tuple[Counter[str], dict[str, float], dict[str, str]]:
+        """Every update of the step; what was counted, the metrics over all updates, and the reasons of this rank's
+        rollouts that trained in no term."""
+        untrained: dict[str, str] = {}
         metrics = dict(seen.metrics)
         sums, counts, norms, moved = Sums(), Counter[str](), [], 0
         for number, update in enumerate(updates):
             selections = [Selection.of(examples, self.terms, seen.rollouts) for examples in update]
-            of_update = self._count([example for examples in update for example in examples], selections)
+            own = [example for examples in update for example in examples]
+            untrained |= self._untrained(own, selections)
+            of_update = self._count(own, selections)
             divisors = self._divisors(of_update)
             counts += of_update + Counter({divisor_of(key): divisor for key, divisor in divisors.items()})
             if of_update["trained"]:
@@ -149,7 +158,15 @@ class LearnerWorker:
         if "importance_weight" in metrics:
             share = effective_share(metrics["importance_weight"], metrics.pop("weight_squared"))
             metrics["effective_sample_share"] = share
-        return counts, metrics
+        return counts, metrics, untrained
+
+    def _served(self, example: Example) -> bool:
+        return any(example.asked_by(term) and example.has(term) for term in self.terms)
+
+    def _untrained(self, examples: list[Example], selections: list[Selection]) -> dict[str, str]:
+        chosen = {example.rollout.rollout_id for selection in selections for example in selection.examples}
+        others = [example for example in examples if example.rollout.rollout_id not in chosen]
+        return {e.rollout.rollout_id: "off_policy" if self._served(e) else "teacher_refused" for e in others}
 
     def _count(self, examples: list[Example], selections: list[Selection]) -> Counter[str]:
         """Over all ranks: each term's tokens and sequences, the tokens of any term, what the student sampled of them,
@@ -162,7 +179,7 @@ class LearnerWorker:
         chosen = [pair for s in selections for pair in zip(s.examples, s.counts, strict=True)]
         local["trained"] = sum(count for _, count in chosen)
         local["sampled"] = sum(count for example, count in chosen if example.sampled)
-        usable = sum(any(e.asked_by(term) and e.has(term) for term in self.terms) for e in examples)
+        usable = sum(map(self._served, examples))
         local["rollouts"] = len(chosen)
         local["teacher_refused"] = len(examples) - usable
         local["off_policy"] = usable - len(chosen)

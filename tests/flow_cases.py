@@ -3,9 +3,11 @@
 What a stand-in answers depends on the request alone, so nothing may depend on the order.
 """
 
+from collections import Counter
 from dataclasses import replace
 
 from tutorloop.cluster import flow as module
+from tutorloop.cluster.busy import BusyTime
 from tutorloop.cluster.flow import Flow, Services
 from tutorloop.cluster.interrupt import Interrupt
 from tutorloop.cluster.methods.composition import Ask, Composition, sampling_of, student_group
@@ -21,6 +23,7 @@ class StandIn:
 
     def __init__(self, name, world):
         self.name, self.world = name, world
+        self.replicas, self.queue_depth, self.tokens, self.errors, self.busy = [name], 0, 0, Counter(), BusyTime(1)
 
     def submit(self, call):
         assert call.method == {"verifier": "judge", "skills": "retrieve"}.get(

@@ -16,10 +16,12 @@ def fresh_rng() -> np.random.Generator:
 
 
 def step_row(rng: np.random.Generator, step: int, **changes) -> StepRow:
+    """`step` from 1."""
     pools = {
         name: PoolRow(
             replicas=int(rng.integers(1, 4)),
             tokens_per_second=float(rng.random() * 1e4),
+            busy_seconds=float(rng.random() * 10),
             busy_fraction=float(rng.random()),
             queue_depth=int(rng.integers(0, 5)),
         )
@@ -29,8 +31,7 @@ def step_row(rng: np.random.Generator, step: int, **changes) -> StepRow:
     learner = {name: float(rng.random()) for name in ("reverse_kl", "entropy", "grad_norm", "importance_weight")}
     values = {
         "step": step,
-        "version": step + 1,
-        "wall_seconds": 2.0 * (step + 1),
+        "wall_seconds": 2.0 * step,
         "seconds": {**seconds, "total": sum(seconds.values())},
         "loss": float(rng.normal()),
         "learner": {**learner, "learning_rate": 1e-4},
@@ -55,8 +56,9 @@ def step_row(rng: np.random.Generator, step: int, **changes) -> StepRow:
 
 def eval_row(rng: np.random.Generator, step: int, split: str = "in_distribution", model: str = "student") -> EvalRow:
     correct = rng.random((12, 4)) < rng.random((12, 1))
-    stats = summarise(correct, [["g" if c else "w" for c in row] for row in correct], seed=0)
-    return EvalRow(step=step, split=split, model=model, stats=stats, seconds=float(rng.random()))
+    stats = summarise(correct, [["g" if c else "w" for c in row] for row in correct])
+    names = ("seconds", "response_length", "truncated_share", "answered_share")
+    return EvalRow(step=step, split=split, model=model, stats=stats, **{name: float(rng.random()) for name in names})
 
 
 def summary_of(evals: list[EvalRow], **changes) -> dict:

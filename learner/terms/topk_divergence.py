@@ -30,8 +30,9 @@ def topk_divergence(
     both distributions made to sum to 1 over the ids (source: revisiting_opd's code, arXiv:2603.25562).
     `teacher_entropy_above`: as in exact_divergence; H(π_T) comes from the teacher.
 
-    Metrics: the reverse KL with its tail, a lower bound of the whole one; agreement with the teacher's best id; both
-    models' mass on the ids; the teacher's entropy; with a gate, the share of tokens that it lets through.
+    Metrics: `topk_reverse_kl`, the reverse KL of the ids and their tail, a lower bound of the whole one (the more mass
+    outside the ids, the further below); agreement with the teacher's best id; both models' mass on the ids; the
+    teacher's entropy; with a gate, the share of tokens that it lets through.
     """
     p, q = Buckets.of(coarsened(student.logprobs_CV, rows.topk_ids_CK)), Buckets.of(with_tail(rows.topk_logprobs_CK))
     if rest == "tail":
@@ -42,7 +43,7 @@ def topk_divergence(
     with torch.no_grad():
         best = rows.topk_ids_CK.gather(1, rows.topk_logprobs_CK.argmax(1, keepdim=True)).squeeze(1)
         metrics = {
-            "reverse_kl": divergence(p, q, "reverse"),
+            "topk_reverse_kl": divergence(p, q, "reverse"),
             "top1_agreement": (student.logprobs_CV.argmax(1) == best).to(loss.dtype),
             "student_mass": p.mass_CB[:, :-1].sum(1),
             "teacher_mass": q.mass_CB[:, :-1].sum(1),

@@ -110,6 +110,19 @@ def test_a_run_leaves_what_it_promises(models: Path, tmp_path: Path, address: st
     assert summary["staleness"] == {"mean": 0.0, "max": 0}
     kls = [row["learner"]["reverse_kl"] for row in steps_of(folder)]
     assert kls[-1] < kls[0]
+    assert all(0 < pool["busy_fraction"] <= 1 for pool in summary["pools"].values())
+    lines = [json.loads(line) for line in (folder / "rollouts.jsonl").open()]
+    train_lines = [line for line in lines if line["kind"] == "train"]
+    assert [line["step"] for line in train_lines] == [step for step in (1, 2, 3, 4) for _ in range(8)]
+    for row in steps_of(folder):
+        own = [line for line in train_lines if line["step"] == row["step"]]
+        assert sum(line["passed"] for line in own) / 8 == row["pass_rate"] and all(line["trained"] for line in own)
+        lengths = [len(line["token_ids"]) - line["prompt_length"] for line in own]
+        assert sum(lengths) == row["tokens"]["generated"] == sum(len(line["logprobs"]) for line in own)
+        assert all(line["golds"] for line in own)
+    seen = {(line["model"], line["split"], line["step"]) for line in lines if line["kind"] == "eval"}
+    assert seen == {(row["model"], row["split"], row["step"]) for row in summary["evals"]}
+    assert "What the model wrote" in (folder / "report.html").read_text()
     model = AutoModelForCausalLM.from_pretrained(folder / "final")
     tokenizer = AutoTokenizer.from_pretrained(folder / "final")
     assert tokenizer.apply_chat_template([{"role": "user", "content": "2+2="}], add_generation_prompt=True)
@@ -135,6 +148,7 @@ def test_synchronous_runs_repeat_and_resume_bit_for_bit(models: Path, tmp_path: 
     resumed = train(recipe(models, cut, **settings), address, resume=True)
     assert steps_of(cut) == steps_of(tmp_path / "whole")
     assert weights_of(cut) == weights_of(tmp_path / "whole")
+    assert (cut / "rollouts.jsonl").read_bytes() == (tmp_path / "whole" / "rollouts.jsonl").read_bytes()
     assert resumed["tokens"] == whole["tokens"]
 
 
@@ -151,7 +165,7 @@ def test_the_other_strengths_of_opd_run_within_the_staleness_bound(
     assert summary["tokens"]["trained"] == summary["tokens"]["generated"]
     assert summary["dropped"] == {}
     if signal == "topk":
-        assert rows[-1]["learner"]["reverse_kl"] < rows[0]["learner"]["reverse_kl"]
+        assert rows[-1]["learner"]["topk_reverse_kl"] < rows[0]["learner"]["topk_reverse_kl"]
 
 
 def test_each_row_asks_the_teacher_that_it_names(models: Path, tmp_path: Path, address: str) -> None:
@@ -221,7 +235,7 @@ def test_gsm8k_with_a_qwen3_checkpoint_from_disk(tmp_path: Path, address: str) -
     config = load_config(ROOT / "recipes" / "gsm8k_qwen3.yaml", [*models, *paths, *local, *small])
     summary = train(config, address)
     rows = steps_of(tmp_path / "run")
-    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(row["tokens"]["trained"] > 0 and row["abstained"] == 0 for row in rows)
     assert summary["verifier_errors"] == {} and summary["accuracy"]["after"] is not None
 

@@ -15,13 +15,14 @@ from run_rows import eval_row, fresh_rng, step_row
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
+import tutorloop
 from tutorloop.cluster.metrics import MetricsLog, read_rows
 from tutorloop.contracts.errors import ConfigError, RunFolderError
 
 
 @pytest.fixture
 def log(tmp_path):
-    log = MetricsLog(tmp_path, "127.0.0.1", 0)
+    log = MetricsLog(tmp_path, "127.0.0.1", 0, "opd → grpo")
     yield log
     log.close()
 
@@ -47,7 +48,7 @@ def events(folder):
 
 def test_a_scrape_shows_the_last_step(log):
     rng = fresh_rng()
-    rows = [step_row(rng, step) for step in range(3)]
+    rows = [step_row(rng, step) for step in (1, 2, 3)]
     for row in rows:
         log.log_step(row)
     evaluation = eval_row(rng, 3, "out_of_distribution", "teacher")
@@ -59,7 +60,10 @@ def test_a_scrape_shows_the_last_step(log):
 
     expected = {
         "step": last.step,
-        "weight_version": last.version,
+        "weight_version": last.step,
+        "step_last_seconds": last.seconds["total"],
+        "step_seconds_count": 3,
+        "sampler_entropy_nats": last.sampler_entropy,
         "run_seconds": last.wall_seconds,
         "loss": last.loss,
         "reward": last.reward,
@@ -81,20 +85,37 @@ def test_a_scrape_shows_the_last_step(log):
         assert value("pool_tokens_per_second", pool=name) == pool.tokens_per_second
         assert value("pool_busy_ratio", pool=name) == pool.busy_fraction
         assert value("pool_queue_depth", pool=name) == pool.queue_depth
+        busy = sum(row.pools[name].busy_seconds for row in rows)
+        assert value("pool_busy_seconds_total", pool=name) == pytest.approx(busy)
         assert value("pool_replicas", pool=name) == pool.replicas
     for kind, pool in {"generated": "rollout", "scored": "teacher", "trained": "learner"}.items():
         assert value("tokens_total", pool=pool) == sum(row.tokens[kind] for row in rows)
-    for stage in last.seconds:
+    for stage in last.seconds.keys() - {"total"}:  # which is the sum of the others
         assert value("stage_last_seconds", stage=stage) == last.seconds[stage]
         assert value("stage_seconds_sum", stage=stage) == pytest.approx(sum(row.seconds[stage] for row in rows))
         assert value("stage_seconds_count", stage=stage) == 3
     accuracy = value("accuracy_ratio", split="out_of_distribution", model="teacher")
     assert accuracy == evaluation.stats["avg_at_k"]["value"]
+    assert seen["tutorloop_run_info", (("method", "opd → grpo"), ("version", tutorloop.__version__))] == 1
+    assert not [labels for _, labels in seen if ("stage", "total") in labels]
+
+
+def test_before_its_first_event_a_reason_is_0_and_what_was_not_measured_is_not_there(log, tmp_path):
+    seen = scrape(log)
+    for reason in ("stale", "teacher_refused", "empty_response", "off_policy", "no_gradient"):
+        assert seen["tutorloop_dropped_total", (("reason", reason),)] == 0
+    unmeasured = ("reward", "pass_rate", "abstained", "sampler_entropy", "staleness_mean", "staleness_max")
+    log.log_step(step_row(fresh_rng(), 1, groups={}, reward_parts={}, **dict.fromkeys(unmeasured)))
+    names = {name for name, _ in scrape(log)}
+    assert "tutorloop_loss" in names
+    assert not {n for n in names if n.startswith(("tutorloop_reward", "tutorloop_pass", "tutorloop_stal"))}
+    (row,) = read_rows(tmp_path / "metrics.jsonl")
+    assert not row.keys() & set(unmeasured) and "nonfinite" not in row
 
 
 def test_cumulative_counts_are_not_added_up_again(log):
     rng = fresh_rng()
-    for step, (stale, timeouts) in enumerate([(2, 1), (2, 4), (7, 4)]):
+    for step, (stale, timeouts) in enumerate([(2, 1), (2, 4), (7, 4)], 1):
         log.log_step(step_row(rng, step, dropped={"stale": stale}, failed={"verifier:timeout": timeouts}))
     seen = scrape(log)
     assert seen["tutorloop_dropped_total", (("reason", "stale"),)] == 7
@@ -103,7 +124,7 @@ def test_cumulative_counts_are_not_added_up_again(log):
 
 def test_json_lines_hold_every_row(log, tmp_path):
     rng = fresh_rng()
-    step, evaluation = step_row(rng, 0), eval_row(rng, 1)
+    step, evaluation = step_row(rng, 1), eval_row(rng, 1)
     log.log_step(step)
     log.log_eval(evaluation)  # read before close: lines are flushed as they come
     expected = [{"kind": "step", **asdict(step)}, {"kind": "eval", **asdict(evaluation)}]
@@ -111,7 +132,7 @@ def test_json_lines_hold_every_row(log, tmp_path):
 
 
 def test_what_is_not_finite_is_null_named_and_counted(log, tmp_path):
-    row = step_row(fresh_rng(), 0, loss=math.nan, learner={"grad_norm": math.inf, "entropy": 0.5})
+    row = step_row(fresh_rng(), 1, loss=math.nan, learner={"grad_norm": math.inf, "entropy": 0.5})
     log.log_step(row)
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert "NaN" not in line and "Infinity" not in line
@@ -125,17 +146,17 @@ def test_what_is_not_finite_is_null_named_and_counted(log, tmp_path):
 
 def test_tensorboard_holds_the_figures(log, tmp_path):
     rng = fresh_rng()
-    rows, evaluation = [step_row(rng, step) for step in range(2)], eval_row(rng, 2)
+    rows, evaluation = [step_row(rng, step) for step in (1, 2)], eval_row(rng, 2)
     for row in rows:
         log.log_step(row)
     log.log_eval(evaluation)
     log.close()
     seen = events(tmp_path)
     for row in rows:
-        assert seen["loss", row.step + 1] == pytest.approx(row.loss, rel=1e-6)
-        assert seen["learner/reverse_kl", row.step + 1] == pytest.approx(row.learner["reverse_kl"], rel=1e-6)
+        assert seen["loss", row.step] == pytest.approx(row.loss, rel=1e-6)
+        assert seen["learner/reverse_kl", row.step] == pytest.approx(row.learner["reverse_kl"], rel=1e-6)
         expected = row.pools["rollout"].busy_fraction
-        assert seen["pools/rollout/busy_fraction", row.step + 1] == pytest.approx(expected, rel=1e-6)
+        assert seen["pools/rollout/busy_fraction", row.step] == pytest.approx(expected, rel=1e-6)
     expected = evaluation.stats["maj_at_k"]["low"]
     assert seen["eval/in_distribution/student/maj_at_k/low", 2] == pytest.approx(expected, rel=1e-6)
 
@@ -144,18 +165,18 @@ def test_a_resumed_run_forgets_what_it_does_again(tmp_path):
     rng = fresh_rng()
     log = MetricsLog(tmp_path, "127.0.0.1", 0)
     log.log_eval(eval_row(rng, 0))
-    for step in range(4):
+    for step in range(1, 5):
         log.log_step(step_row(rng, step))
-        log.log_eval(eval_row(rng, step + 1))
+        log.log_eval(eval_row(rng, step))
     log.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "step", "st')  # the crash cut a line
 
     log = MetricsLog(tmp_path, "127.0.0.1", 0)
-    log.truncate_after(2)  # two steps are done: steps 0 and 1 stand, and what was evaluated after the second
+    log.truncate_after(2)  # two steps are done: they stand, and what was evaluated after the second
     kept = [(row["kind"], row["step"]) for row in read_rows(tmp_path / "metrics.jsonl")]
-    assert kept == [("eval", 0), ("step", 0), ("eval", 1), ("step", 1), ("eval", 2)]
-    again = step_row(rng, 2)
+    assert kept == [("eval", 0), ("step", 1), ("eval", 1), ("step", 2), ("eval", 2)]
+    again = step_row(rng, 3)
     log.log_step(again)
     log.close()
     assert read_rows(tmp_path / "metrics.jsonl")[-1]["loss"] == again.loss
@@ -201,7 +222,7 @@ def test_two_runs_in_one_process_do_not_mix(tmp_path):
     rng = fresh_rng()
     logs = [MetricsLog(tmp_path / name, "127.0.0.1", 0) for name in "ab"]
     for log, loss in zip(logs, (1.0, 2.0), strict=True):
-        log.log_step(step_row(rng, 0, loss=loss))
+        log.log_step(step_row(rng, 1, loss=loss))
     assert [scrape(log)["tutorloop_loss", ()] for log in logs] == [1.0, 2.0]
     for log in logs:
         log.close()

@@ -15,6 +15,18 @@ from run_rows import eval_row, fresh_rng, step_row, summary_of
 
 from tutorloop.cluster.progress import Progress, accuracy_figures, clock, final_table, plain
 
+SAMPLE = {
+    "step": 3,
+    "source": "student",
+    "prompt": "1 + 1 =",
+    "response": "[bold red]free[/] \x1b[31m \u202e\n" * 400,
+    "passed": False,
+    "answer": "\x07[/]",
+    "golds": ["2"],
+    "token_ids": [1, 2, 3],
+    "prompt_length": 1,
+    "finish_reason": "length",
+}
 HOSTILE = "[bold red]free[/] \x1b[31mred\x1b[0m\x07\r\n\u202eesrever \x9b2J ünï"
 
 
@@ -54,30 +66,68 @@ def on_terminal(width, show):
 
 def test_a_pipe_gets_plain_lines():
     rng = fresh_rng()
-    rows = [eval_row(rng, 0), *(step_row(rng, step) for step in range(100)), eval_row(rng, 100)]
+    rows = [eval_row(rng, 0), *(step_row(rng, step) for step in range(1, 101)), eval_row(rng, 100)]
     lines = piped(rows, 100, [HOSTILE])
     assert not [c for line in lines for c in line if unicodedata.category(c)[0] == "C"]
-    assert lines[0] == "[bold red]free[/] \\x1b[31mred\\x1b[0m\\x07\\r\\n\\u202eesrever \\x9b2J ünï"
+    assert lines[0] == "starting the pools"
+    assert lines[1] == "[bold red]free[/] \\x1b[31mred\\x1b[0m\\x07\\r\\n\\u202eesrever \\x9b2J ünï"
     steps = [line for line in lines if line.startswith("step")]
     evals = [line for line in lines if line.startswith("eval")]
     assert [line.split()[1] for line in steps] == [f"{n}/100" for n in (*range(1, 100, 5), 100)]
-    assert len(evals) == 2 and len(lines) == 1 + len(steps) + len(evals)
+    assert len(evals) == 2 and len(lines) == 2 + len(steps) + len(evals)
     stats = rows[0].stats["avg_at_k"]
     assert f"{100 * stats['value']:.1f} % ({100 * stats['low']:.1f}–{100 * stats['high']:.1f})" in evals[0]
-    kl = next(row for row in rows if hasattr(row, "loss") and row.step == 50).learner["reverse_kl"]
+    kl = next(row for row in rows if hasattr(row, "loss") and row.step == 51).learner["reverse_kl"]
     assert f"reverse KL {kl:.4f}" in next(line for line in steps if line.startswith("step 51/"))
-    assert all(name in steps[3] for name in ("accuracy", "loss", "staleness", "rollout", "tok/s", "% busy", "left"))
+    assert all(
+        name in steps[3]
+        for name in (
+            "accuracy",
+            "reward",
+            "length",
+            "loss",
+            "grad norm",
+            "staleness",
+            "rollout",
+            "tok/s",
+            "% busy",
+            "left",
+        )
+    )
 
 
 @pytest.mark.parametrize(("total", "pace", "lines"), [(20, 0.1, [1, 20]), (20, 5.0, [1, *range(3, 20, 2), 20])])
 def test_a_line_waits_for_time_and_for_steps(total, pace, lines):
     rng = fresh_rng()
-    rows = [step_row(rng, step, wall_seconds=pace * step) for step in range(total)]
-    assert [int(line.split()[1].split("/")[0]) for line in piped(rows, total)] == lines
+    rows = [step_row(rng, step, wall_seconds=pace * step) for step in range(1, total + 1)]
+    assert [int(line.split()[1].split("/")[0]) for line in piped(rows, total)[1:]] == lines
+
+
+def test_phases_are_told_once_and_warnings_at_once():
+    rng, file = fresh_rng(), io.StringIO()
+    with Progress(9, Console(file=file)) as progress:
+        for number in range(3):
+            progress.phase("starting the learner")
+            progress.phase(f"waiting for {number} CPUs")
+            progress.step(step_row(rng, number + 1, warnings=[f"w{number} {HOSTILE}"]))
+    lines = file.getvalue().splitlines()
+    assert lines[:2] == ["starting the learner", "waiting for 0 CPUs"]
+    assert sum(line.startswith(("starting", "waiting")) for line in lines) == 2
+    assert [line.split()[1] for line in lines if line.startswith("warning: ")] == ["w0", "w1", "w2"]
+
+
+def test_what_was_not_measured_is_not_in_the_line_and_a_zero_has_no_sign():
+    rng = fresh_rng()
+    nothing = dict.fromkeys(("reward", "pass_rate", "response_length", "truncated_share", "staleness_mean"))
+    learner = {"grad_norm": 0.0, "topk_reverse_kl": 0.57, "teacher_mass": 0.875}
+    line = piped([step_row(rng, 1, **nothing, loss=-1e-9, learner=learner)], 3)[-1]
+    assert not any(name in line for name in ("reward", "passed", "length", "cut off", "staleness", "accuracy"))
+    assert "loss 0.0000" in line and "grad norm 0.000" in line
+    assert "top-k reverse KL 0.5700" in line and "teacher's mass 87.5 %" in line
 
 
 def test_an_ascii_pipe_is_no_error():
-    (line,) = piped([], 10, ["naïve – 数"], encoding="ascii")
+    _, line = piped([], 10, ["naïve – 数"], encoding="ascii")
     assert line == "na\\xefve \\u2013 \\u6570"
 
 
@@ -85,7 +135,7 @@ def test_time_left_follows_the_mean_pace():
     rng = fresh_rng()
     progress = Progress(100, Console(file=io.StringIO()))
     assert progress.seconds_left() is None
-    for step, wall in ((40, 1000.0), (41, 1002.0), (42, 1010.0)):  # resumed at step 40
+    for step, wall in ((41, 1000.0), (42, 1002.0), (43, 1010.0)):  # resumed after step 40
         progress.step(step_row(rng, step, wall_seconds=wall))
     assert progress.seconds_left() == pytest.approx(5.0 * 57)
 
@@ -99,19 +149,22 @@ def test_a_terminal_gets_one_panel_that_fits(width):
             progress.note(f"note {HOSTILE}")
             progress.phase(f"phase {HOSTILE}")
             progress.eval(eval_row(rng, 0))
-            for step in range(3):
-                progress.step(step_row(rng, step))
+            for step in (1, 2, 3):
+                progress.step(step_row(rng, step), SAMPLE)
 
     seen = on_terminal(width, show)
     assert "\x1b[31mred" not in seen and "\x07" not in seen and "\u202e" not in seen
     assert all(f"{place} [bold red]free[/] \\x1b[31mred" in seen for place in ("note", "phase"))
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen)
     final = text[text.rindex("╭") :].replace("\r", "").splitlines()
-    assert {len(line) for line in final[:7]} == {width}
+    last = next(i for i, line in enumerate(final) if line.startswith("╰"))
+    assert {len(line) for line in final[: last + 1]} == {width} and last < 22
     panel = "\n".join(final)
     assert "done" in final[0] and "step 3/3" in panel
     for part in ("accuracy", "reverse KL", "staleness", "rollout", "teacher", "verifier", "learner", "% busy", "left"):
         assert part in panel.replace("\u00a0", " ")
+    for part in ("prompt 1 + 1 =", "did not pass", "answer \\x07[/]", "gold 2", "ended by length", "characters …"):
+        assert part in re.sub(r" *│\n│ *", " ", panel)
 
 
 def test_an_error_leaves_the_terminal_usable():
@@ -149,14 +202,26 @@ def test_before_is_the_first_evaluation_and_after_the_last():
     assert (figures["before"]["low"], figures["after"]["low"]) == (0.0, 0.2)
 
 
-def test_a_summary_without_evaluations_still_has_a_table():
+def test_a_summary_without_evaluations_says_nothing_of_accuracy():
     figures = accuracy_figures(summary_of([]))
     assert figures == {
         split: {"before": None, "after": None, "teacher": None} for split in ("in_distribution", "out_of_distribution")
     }
     console = Console(file=io.StringIO(), width=80)
     console.print(final_table({"method": "opd", "seed": 1, "steps": 0, "accuracy": None, "evals": None}))
-    assert "–" in console.file.getvalue()
+    assert "method" in console.file.getvalue() and "accuracy" not in console.file.getvalue()
+
+
+def test_warnings_and_the_start_stand_in_the_final_table():
+    console = Console(file=io.StringIO(), width=200)
+    start = {"ray": 5.0, "pools": 7.0}
+    console.print(
+        final_table(summary_of([], warnings=[f"look {HOSTILE}"], startup_seconds=start, dropped={"stale": 0}))
+    )
+    text = console.file.getvalue()
+    assert (
+        "look [bold red]free[/] \\x1b[31m" in text and "1:15, of it 0:12 of starting" in text and "stale 0" not in text
+    )
 
 
 def test_plain_and_clock():

@@ -4,16 +4,17 @@ import json
 import math
 import re
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from run_rows import eval_row, fresh_rng, step_row, summary_of
 
-from tutorloop.cluster.metrics import EvalRow
+from tutorloop.cluster.curves import _bins, _curves
+from tutorloop.cluster.metrics import EvalRow, StepRow
 from tutorloop.cluster.plots import Panel, Series, svg
-from tutorloop.cluster.report import _bins, _curves, write_report
+from tutorloop.cluster.report import write_report
 from tutorloop.contracts.errors import RunFolderError
 
 HOSTILE = "<script>alert('x')</script>&\"' \x1b[31m $\\frac{"
@@ -79,7 +80,7 @@ def test_a_whole_run(tmp_path):
     splits = ("in_distribution", "out_of_distribution")
     evals = [eval_row(rng, 0, split, model) for split in splits for model in ("student", "teacher")]
     evals += [eval_row(rng, 40, split) for split in splits]
-    rows = [*evals[:4], *(step_row(rng, step) for step in range(40)), *evals[4:]]
+    rows = [*evals[:4], *(step_row(rng, step) for step in range(1, 41)), *evals[4:]]
     write_run(tmp_path / "run", rows, summary_of(evals), "method: opd\nseed: 0\n")
     path = write_report(tmp_path / "run")
     assert path == tmp_path / "run" / "report.html"
@@ -87,7 +88,7 @@ def test_a_whole_run(tmp_path):
     titles = ("Accuracy", "Loss", "Entropy", "Verifier", "Responses", "Pools", "A step's time")
     for title in (*titles, "Staleness", "Optimizer", "Summary", "Evaluations", "Configuration", "method: opd\nseed: 0"):
         assert title in text
-    assert page.tags.count("svg") == 15
+    assert page.tags.count("svg") == 16
     for row in evals:
         figure = row.stats["avg_at_k"]
         assert f"{100 * figure['value']:.1f} % ({100 * figure['low']:.1f}–{100 * figure['high']:.1f})" in text
@@ -102,10 +103,26 @@ def test_a_whole_run(tmp_path):
 def test_stage_times_add_up(tmp_path):
     rng = fresh_rng()
     seconds = {"wait": 1.0, "learn": 2.5, "evaluate": 0.5, "total": 5.0}
-    write_run(tmp_path, [step_row(rng, step, seconds=seconds) for step in range(4)])
+    write_run(tmp_path, [step_row(rng, step, seconds=seconds) for step in range(1, 5)])
     _, text = read_page(write_report(tmp_path))
-    for cells in ("wait 4.0 s 20.0 % 1.000 s", "learn 10.0 s 50.0 %", "everything else 4.0 s 20.0 %", "total 20.0 s"):
+    for cells in (
+        "wait 4.0 s 20.0 % 1.000 s",
+        "learn 10.0 s 50.0 %",
+        "everything else 4.0 s 20.0 %",
+        "all steps 20.0 s",
+    ):
         assert cells in re.sub(r"\s+", " ", text)
+
+
+def test_warnings_and_the_start_are_shown(tmp_path):
+    rng = fresh_rng()
+    rows = [eval_row(rng, 0), *(step_row(rng, step, warnings=[f"{HOSTILE} {step}"] * (step > 1)) for step in (1, 2, 3))]
+    seconds = {"wait": 1.0, "total": 5.0}
+    rows = [replace(row, seconds=seconds) if isinstance(row, StepRow) else row for row in rows]
+    write_run(tmp_path, rows, summary_of([], startup_seconds={"ray": 2.0, "pools": 3.0}))
+    _, text = read_page(write_report(tmp_path))
+    assert text.count("warning: <script>alert('x')</script>") == 2
+    assert "start: pools 3.0 s 15.0 %" in re.sub(r"\s+", " ", text)
 
 
 @pytest.mark.parametrize("evaluated", [True, False])
@@ -116,11 +133,11 @@ def test_one_step_and_an_interrupted_summary(tmp_path, evaluated):
     summary["accuracy"]["after"] = None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        write_run(tmp_path, [*evals, step_row(rng, 0)], summary)
+        write_run(tmp_path, [*evals, step_row(rng, 1)], summary)
         page, text = read_page(write_report(tmp_path))
     assert "interrupted" in text
     assert ("Evaluations" in text) is evaluated
-    assert page.tags.count("svg") == (15 if evaluated else 14)
+    assert page.tags.count("svg") == (16 if evaluated else 15)
 
 
 def test_evaluations_before_any_step(tmp_path):
@@ -137,18 +154,18 @@ def test_a_run_that_was_stopped_before_its_first_row(tmp_path):
 
 def test_figures_that_were_not_finite_are_gaps_and_named(tmp_path):
     rng = fresh_rng()
-    rows = [step_row(rng, step, loss=math.nan) for step in range(3)]
+    rows = [step_row(rng, step, loss=math.nan) for step in (1, 2, 3)]
     write_run(tmp_path, rows)
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text().replace('"kind": "step"', '"kind": "step", "nonfinite": ["loss"]'))
     page, text = read_page(write_report(tmp_path))
-    assert "Figures that were not finite: 3 (loss at step 0, loss at step 1, loss at step 2)" in text
-    assert page.tags.count("svg") == 13  # neither accuracy nor loss
+    assert "Figures that were not finite: 3 (loss at step 1, loss at step 2, loss at step 3)" in text
+    assert page.tags.count("svg") == 14  # neither accuracy nor loss
 
 
 def test_every_text_of_a_run_is_escaped(tmp_path):
     rng = fresh_rng()
-    row = step_row(rng, 0)
+    row = step_row(rng, 1)
     pools = {HOSTILE: row.pools["rollout"], "a.b": row.pools["teacher"]}
     row = step_row(rng, 0, pools=pools, seconds={HOSTILE: 1.0, "total": 2.0})
     summary = summary_of([], dropped={HOSTILE: 1}, verifier_errors={HOSTILE: 1}, method=HOSTILE)
@@ -191,10 +208,10 @@ def test_bins_are_means_without_the_gaps():
 
 def test_a_step_stands_where_it_was_done():
     rng = fresh_rng()
-    rows = [step_row(rng, step, loss=float(step)) for step in (*range(5), *range(7, 10))]
+    rows = [step_row(rng, step, loss=float(step)) for step in (*range(1, 6), *range(8, 11))]
     (curve,) = _curves([asdict(row) for row in rows], {"loss": ("loss",)}, 100)
-    assert curve.steps.tolist() == [1, 2, 3, 4, 5, 8, 9, 10]  # after the first step one is done, as evaluations count
-    assert curve.values.tolist() == [0, 1, 2, 3, 4, 7, 8, 9]
+    assert curve.steps.tolist() == [1, 2, 3, 4, 5, 8, 9, 10]
+    assert curve.values.tolist() == [1, 2, 3, 4, 5, 8, 9, 10]
 
 
 def test_a_curve_passes_through_its_values():
@@ -214,7 +231,7 @@ def test_a_curve_passes_through_its_values():
 
 def test_a_long_run_stays_a_small_page(tmp_path):
     rng = fresh_rng()
-    write_run(tmp_path, [step_row(rng, step) for step in range(1000)])
+    write_run(tmp_path, [step_row(rng, step) for step in range(1, 1001)])
     path = write_report(tmp_path)
     read_page(path)
     assert path.stat().st_size < 250_000

@@ -115,12 +115,12 @@ def test_topk_divergence(dtype, tolerance, owner, k):
     for direction, short in (("reverse", "rkl"), ("forward", "fkl")):
         output = case.run("topk_divergence", direction=direction)
         close(output.loss_C, expected[f"{owner}_top{k}_tail_{short}"], tolerance)
-        close(output.metrics["reverse_kl"], expected[f"{owner}_top{k}_tail_rkl"], tolerance)
+        close(output.metrics["topk_reverse_kl"], expected[f"{owner}_top{k}_tail_rkl"], tolerance)
         if k == 4:
             close(output.loss_C, expected[f"full_{short}"], tolerance)
     renormalised = case.run("topk_divergence", rest="renormalise")
     close(renormalised.loss_C, expected[f"{owner}_top{k}_renorm_rkl"], tolerance)
-    close(renormalised.metrics["reverse_kl"], expected[f"{owner}_top{k}_tail_rkl"], tolerance)
+    close(renormalised.metrics["topk_reverse_kl"], expected[f"{owner}_top{k}_tail_rkl"], tolerance)
     for who in ("student", "teacher"):
         close(renormalised.metrics[f"{who}_mass"], expected[f"{owner}_top{k}_{who}_mass"], tolerance)
 

@@ -75,7 +75,7 @@ def test_distillation_with_vllm_on_both_sides(tmp_path, address):
     """Asynchronous, with the sampler's own ids; weights arrive while rollouts run."""
     ids = ["teacher.signal=topk", "method_options.support=student", "method_options.top_k=8"]
     steps = train("quickstart", tmp_path / "run", address, *VLLM, *ids, "steps=8", "max_staleness=2")
-    assert {row["version"] for row in steps} == set(range(1, 9))
+    assert {row["step"] for row in steps} == set(range(1, 9))
     assert sum(row["loss"] for row in steps[-3:]) < sum(row["loss"] for row in steps[:3])
     assert all("teacher_entropy" in row["learner"] for row in steps)  # the lab's vocabulary is scored whole
 

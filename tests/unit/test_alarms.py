@@ -1,0 +1,157 @@
+"""What a run says of itself: figures only of what was measured, and each alarm once, from real shards of work."""
+
+from dataclasses import asdict, replace
+
+import pytest
+from flow_cases import World, plain, run
+from run_rows import eval_row, fresh_rng, step_row
+
+from tutorloop.cluster.alarms import Alarms
+from tutorloop.cluster.busy import BusyTime, Watch
+from tutorloop.cluster.methods.composition import Ask
+from tutorloop.cluster.tally import Tally
+from tutorloop.contracts.records import StepReport
+
+
+def report(flow, shards, **changes):
+    """A learner's report on all rows of the shards."""
+    rows = sum(len(shard.requests) for shard in shards)
+    metrics = {"grad_norm": 1.0, "missing_scores": 0.0, **changes.pop("metrics", {})}
+    return StepReport(**{"loss": 0.5, "tokens": 7, "rollouts": rows, "seconds": 0.0, "metrics": metrics, **changes})
+
+
+def tallied(
+    monkeypatch, composition=plain, steps=1, receipts=None, verifier=True, passes=lambda request: True, **changes
+):
+    """The rows of some steps. `receipts`: what the verifier's and the generators' receipts say instead."""
+    world = World(fresh_rng(), monkeypatch, passes)
+    flow, taken = run(world, composition, steps, verifier=verifier, max_staleness=steps)
+    tally, rows = Tally(), []
+    tally.watch.begin(flow.pools)
+    for step, shards in enumerate(taken):
+        for shard in shards:
+            for name, own in (receipts or {}).items():
+                if getattr(shard, name):
+                    setattr(shard, name, replace(getattr(shard, name), **own(getattr(shard, name))))
+        flow.trainable(step, shards)
+        rows.append(tally.step_row(step + 1, shards, report(flow, shards, **changes), {"total": 1.0}, flow))
+    return tally, rows
+
+
+def silent(receipt):
+    """No answer in any response."""
+    nothing = {"answers": ("",) * receipt.rows, "passed": (False,) * receipt.rows, "rewards": (0.0,) * receipt.rows}
+    return {**nothing, "errors": {}}
+
+
+def test_steps_count_from_1_and_warn_of_nothing_where_nothing_is_wrong(monkeypatch):
+    tally, rows = tallied(monkeypatch, steps=3)
+    assert [row.step for row in rows] == [1, 2, 3] and not any(row.warnings for row in rows)
+    assert rows[0].pass_rate == rows[0].reward == rows[0].groups["all_right"] == 1
+    assert rows[0].rollouts == {"taken": 12, "trained": 12} and not rows[0].dropped
+    assert tally.summary()["warnings"] == []
+
+
+@pytest.mark.parametrize("source", ["student", "dataset"])
+def test_what_nobody_judged_has_no_figure(monkeypatch, source):
+    def composition(config):
+        ask = Ask(source=source, samples=3)
+        return replace(plain(config), asks=lambda step, position: (ask,), generators=(source,))
+
+    tally, (row,) = tallied(monkeypatch, composition, verifier=source == "dataset")
+    assert (row.reward, row.pass_rate, row.abstained, row.reward_parts) == (None, None, None, {})
+    assert row.groups == {"given_share": float(source == "dataset")} and row.response_length is not None
+    assert (row.staleness_mean is None) == (source == "dataset") == (row.sampler_entropy is None)
+    assert tally.summary()["accuracy"] == {} and ("staleness" in tally.summary()) == (source == "student")
+
+
+def test_responses_without_an_answer_are_told_of_once(monkeypatch):
+    tally, rows = tallied(monkeypatch, steps=4, receipts={"judged": silent})
+    (warning,) = [text for row in rows for text in row.warnings]
+    assert not rows[0].warnings and rows[1].warnings  # 12 rollouts are too few, 24 are not
+    assert "\\boxed" in warning and "data.prompt_suffix" in warning and "verifier.answers=any" in warning
+    again = Tally()
+    again.resume(tally.state())
+    assert again.summary()["warnings"] == [warning]
+
+
+def test_one_answer_is_enough(monkeypatch):
+    def one(receipt):
+        return {**silent(receipt), "answers": ("3",) + ("",) * (receipt.rows - 1)}
+
+    assert not any(row.warnings for row in tallied(monkeypatch, steps=4, receipts={"judged": one})[1])
+
+
+def test_a_step_of_nothing_but_cut_off_responses_is_an_alarm(monkeypatch):
+    _, rows = tallied(monkeypatch, steps=2, receipts={"generated": lambda r: {"truncated": r.rows}})
+    (warning,) = [text for row in rows for text in row.warnings]
+    assert "rollout.max_new_tokens=256" in warning and "eos_token_id" in warning
+
+
+@pytest.mark.parametrize("passes", [True, False])
+def test_groups_that_are_all_alike_train_nothing(monkeypatch, passes):
+    still = {"metrics": {"grad_norm": 0.0}}
+    tally, rows = tallied(monkeypatch, steps=4, passes=lambda request: passes, **still)
+    assert all(row.rollouts == {"taken": 12, "trained": 0} for row in rows)
+    assert rows[-1].dropped == {"no_gradient": 48} == tally.summary()["dropped"]
+    (warning,) = [text for row in rows for text in row.warnings]
+    assert rows[2].warnings and "the last 3 steps moved no weight" in warning
+    assert f"are right ({100 * passes} %)" in warning and "samples_per_prompt" in warning
+
+
+def test_missing_scores_stale_rollouts_and_abstentions(monkeypatch):
+    refused = {"rollouts": 0, "tokens": 0, "dropped": {"teacher_refused": 12}}
+    _, rows = tallied(monkeypatch, steps=2, **refused)
+    assert [len(row.warnings) for row in rows] == [1, 0] and "no rollout got a score" in rows[0].warnings[0]
+
+    def abstains(receipt):
+        return {**silent(receipt), "abstained": (True,) * receipt.rows, "errors": {"timeout": receipt.rows}}
+
+    _, rows = tallied(monkeypatch, steps=2, receipts={"judged": abstains})
+    assert [len(row.warnings) for row in rows] == [1, 0] and "abstained on 12 of 12" in rows[0].warnings[0]
+    assert "timeout 12" in rows[0].warnings[0] and rows[0].abstained == 12 and rows[0].pass_rate is None
+
+    flow, taken = run(World(fresh_rng(), monkeypatch), plain, 1)
+    row = step_row(fresh_rng(), 1, learner={"grad_norm": 1.0})
+    alarms = Alarms()
+    said = [alarms.step(flow.config, row, taken[0], {"stale": 5}) for _ in range(2)]
+    assert "dropped 5 rollouts" in said[0][0] and "max_staleness=0" in said[0][0] and said[1] == []
+    assert Alarms(**asdict(alarms)) == alarms
+
+
+def test_an_evaluation_raises_them_too(monkeypatch):
+    flow, _ = run(World(fresh_rng(), monkeypatch), plain, 1)
+    tally = Tally()
+    row = replace(eval_row(fresh_rng(), 0), answered_share=0.0, truncated_share=1.0)
+    said = tally.eval_row(flow.config, row).warnings
+    assert len(said) == 2 and "no response holds an answer" in said[0] and "eval.max_new_tokens=256" in said[1]
+    assert tally.eval_row(flow.config, row).warnings == [] and tally.summary()["warnings"] == said
+
+
+def test_the_busy_share_is_of_the_time_watched_and_never_above_1():
+    class Clock:
+        at = 0.0
+
+        def __call__(self):
+            return self.at
+
+    class Pool:
+        name, replicas = "rollout", [1, 2]
+
+    clock = Clock()
+    pool, watch = Pool(), Watch(clock)
+    pool.busy = BusyTime(2, clock)
+    watch.begin([pool])
+    pool.busy.sent(0, "a")
+    clock.at = 10
+    seen = watch.take()  # a call under way counts in the step in which it runs
+    assert (seen.seconds, seen.busy, seen.available) == (10, {"rollout": 10}, {"rollout": 20})
+    clock.at = 14
+    watch.pause()  # an evaluation
+    clock.at = 114
+    watch.begin([pool])
+    clock.at = 120
+    pool.busy.done(0, "a", seconds=120, ended=120)
+    clock.at = 122
+    seen = watch.take()
+    assert (seen.seconds, seen.busy, seen.available) == (12, {"rollout": 10}, {"rollout": 24})
