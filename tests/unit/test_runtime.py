@@ -5,6 +5,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -98,19 +99,24 @@ def answering() -> Iterator[Callable[[bytes | None], int]]:
         open_sockets.append(server)
 
         def accept() -> None:
-            connection, _ = server.accept()
-            open_sockets.append(connection)
-            connection.recv(1)
-            if said is not None:
-                server.close()
-                connection.sendall(said)
-                connection.shutdown(socket.SHUT_RDWR)
+            while True:
+                try:
+                    connection, _ = server.accept()
+                except OSError:
+                    return  # the test is over
+                open_sockets.append(connection)
+                if said is not None:
+                    connection.recv(1024)
+                    connection.sendall(said)
+                    connection.close()
 
         threading.Thread(target=accept, daemon=True).start()
         return server.getsockname()[1]
 
     yield serve
     for one in open_sockets:
+        with suppress(OSError):  # what ends a wait in `accept`
+            one.shutdown(socket.SHUT_RDWR)
         one.close()
 
 
