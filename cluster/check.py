@@ -54,7 +54,7 @@ def _lines(config: Config, compositions: Sequence[Composition], inputs: Inputs) 
     yield "responses end", _ends(config.student.model)
     needs = needs_of(config, compositions)
     for need in needs:
-        yield f"  {need.pool}"[:13], f"{need.count} × {_resources(need.each)}"
+        yield f"  {need.pool}"[:13], f"{need.replicas} × {_resources(need.each)}"
     yield "  in all", _resources({key: sum(n.replicas * n.each.get(key, 0) for n in needs) for key in ("CPU", "GPU")})
     every = f" and every {config.checkpoint.every} steps" if config.checkpoint.every else ""
     yield "checkpoints", f"every {config.checkpoint.minutes:g} minutes{every}, the newest {config.checkpoint.keep} kept"
