@@ -1,5 +1,6 @@
 """How a command ends: 0 done, 2 the user's input, 1 anything else, 130 interrupted. One clear error, no traceback."""
 
+import errno
 import functools
 import sys
 from collections.abc import Callable
@@ -28,8 +29,10 @@ def ends_clearly(command: Callable[Arguments, bool]) -> Callable[Arguments, None
             sys.stderr.write("interrupted\n")
             code = INTERRUPTED
         except OSError as error:
-            sys.stderr.write(f"error: the machine refused: {_shown(error)}\n")
-            code = OTHER
+            named = error.errno == errno.ENAMETOOLONG  # none but the user gives such names
+            rule = "a name is one that a disk takes" if named else "the machine refused"
+            sys.stderr.write(f"error: {rule}: {_shown(error)}\n")
+            code = INPUT if named else OTHER
         raise typer.Exit(code)
 
     return wrapped

@@ -1,17 +1,16 @@
 """`tutorloop train --check`: all that a run checks before its first actor, and what would run. Starts no Ray."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from ..contracts.config import Config, Pool, Teacher
+from ..contracts.config import Config, Teacher
 from ..models.loading import eos_ids, load_tokenizer
 from .methods import compose_stages
 from .methods.composition import Composition
-from .pool import parts_of
-from .preflight import Inputs, check_inputs, context_length, resources_needed
+from .preflight import Inputs, check_inputs, context_length, needs_of
 from .progress import plain
 from .run_folder import RunFolder
 
@@ -53,15 +52,10 @@ def _lines(config: Config, compositions: Sequence[Composition], inputs: Inputs) 
             yield "evaluation", f"{path}: {len(prompts):,} problems × {evaluation.samples}, {often}"
     yield "verifier", config.verifier.kind
     yield "responses end", _ends(config.student.model)
-    for name, pool in _pools(config, compositions):
-        yield f"  {name}"[:13], f"{pool.replicas} × {parts_of(pool) * pool.num_cpus:g} CPU, {_gpus(pool)} GPU"
-    learner = config.learner
-    yield (
-        "  learner",
-        f"{learner.ranks} × {learner.num_cpus:g} CPU, {learner.num_gpus:g} GPU, ZeRO-{learner.zero_stage}",
-    )
-    total = resources_needed(config, compositions)
-    yield "  in all", f"{total['CPU']:g} CPU, {total['GPU']:g} GPU"
+    needs = needs_of(config, compositions)
+    for need in needs:
+        yield f"  {need.pool}"[:13], f"{need.replicas} × {_resources(need.each)}"
+    yield "  in all", _resources({key: sum(n.replicas * n.each.get(key, 0) for n in needs) for key in ("CPU", "GPU")})
     every = f" and every {config.checkpoint.every} steps" if config.checkpoint.every else ""
     yield "checkpoints", f"every {config.checkpoint.minutes:g} minutes{every}, the newest {config.checkpoint.keep} kept"
 
@@ -78,18 +72,5 @@ def _ends(model: str) -> str:
     return "at " + ", ".join(f"{tokenizer.convert_ids_to_tokens(end)} ({end})" for end in ends) if ends else "nowhere"
 
 
-def _gpus(pool: Pool) -> str:
-    return f"{parts_of(pool) * pool.num_gpus:g}"
-
-
-def _pools(config: Config, compositions: Iterable[Composition]) -> Iterator[tuple[str, Pool]]:
-    yield "rollout", config.rollout
-    if any("teacher" in composition.generators for composition in compositions):
-        yield "teacher_rollout", config.teacher_rollout
-    yield from ((name, teacher) for name, teacher in config.named_teachers.items() if not teacher.shared)
-    if config.reference:
-        yield "reference", config.reference
-    if config.verifier.kind != "none":
-        yield "verifier", config.verifier
-    if config.skills:
-        yield "skills", config.skills
+def _resources(amounts: Mapping[str, float]) -> str:
+    return f"{amounts.get('CPU', 0):g} CPU, {amounts.get('GPU', 0):g} GPU"
