@@ -15,6 +15,8 @@ from torch import nn
 
 from ..contracts.config import Learner
 
+PROBE = 2  # words
+
 
 class SittingAdamW(torch.optim.AdamW):
     """AdamW that can sit an update out: DeepSpeed then clears its gradients, and weights and moments stay."""
@@ -125,3 +127,11 @@ def weights_are_finite(engine: Any) -> bool:
     """Of this rank's weights, or of its partition of them."""
     ends = [torch.stack(getattr(p, "ds_tensor", p).detach().aminmax()) for p in engine.module.parameters()]
     return bool(torch.stack([end.float() for end in ends]).isfinite().all())
+
+
+@torch.no_grad()
+def forward_is_finite(engine: Any) -> bool:
+    """Of a few words: finite weights can be too large to be multiplied with each other. All ranks must call it."""
+    ids = torch.arange(PROBE, device=engine.device)
+    sound = engine(ids, ids[:1] + PROBE, ids, lambda hidden, head: (hidden @ head.T).isfinite().all())
+    return bool(sound)

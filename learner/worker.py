@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 import torch.distributed
@@ -24,7 +25,7 @@ from ..models.loading import load_causal_lm, load_lm_head, locate_model
 from ..models.lora import add_adapters
 from ..models.weight_broadcast import BroadcastGroup
 from .corrections import current_share, effective_share
-from .engine import apply_update, build_engine, join_group, learning_rate, weights_are_finite
+from .engine import apply_update, build_engine, forward_is_finite, join_group, learning_rate, weights_are_finite
 from .examples import Example, Updates, join
 from .foresight import Foresight, Seen
 from .loss_head import ChunkedLoss, PackedStudent
@@ -42,6 +43,7 @@ class LearnerWorker:
     """
 
     whole = True  # the weights are those of a step's end, and finite
+    version = 0  # of the weights, where a step has made them
 
     def __init__(
         self,
@@ -111,7 +113,7 @@ class LearnerWorker:
         counts, metrics, untrained = self._train(updates, seen, plan.version, rate)
         if not self._weights_are_finite():
             raise not_finite("weights, after the step", plan.version)
-        self.whole = True
+        self.whole, self.version = True, plan.version + 1
         dropped = {reason: counts[reason] for reason in ("teacher_refused", "off_policy") if counts[reason]}
         of_ranks = self._from_ranks(untrained) if dropped else []
         metrics |= {"missing_scores": missing, "learning_rate": rate}
@@ -264,8 +266,15 @@ class LearnerWorker:
         return [name for names in self._from_ranks(own) for name in names]
 
     def publish(self, version: int) -> Iterator[WeightBucket | WeightManifest]:
-        """Rank 0 yields the weights' buckets and then their manifest; the other ranks take part and yield nothing."""
-        yield from publish_weights(self.engine, version, self.rank, self.config.dtype)
+        """Rank 0 yields the weights' buckets and then their manifest; the other ranks take part and yield nothing.
+        Raises NotFinite in place of a manifest."""
+        for part in publish_weights(self.engine, version, self.rank, self.config.dtype):
+            yield self._proved(part) if isinstance(part, WeightManifest) else part
+
+    def _proved(self, manifest: WeightManifest) -> WeightManifest:
+        if not np.isfinite(manifest.canary_logprobs).all():
+            raise not_finite("logprobs of the weights, before they are published", manifest.version - 1)
+        return manifest
 
     def bucket_layout(self) -> tuple[BucketEntries, ...]:
         """What `broadcast` sends."""
@@ -276,8 +285,8 @@ class LearnerWorker:
         self.broadcasts = BroadcastGroup("0.0.0.0", port, 0, size, self.device)
 
     def announce(self, version: int) -> WeightManifest:
-        """The manifest of the weights as they are, for `broadcast`; every rank takes part."""
-        return announce_weights(self.engine, version, self.config.dtype)
+        """The manifest of the weights as they are, for `broadcast`; every rank takes part. Raises NotFinite."""
+        return self._proved(announce_weights(self.engine, version, self.config.dtype))
 
     def broadcast(self) -> None:
         """Send the weights to all replicas, which must be receiving; every rank takes part."""
@@ -285,10 +294,13 @@ class LearnerWorker:
 
     def save(self, folder: str) -> None:
         """What is trained and its optimizer state, sharded as it is; `load` needs the same ranks, stage and dtype.
-        Raises LearnerError inside a step that failed: a checkpoint holds whole steps."""
+        Raises LearnerError inside a step that failed, and NotFinite for weights that nobody can go on from: a
+        checkpoint of them would take the place of a good one."""
         if not self.whole:
             found = "a step that failed has changed the weights"
             raise LearnerError("a checkpoint holds the weights of a step's end", found, "continue with --resume")
+        if self._over_ranks([float(not forward_is_finite(self.engine))])[0]:
+            raise not_finite("logits of the weights, before they are saved", self.version - 1)
         self.engine.save_checkpoint(folder, tag="learner", exclude_frozen_parameters=True)
 
     def load(self, folder: str) -> None:

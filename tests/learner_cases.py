@@ -66,6 +66,8 @@ class Engine:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
+    device = "cpu"
+
     def was_step_applied(self):
         return True
 

@@ -143,6 +143,22 @@ def test_weights_inside_a_step_that_failed_are_never_saved(late, tmp_path):
         learner.save(str(tmp_path))
 
 
+def test_weights_too_large_to_multiply_take_no_good_checkpoints_place(tmp_path):
+    """Each is finite, and the first forward is not."""
+    world = World()
+    learner = OneProcess(world.student(), PG)
+    huge = [torch.full_like(p, 1e30) for p in learner.engine.module.parameters()]
+
+    def step():
+        for p, value in zip(learner.engine.module.parameters(), huge, strict=True):
+            p.data.copy_(value)
+
+    learner.engine.optimizer.step = step
+    assert np.isfinite(learner.learn([taught(world, "r")], version=6).loss)
+    with pytest.raises(NotFinite, match="step 7: logits of the weights, before they are saved"):
+        learner.save(str(tmp_path))
+
+
 @pytest.mark.parametrize("correction", [MASKED, Correction(veto=0.5), Correction(probability_gap=0.1)])
 def test_a_student_that_overflows_rejects_no_token_in_silence(correction):
     """Comparisons with NaN are false: such tokens would be off-policy, and the step empty."""
