@@ -10,9 +10,12 @@ import pytest
 
 from tutorloop.cluster.data import PromptOrder, fitting, load_prompts
 from tutorloop.cluster.fields import gold_answer
+from tutorloop.cluster.methods import compose_stages
+from tutorloop.cluster.preflight import Inputs, check_inputs
 from tutorloop.cluster.rows import read_rows
 from tutorloop.contracts.config import Data
 from tutorloop.contracts.errors import DataError
+from tutorloop.contracts.recipe import parse_config
 from tutorloop.models.loading import load_tokenizer
 
 
@@ -136,3 +139,26 @@ def test_the_order_is_a_permutation_of_each_epoch_and_repeats() -> None:
     again = PromptOrder(7, seed=3)
     positions = np.random.default_rng(0).permutation(21)
     assert all(again.row(int(p)) == epochs[p // 7][p % 7] for p in positions)
+
+
+def test_a_run_leaves_out_what_is_too_long_and_evaluates_by_other_names(tmp_path: Path) -> None:
+    rows = [{"id": f"i{n}", "prompt": "7 " * n, "answer": "1"} for n in (1, 2000, 3)]
+    held_out = [{"id": row["id"], "q": [{"role": "user", "content": row["prompt"]}], "g": {"a": 7}} for row in rows]
+    train, test = jsonl(tmp_path / "d.jsonl", *rows), jsonl(tmp_path / "e.jsonl", *held_out)
+    models = {"student": {"model": "lab:student"}, "teacher": {"model": "lab:teacher"}}
+    tree = {"method": "opd", "steps": 1, "prompts_per_step": 1, "output_dir": str(tmp_path / "run"), **models}
+    tree |= {"data": {"path": train}, "eval": {"path": test, "prompt_field": "q", "answer_field": "g.a"}}
+
+    def checked(*overrides: str) -> Inputs:
+        config = parse_config(tree, list(overrides))
+        return check_inputs(config, compose_stages(config))
+
+    inputs = checked("data.too_long=drop")
+    assert [p.prompt_id for p in inputs.train] == [p.prompt_id for p in inputs.in_distribution] == ["i1", "i3"]
+    assert [p.answer for p in inputs.in_distribution] == ["7", "7"]
+    assert inputs.left_out == {"too_long": 1, "too_long_eval": 1}
+    assert checked("data.too_long=drop", "eval.problems=1").left_out == {"too_long": 1}
+    with pytest.raises(DataError, match="prompt i2000"):
+        checked()
+    with pytest.raises(DataError, match="3 of 3 rows"):
+        checked("data.too_long=drop", "rollout.max_new_tokens=100000")

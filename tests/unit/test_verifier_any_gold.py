@@ -130,3 +130,17 @@ def test_with_rewards_and_through_the_worker():
         worker.close()
         assert [v.passed for v in verdicts] == [True, True, True, False, False]
         assert [v.score for v in verdicts] == [1 + bonus] * 3 + [bonus] * 2
+
+
+def test_a_function_gets_the_first_gold_or_its_own_column(tmp_path):
+    own = tmp_path / "own.py"
+    own.write_text("def f(completions, answer, **columns):\n    return [float(answer == [['1', '2']])]\n")
+    function = make_verifier(Verifier(kind=f"{own}:f"))
+    golds = {"gold": "1", "other_golds": ("2",)}
+    assert function(Response("x", row='{"answer": ["1", "2"]}', **golds)).score == 1.0
+    assert function(Response("x", row='{"other": 1}', **golds)).score == 0.0
+
+
+def test_the_box_of_a_solution_is_a_gold():
+    judged = make_verifier(Verifier()).prepare(Response("\\boxed{7}", "It is $\\boxed{7}$."))
+    assert isinstance(judged, Judgement) and judged.passed and judged.answer == "7"

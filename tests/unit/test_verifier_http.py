@@ -107,7 +107,9 @@ def test_a_server_sees_the_response_and_the_key_in_its_header_alone():
         assert verifier(RESPONSE) == Judgement(True, "", 1.0)
         assert verifier(Response(text="\ud800 é\u2028")) == Judgement(True, "", 1.0)
         assert verifier_of(servers, key="")(RESPONSE).passed
-    (path, headers, body), (_, _, other), (_, no_key, _) = servers[0].seen
+        assert verifier(Response(text="4", gold="4", other_golds=("5", "6"))).passed
+    (path, headers, body), (_, _, other), (_, no_key, _), (_, _, several) = servers[0].seen
+    assert several == {"prompt": "", "response": "4", "gold": "4", "other_golds": ["5", "6"], "row": None}
     assert (path, body) == ("/judge", {"prompt": "2+2", "response": "so 4", "gold": "4", "row": {"level": 7}})
     assert other == {"prompt": "", "response": "\ud800 é\u2028", "gold": "", "row": None}
     assert headers.pop("Authorization") == f"Bearer {KEY}" and "Authorization" not in no_key
