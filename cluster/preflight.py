@@ -8,7 +8,8 @@ from ..contracts.config import REFERENCE, Config, Pool, Teacher
 from ..contracts.errors import ConfigError, DataError, ModelError, TeacherError, TokenizerMismatch
 from ..contracts.records import Prompt
 from ..models.contexts import fields_of
-from ..models.loading import check_architecture, check_weights, load_config, load_tokenizer, tokenizer_hash
+from ..models.checkpoint import check_weights
+from ..models.loading import check_architecture, load_config, load_tokenizer, tokenizer_hash
 from ..models.lora import check_targets
 from ..models.vllm_support import check_vllm_architecture
 from ..teacher_service.http_engine import ServerLimits, probe

@@ -19,7 +19,8 @@ import torch.distributed
 from ..contracts.config import Learner, Lora
 from ..contracts.errors import CheckpointError, ConfigError, ModelError
 from ..contracts.records import BucketEntries, Correction, StepPlan, StepReport, Term, WeightBucket, WeightManifest
-from ..models.loading import load_causal_lm, load_lm_head, locate_model
+from ..models.checkpoint import load_lm_head
+from ..models.loading import load_causal_lm, locate_model
 from ..models.lora import add_adapters
 from ..models.weight_broadcast import BroadcastGroup
 from .corrections import current_share, effective_share
