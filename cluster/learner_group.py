@@ -37,10 +37,16 @@ def _rendezvous() -> tuple[str, int]:
 
 
 class LearnerGroup:
-    """One actor per rank. `heads`: teachers whose frozen output projection the loss needs, by name."""
+    """One actor per rank. `heads`: teachers whose frozen output projection the loss needs, by name; `longest`: of the
+    run's sequences, in tokens."""
 
     def __init__(
-        self, config: Config, terms: tuple[Term, ...], correction: Correction, heads: dict[str, tuple[str, str]]
+        self,
+        config: Config,
+        terms: tuple[Term, ...],
+        correction: Correction,
+        heads: dict[str, tuple[str, str]],
+        longest: int,
     ) -> None:
         learner = self.config = config.learner
         need = {"CPU": learner.num_cpus, "GPU": learner.num_gpus}
@@ -65,6 +71,7 @@ class LearnerGroup:
                 correction=correction,
                 lora=config.student.lora,
                 seed=config.seed,
+                longest=longest,
                 steps=config.steps,
                 device="cuda" if learner.num_gpus else "cpu",
                 threads=max(1, int(learner.num_cpus)),

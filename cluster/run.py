@@ -141,12 +141,13 @@ def _assemble(run: Run, number: int, composition: Composition, first: int, stack
         student = config.student.model_copy(update={"model": str(_left_by(run.folder, number - 1))})
         config = config.model_copy(update={"student": student})
     run.progress.phase(f"starting the learner and the generators of {config.method}")
-    learner = LearnerGroup(config, composition.terms, composition.correction, heads(config, composition))
+    longest = run.inputs.longest
+    learner = LearnerGroup(config, composition.terms, composition.correction, heads(config, composition), longest)
     stack.callback(learner.close)
     generators = stage_generators(config, composition)
     learner.ready()
     _ready(generators, stack)
-    generators["student"].check_room(_longest(run.inputs, config))
+    generators["student"].check_room(longest)
     broadcasts = None
     if config.rollout.transfer == "broadcast":
         broadcasts = WeightBroadcast(learner, generators["student"], config.rollout.tensor_parallel)
@@ -207,11 +208,6 @@ def _skills(run: Run, config: Config, composition: Composition, stack: ExitStack
     stack.callback(bank.pool.close)
     bank.pool.ready()
     return bank
-
-
-def _longest(inputs: Inputs, config: Config) -> int:
-    """Tokens of the longest prompt with the longest response."""
-    return max(len(prompt.token_ids) for prompt in inputs.train) + config.rollout.max_new_tokens
 
 
 def _ready(pools: Mapping[str, Pool], stack: ExitStack) -> None:

@@ -3,12 +3,15 @@
 from rich.table import Table
 
 from ..contracts.config import Config
-from ..models.loading import load_tokenizer
+from ..models.checkpoint import check_weights
+from ..models.loading import check_architecture, check_positions, context_length, load_config, load_tokenizer
+from ..models.vllm_support import check_vllm_architecture
 from .data import check_context, load_prompts
 from .evaluation import ProblemSet, evaluate
 from .interrupt import Interrupt, Interrupted
 from .metrics import EvalRow
-from .preflight import context_length
+from .pool import parts_of
+from .preflight import longest_of
 from .run import eval_plan
 from .runtime import check_resources, cluster
 from .services import start_generators, start_verifiers
@@ -18,8 +21,13 @@ def evaluate_model(config: Config, address: str | None) -> EvalRow:
     """`config.student` on the first `config.eval.problems` rows of `config.data`. Raises InputError."""
     model, data = config.student.model, config.data
     needs = {"need_answer": config.verifier.needs_gold, "keep_rows": config.verifier.reads_rows}
+    check_architecture(model)
+    check_weights(model)
+    if config.rollout.engine == "vllm":
+        check_vllm_architecture(model, parts_of(config.rollout))
     prompts = load_prompts(data, data.path, data.split, load_tokenizer(model), config.eval.problems, **needs)
-    check_context(prompts, config.rollout.max_new_tokens, context_length(model), data.path, "model")
+    check_positions(model, longest_of(prompts, config.rollout.max_new_tokens))
+    check_context(prompts, config.rollout.max_new_tokens, context_length(load_config(model)), data.path, "model")
     with cluster(address):
         rollout, verifier = config.rollout, config.verifier
         pools = (rollout, verifier)

@@ -27,6 +27,7 @@ from .corrections import current_share, effective_share
 from .engine import build_engine, gradient_norm, join_group, learning_rate
 from .examples import Example, Updates, join
 from .foresight import Foresight, Seen
+from .head_proof import prove_heads
 from .loss_head import ChunkedLoss, PackedStudent
 from .micro_batch import Selection, collate
 from .objective import Objective, Sums, divisor_of
@@ -37,8 +38,12 @@ from .terms import bind_terms
 class LearnerWorker:
     """Rank `rank` of `world_size`. `heads`: teacher id → (model, dtype) of each teacher whose exact signal is used.
 
-    With `lora` only adapters are trained, published and saved; `seed` decides what they start as.
+    With `lora` only adapters are trained, published and saved; `seed` decides what they start as. `longest`: tokens of
+    the run's longest prompt with its longest response, which the canary is to reach.
     """
+
+    unproven: frozenset[str] = frozenset()  # teachers whose head has not been compared with what they say
+    longest = 0
 
     def __init__(
         self,
@@ -54,6 +59,7 @@ class LearnerWorker:
         correction: Correction,
         lora: Lora | None = None,
         seed: int = 0,
+        longest: int = 0,
         device: str = "cpu",
         threads: int = 1,
         master_addr: str = "127.0.0.1",
@@ -69,6 +75,7 @@ class LearnerWorker:
         self.broadcasts: BroadcastGroup | None = None
         join_group(rank, world_size, master_addr, master_port, device)
         self.heads = {name: load_lm_head(*source).to(device) for name, source in heads.items()} if exact else {}
+        self.unproven, self.longest = frozenset(self.heads), longest
         self.restart()
 
     def restart(self) -> None:
@@ -93,6 +100,7 @@ class LearnerWorker:
         """
         started = time.perf_counter()
         updates = join(plan, batches)
+        self.unproven = prove_heads(self.unproven, self.heads, updates)
         missing = sum(self._lacks_scores(e) for update in updates for batch in update for e in batch)
         rate = learning_rate(plan.step, self.steps, self.config)
         seen = self.foresight.look(updates, plan.version, self._over_ranks, self._from_ranks)
@@ -201,7 +209,7 @@ class LearnerWorker:
 
     def publish(self, version: int) -> Iterator[WeightBucket | WeightManifest]:
         """Rank 0 yields the weights' buckets and then their manifest; the other ranks take part and yield nothing."""
-        yield from publish_weights(self.engine, version, self.rank, self.config.dtype)
+        yield from publish_weights(self.engine, version, self.rank, self.config.dtype, self.longest)
 
     def bucket_layout(self) -> tuple[BucketEntries, ...]:
         """What `broadcast` sends."""
@@ -213,7 +221,7 @@ class LearnerWorker:
 
     def announce(self, version: int) -> WeightManifest:
         """The manifest of the weights as they are, for `broadcast`; every rank takes part."""
-        return announce_weights(self.engine, version, self.config.dtype)
+        return announce_weights(self.engine, version, self.config.dtype, self.longest)
 
     def broadcast(self) -> None:
         """Send the weights to all replicas, which must be receiving; every rank takes part."""

@@ -94,7 +94,10 @@ def load_lm_head(name: str, dtype: str = "fp32") -> torch.Tensor:
 
 def _tensor(name: str, key: str, stored: dict[str, Stored]) -> torch.Tensor:
     file = stored[key].file
-    with reading("a model's safetensors are whole", f"{name}: {file}", "copy the file again"), safe_open(file, "pt") as f:
+    with (
+        reading("a model's safetensors are whole", f"{name}: {file}", "copy the file again"),
+        safe_open(file, "pt") as f,
+    ):
         return f.get_tensor(key)
 
 

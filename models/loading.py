@@ -134,6 +134,42 @@ def check_attention(model: PreTrainedModel, name: str) -> None:
             )
 
 
+def context_length(config: Any) -> int:
+    """Most positions of a sequence; very many where the configuration does not say.
+
+    Where a model's frequencies depend on the longest sequence beside which one is read (LongRoPE), it is the length up
+    to which they do not: beyond it, a token's logprob would be another in each batch.
+    """
+    positions = int(getattr(config, "max_position_embeddings", 0) or 1 << 30)
+    varying = varying_frequencies(config)
+    return min(positions, varying[1]) if varying else positions
+
+
+def varying_frequencies(config: Any) -> tuple[str, int] | None:
+    """The `rope_type` of a model whose frequencies depend on its batch, and the most positions at which they do not."""
+    found = getattr(config, "rope_parameters", None) or {}
+    kinds = [found] if "rope_type" in found else [own for own in found.values() if isinstance(own, dict)]
+    limits = []
+    for own in kinds:
+        if own.get("rope_type") == "longrope":
+            limits.append(("longrope", int(own["original_max_position_embeddings"])))
+        elif "dynamic" in str(own.get("rope_type")):
+            limits.append((own["rope_type"], int(config.max_position_embeddings)))
+    return min(limits, key=lambda limit: limit[1], default=None)
+
+
+def check_positions(name: str, longest: int) -> None:
+    """Refuse sequences of `longest` tokens where the model's frequencies would depend on its batch. Raises ModelError."""
+    varying = varying_frequencies(load_config(name))
+    if varying and longest > varying[1]:
+        kind, limit = varying
+        raise ModelError(
+            f"with rope_type={kind} prompt and response stay within the {limit} tokens of the model's original length",
+            f"{name}: up to {longest} tokens; a longer one gets other frequencies, and so do all beside it in a batch",
+            "lower rollout.max_new_tokens, shorten the prompts, or use a model with one set of frequencies",
+        )
+
+
 def load_causal_lm(name: str, dtype: str = "fp32", attention: str = "sdpa", device: str = "cpu") -> PreTrainedModel:
     """A causal language model, in evaluation mode. `attention`: "sdpa", or "packed" for packed batches."""
     config, folder = load_config(name), locate_model(name)
