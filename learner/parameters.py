@@ -30,6 +30,9 @@ CANARY_MOST = 2048  # tokens: a forward of that length at every publication
 CANARY_LOGITS = 2**29  # bytes of float32 [C, V]: some engines hold the whole canary's logits at once
 CANARY_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}  # nats
 
+# Fields of a student's config.json that say nothing of an export: its files, its code (which never ran), its old dtype.
+NOT_EXPORTED = ("transformers_weights", "auto_map", "torch_dtype")
+
 
 def whole_parameters(engine: Any, trained_only: bool) -> Iterator[tuple[str, Tensor]]:
     """Each parameter once, whole, by the name that the transformers model gives it. All ranks must iterate."""
@@ -171,6 +174,8 @@ def export_model(engine: Any, student: Path, folder: Path, rank: int, lora: Lora
             if not source.name.endswith(".index.json"):
                 shutil.copyfile(source, folder / source.name)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for field in NOT_EXPORTED:
+        config.pop(field, None)
     config["dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

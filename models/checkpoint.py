@@ -20,9 +20,10 @@ from .loading import DTYPES, empty_causal_lm, locate_model
 
 
 def check_weights(name: str) -> None:
-    """Refuse a folder whose files do not hold the whole model of its configuration, and nothing else. Raises ModelError.
+    """Refuse a folder whose files do not hold the whole model of its configuration, and nothing else.
 
-    Headers are read, and contents only of a head beside an embedding that the configuration ties it to.
+    Headers are read, and contents only of a head beside an embedding that the configuration ties it to. Raises
+    ModelError.
     """
     stored = stored_tensors(name, locate_model(name))
     model = empty_causal_lm(name)

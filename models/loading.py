@@ -86,9 +86,9 @@ def empty_causal_lm(name: str) -> PreTrainedModel:
     """The model on torch's device "meta": its parameters' names and shapes, and no weights. Raises ModelError."""
     config = load_config(name)
     kind = _kind(read_json(name, locate_model(name) / "config.json"))
-    with reading("transformers has a causal language model of the architecture", f"{name}: {kind}"):
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    rule = "transformers has a causal language model of the architecture"
+    with reading(rule, f"{name}: {kind}"), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def check_architecture(name: str) -> None:
@@ -123,6 +123,8 @@ def check_attention(model: PreTrainedModel, name: str) -> None:
         f"has layers of {', '.join(others)}": others,
         "does not let its attention be replaced": not model._supports_attention_backend,
         "has a soft cap in its attention (attn_logit_softcapping)": getattr(config, "attn_logit_softcapping", None),
+        "reads both ways (use_bidirectional_attention, is_causal)": getattr(config, "use_bidirectional_attention", None)
+        or getattr(config, "is_causal", None) is False,
         "has attention sinks": any(key.endswith("sinks") for key, _ in model.named_parameters()),
     }
     for reason, holds in reasons.items():
@@ -159,7 +161,7 @@ def varying_frequencies(config: Any) -> tuple[str, int] | None:
 
 
 def check_positions(name: str, longest: int) -> None:
-    """Refuse sequences of `longest` tokens where the model's frequencies would depend on its batch. Raises ModelError."""
+    """Refuse `longest` tokens where the frequencies of the model would depend on its batch. Raises ModelError."""
     varying = varying_frequencies(load_config(name))
     if varying and longest > varying[1]:
         kind, limit = varying

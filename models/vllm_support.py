@@ -36,8 +36,8 @@ def check_vllm_architecture(model: str, parts: int = 1) -> None:
 
 
 def check_vllm_files(model: str) -> None:
-    """Refuse a folder of which vLLM would load other files than transformers: it takes the index's shards where there is
-    an index, and else every safetensors file. Raises ModelError."""
+    """Refuse a folder of which vLLM would load other files than transformers: those that the index names, where there
+    is one, and else every safetensors file. Raises ModelError."""
     folder = locate_model(model)
     ours = weight_files(model, folder)
     theirs = sorted(folder.glob("*.safetensors"))
