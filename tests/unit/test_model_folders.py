@@ -413,10 +413,12 @@ def test_a_wrapper_is_refused_and_its_language_model_can_be_taken_out(tmp_path, 
     monkeypatch.chdir(tmp_path)
     shutil.copytree("plain", "WRAPPER")
     whole.save_pretrained("WRAPPER")
-    with pytest.raises(ModelError, match="(?s)Gemma3ForConditionalGeneration wraps Gemma3TextConfig.*docs/engines.md"):
+    with pytest.raises(
+        ModelError, match=r"(?s)Gemma3ForConditionalGeneration wraps Gemma3TextConfig.*docs/engines\.md"
+    ):
         check(tmp_path / "WRAPPER")
     (lines,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "engines.md").read_text(), re.DOTALL)
-    exec(lines, {})  # noqa: S102 (ours)
+    exec(lines, {})
     check(tmp_path / "TEXT")
     ids = torch.arange(5, 60)[None]
     torch.testing.assert_close(load_causal_lm("./TEXT")(ids).logits, whole(input_ids=ids).logits)
