@@ -135,13 +135,12 @@ def _left_by(folder: RunFolder, stage: int) -> Path:
 def _assemble(run: Run, number: int, composition: Composition, first: int, stack: ExitStack) -> Driver:
     """Start stage `number`, which begins at the run's step `first`. Teachers come last: what evaluates them takes their
     place before."""
-    stage = run.config.plan[number]
+    stage, longest = run.config.plan[number], run.inputs.longest
     config = run.config.of_stage(stage)
     if number:
         student = config.student.model_copy(update={"model": str(_left_by(run.folder, number - 1))})
         config = config.model_copy(update={"student": student})
     run.progress.phase(f"starting the learner and the generators of {config.method}")
-    longest = run.inputs.longest
     learner = LearnerGroup(config, composition.terms, composition.correction, heads(config, composition), longest)
     stack.callback(learner.close)
     generators = stage_generators(config, composition)
