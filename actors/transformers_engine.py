@@ -15,7 +15,7 @@ import torch
 from ..contracts.config import Lora
 from ..contracts.errors import WeightsMismatch
 from ..contracts.records import EMPTY_II, Sampling, WeightBucket, WeightManifest
-from ..models.loading import eos_ids, load_causal_lm, load_tokenizer
+from ..models.loading import context_length, eos_ids, load_causal_lm, load_tokenizer
 from ..models.lora import ReplicaWeights
 from ..models.weight_proof import check_canary, copy_buckets
 from .decoding import roomy_cache
@@ -39,7 +39,7 @@ class TransformersEngine:
         self.weights = ReplicaWeights(self.model, lora)
         self.tokenizer = load_tokenizer(model)
         self.device = device
-        self.context = self.model.config.max_position_embeddings
+        self.context = context_length(self.model.config)
         self.eos_ids = torch.tensor(eos_ids(model, self.tokenizer), device=device)
         self.weight_version = 0
         self._proven = True

@@ -38,7 +38,8 @@ def _rendezvous() -> tuple[str, int]:
 
 
 class LearnerGroup:
-    """One actor per rank. `heads`: teachers whose frozen output projection the loss needs, by name."""
+    """One actor per rank. `heads`: teachers whose frozen output projection the loss needs, by name; `longest`: of the
+    run's sequences, in tokens."""
 
     def __init__(
         self,
@@ -46,6 +47,7 @@ class LearnerGroup:
         terms: tuple[Term, ...],
         correction: Correction,
         heads: dict[str, tuple[str, str]],
+        longest: int,
         tell: Callable[[str], None] = say,
     ) -> None:
         learner = self.config = config.learner
@@ -72,6 +74,7 @@ class LearnerGroup:
                 correction=correction,
                 lora=config.student.lora,
                 seed=config.seed,
+                longest=longest,
                 steps=config.steps,
                 device="cuda" if learner.num_gpus else "cpu",
                 threads=max(1, int(learner.num_cpus)),

@@ -7,8 +7,16 @@ from typing import Any
 from ..contracts.config import REFERENCE, Config, Pool, Teacher
 from ..contracts.errors import ConfigError, DataError, ModelError, TeacherError, TokenizerMismatch
 from ..contracts.records import Prompt
+from ..models.checkpoint import check_weights
 from ..models.contexts import fields_of
-from ..models.loading import check_architecture, check_weights, load_config, load_tokenizer, tokenizer_hash
+from ..models.loading import (
+    check_architecture,
+    check_positions,
+    context_length,
+    load_config,
+    load_tokenizer,
+    tokenizer_hash,
+)
 from ..models.lora import check_targets
 from ..models.vllm_support import check_vllm_architecture
 from ..teacher_service.http_engine import ServerLimits, probe
@@ -31,6 +39,7 @@ class Inputs:
     out_of_distribution: list[Prompt]
     servers: dict[str, ServerLimits]  # of teachers behind http, by their names
     left_out: dict[str, int]  # rows by why: too_long of training, too_long_eval of evaluation
+    longest: int  # tokens of the longest prompt with its longest response, evaluations included
 
 
 def check_inputs(config: Config, compositions: Sequence[Composition]) -> Inputs:
@@ -38,7 +47,6 @@ def check_inputs(config: Config, compositions: Sequence[Composition]) -> Inputs:
     evaluation, verified = config.eval, config.verifier.kind != "none"
     if (evaluation.path or evaluation.ood_path) and not verified:
         raise ConfigError("an evaluation needs a verifier", "verifier.kind=none", "set eval.path= or choose a verifier")
-    tokenizer = load_tokenizer(config.student.model)
     local = {name: teacher for name, teacher in config.named_teachers.items() if teacher.engine != "http"}
     scorers = {name: teacher.model for name, teacher in local.items()}
     if config.reference:
@@ -46,6 +54,7 @@ def check_inputs(config: Config, compositions: Sequence[Composition]) -> Inputs:
     for model in {config.student.model, *scorers.values()}:
         check_architecture(model)
         check_weights(model)
+    tokenizer = load_tokenizer(config.student.model)
     for model, parts in _under_vllm(config):
         check_vllm_architecture(model, parts)
     load_functions(config.verifier)
@@ -53,11 +62,11 @@ def check_inputs(config: Config, compositions: Sequence[Composition]) -> Inputs:
         check_skills(config.skills)
     if config.student.lora:
         check_targets(config.student.model, config.student.lora)
-    contexts = {"student": context_length(config.student.model)}
+    contexts = {"student": context_length(load_config(config.student.model))}
     for name, model in scorers.items():
         _check_same_tokenizer(config.student.model, tokenizer, name, model)
         room = 1 if name in local and local[name].engine == "vllm" else 0  # for the token that vLLM adds to a prompt
-        contexts[f"teacher {name}"] = context_length(model) - room
+        contexts[f"teacher {name}"] = context_length(load_config(model)) - room
     servers = {name: _probe(t, tokenizer, compositions) for name, t in config.named_teachers.items() if t.urls}
     contexts |= {f"teacher {name}": limits.context for name, limits in servers.items()}
     for name, teacher in local.items():
@@ -67,6 +76,11 @@ def check_inputs(config: Config, compositions: Sequence[Composition]) -> Inputs:
             raise ConfigError("a teacher that follows the student has the learner's dtype", found, "set both alike")
 
     (train, *held_out), left_out = _fitting_rows(config, compositions, tokenizer, contexts)
+    longest = longest_of(train, config.rollout.max_new_tokens)
+    for prompts in filter(None, held_out):
+        longest = max(longest, longest_of(prompts, evaluation.max_new_tokens or config.rollout.max_new_tokens))
+    for model in {config.student.model, *scorers.values()}:
+        check_positions(model, longest)
     _check_shown(config, compositions, train)
     train = _with_teachers(config, compositions, train)
     return Inputs(
@@ -75,6 +89,7 @@ def check_inputs(config: Config, compositions: Sequence[Composition]) -> Inputs:
         out_of_distribution=held_out[1],
         servers=servers,
         left_out=left_out,
+        longest=longest,
     )
 
 
@@ -149,9 +164,9 @@ def _check_shown(config: Config, compositions: Iterable[Composition], prompts: S
                 raise DataError(f"the method shows each row's {field}", found, f"name its field with {SHOWN[field]}=…")
 
 
-def context_length(model: str) -> int:
-    """Most positions the model takes; very many where its configuration does not say."""
-    return int(getattr(load_config(model), "max_position_embeddings", 0) or 1 << 30)
+def longest_of(prompts: Sequence[Prompt], new_tokens: int) -> int:
+    """Tokens of the longest prompt with the longest response."""
+    return max(len(prompt.token_ids) for prompt in prompts) + new_tokens
 
 
 def _check_same_tokenizer(student: str, tokenizer: Any, name: str, teacher: str) -> None:

@@ -184,7 +184,7 @@ def _assemble(run: Run, number: int, composition: Composition, first: int, stack
         student = config.student.model_copy(update={"model": str(_left_by(run.folder, number - 1))})
         config = config.model_copy(update={"student": student})
     learner, generators = _start_student(run, config, composition, stack)
-    generators["student"].check_room(_longest(run.inputs, config))
+    generators["student"].check_room(run.inputs.longest)
     broadcasts = None
     if config.rollout.transfer == "broadcast":
         broadcasts = WeightBroadcast(learner, generators["student"], config.rollout.tensor_parallel)
@@ -237,8 +237,8 @@ def _start_student(
 ) -> tuple[LearnerGroup, dict[str, Pool]]:
     """The learner, the generators and the verifiers, which load side by side."""
     run.startup.phase("placing", f"finding room for the learner of {config.method}")
-    parts = (composition.terms, composition.correction, heads(config, composition), run.progress.note)
-    learner = LearnerGroup(config, *parts)
+    parts = (composition.terms, composition.correction, heads(config, composition), run.inputs.longest)
+    learner = LearnerGroup(config, *parts, tell=run.progress.note)
     stack.callback(learner.close)
     generators = stage_generators(config, composition)
     run.startup.phase("learner", f"loading the learner of {config.method}")
@@ -265,11 +265,6 @@ def _skills(run: Run, config: Config, composition: Composition, stack: ExitStack
     run.startup.phase("skills", "opening the skill bank")
     bank.pool.ready(run.progress.note)
     return bank
-
-
-def _longest(inputs: Inputs, config: Config) -> int:
-    """Tokens of the longest prompt with the longest response."""
-    return max(len(prompt.token_ids) for prompt in inputs.train) + config.rollout.max_new_tokens
 
 
 def _ready(pools: Mapping[str, Pool], run: Run, stack: ExitStack) -> None:

@@ -5,13 +5,15 @@ from typing import Any
 from rich.table import Table
 
 from ..contracts.config import Config
-from ..models.loading import load_tokenizer
+from ..models.checkpoint import check_weights
+from ..models.loading import check_architecture, check_positions, context_length, load_config, load_tokenizer
+from ..models.vllm_support import check_vllm_architecture
 from .data import eval_data, fitting, load_prompts
 from .evaluation import ProblemSet, evaluate
 from .interrupt import Interrupt
 from .metrics import EvalRow
-from .pool import need_of
-from .preflight import context_length
+from .pool import need_of, parts_of
+from .preflight import longest_of
 from .room import check_room
 from .run import eval_plan
 from .runtime import cluster, say
@@ -24,9 +26,14 @@ def evaluate_model(config: Config, address: str | None) -> EvalRow:
     needs: dict[str, Any] = {"need_answer": config.verifier.needs_gold, "keep_rows": config.verifier.reads_rows}
     needs["thinking"] = config.thinking
     with Interrupt(say) as interrupt:
+        check_architecture(model)
+        check_weights(model)
+        if config.rollout.engine == "vllm":
+            check_vllm_architecture(model, parts_of(config.rollout))
         loaded = load_prompts(data, data.path, data.split, load_tokenizer(model), config.eval.problems, **needs)
         answers = config.eval.max_new_tokens or config.rollout.max_new_tokens
-        prompts = fitting(loaded, answers, {"model": context_length(model)}, data.path, data)
+        prompts = fitting(loaded, answers, {"model": context_length(load_config(model))}, data.path, data)
+        check_positions(model, longest_of(prompts, answers))
         with cluster(address):
             check_room([need_of("rollout", config.rollout), need_of("verifier", config.verifier)])
             generators = start_generators("rollout", model, config.learner.dtype, config.rollout, config)

@@ -378,7 +378,7 @@ class WeightManifest:
     fingerprint: str  # blake2b over the parameters' names and bytes, in order; "" where no bytes pass by
     canary_ids: np.ndarray  # int32 [C], a fixed prompt
     canary_logprobs: np.ndarray  # float32 [C-1], by the learner, of each next token
-    tolerance: float  # largest absolute difference allowed, nats
+    tolerance: float  # largest difference allowed, nats (models/weight_proof.py)
 
 
 def seed_of(*parts: object) -> int:

@@ -246,13 +246,13 @@ def _hidden(selection: Selection, keys: set[str], name: str, device: str) -> tup
         TeacherHidden(
             teacher_id=teacher_id,
             at=torch.from_numpy(np.concatenate([at for at, _ in parts])).to(device),
-            hidden=_as_float(np.concatenate([hidden for _, hidden in parts])).to(device),
+            hidden=as_float(np.concatenate([hidden for _, hidden in parts])).to(device),
         )
         for teacher_id, parts in groups.items()
     )
 
 
-def _as_float(hidden: np.ndarray) -> Tensor:
+def as_float(hidden: np.ndarray) -> Tensor:
     """float32 as it is; uint16 are bfloat16 bits."""
     if hidden.dtype == np.uint16:
         return torch.from_numpy(hidden.view(np.int16)).view(torch.bfloat16)

@@ -25,8 +25,13 @@ from ..models.lora import merged_weights, peft_weights, run_merged
 from ..models.weight_broadcast import BroadcastGroup
 from ..models.weights import BUCKET_BYTES, NAMES, BucketWriter
 
-CANARY_TOKENS = 32
+CANARY_TOKENS = 32  # at least
+CANARY_MOST = 2048  # tokens: a forward of that length at every publication
+CANARY_LOGITS = 2**29  # bytes of float32 [C, V]: some engines hold the whole canary's logits at once
 CANARY_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}  # nats
+
+# Fields of a student's config.json that say nothing of an export: its files, its code (which never ran), its old dtype.
+NOT_EXPORTED = ("transformers_weights", "auto_map", "torch_dtype")
 
 
 def whole_parameters(engine: Any, trained_only: bool) -> Iterator[tuple[str, Tensor]]:
@@ -87,9 +92,9 @@ def broadcast_weights(engine: Any, group: BroadcastGroup | None) -> None:
                 group.broadcast(torch.cat([p.data.reshape(-1).view(torch.uint8) for _, p in parameters]))
 
 
-def announce_weights(engine: Any, version: int, dtype: str) -> WeightManifest:
+def announce_weights(engine: Any, version: int, dtype: str, longest: int = 0) -> WeightManifest:
     """The manifest of weights that are to be broadcast: the canary proves them alone. All ranks take part."""
-    canary_ids, canary_logprobs = _canary(engine)
+    canary_ids, canary_logprobs = _canary(engine, longest)
     return WeightManifest(
         version=version,
         buckets=0,
@@ -100,9 +105,12 @@ def announce_weights(engine: Any, version: int, dtype: str) -> WeightManifest:
     )
 
 
-def publish_weights(engine: Any, version: int, rank: int, dtype: str) -> Iterator[WeightBucket | WeightManifest]:
-    """Rank 0 yields buckets and then their manifest; the others take part and yield nothing."""
-    canary_ids, canary_logprobs = _canary(engine)
+def publish_weights(
+    engine: Any, version: int, rank: int, dtype: str, longest: int = 0
+) -> Iterator[WeightBucket | WeightManifest]:
+    """Rank 0 yields buckets and then their manifest; the others take part and yield nothing. `longest`: of the run's
+    sequences, in tokens."""
+    canary_ids, canary_logprobs = _canary(engine, longest)
     writer = BucketWriter(version)
     for name, parameter in whole_parameters(engine, trained_only=True):
         if rank == 0:
@@ -120,13 +128,23 @@ def publish_weights(engine: Any, version: int, rank: int, dtype: str) -> Iterato
     )
 
 
+def canary_tokens(longest: int, vocab: int) -> int:
+    """The canary's length of a run whose longest sequence has `longest` tokens."""
+    return max(CANARY_TOKENS, min(longest, CANARY_MOST, CANARY_LOGITS // (4 * vocab)))
+
+
 @torch.no_grad()
-def _canary(engine: Any) -> tuple[np.ndarray, np.ndarray]:
-    """A fixed prompt, spread over the vocabulary, and the log-probability of each of its next tokens."""
-    vocab = engine.module.model.config.vocab_size
-    ids = torch.arange(CANARY_TOKENS, device=engine.device) * 7919 % vocab
-    rows = torch.arange(CANARY_TOKENS - 1, device=engine.device)
-    lengths = torch.tensor([CANARY_TOKENS], device=engine.device)
+def _canary(engine: Any, longest: int) -> tuple[np.ndarray, np.ndarray]:
+    """A fixed prompt, spread over the vocabulary, and the log-probability of each of its next tokens.
+
+    It is as long as the longest sequence of the run, as far as the two bounds above allow: angles of far positions, a
+    window, a second set of frequencies show there alone.
+    """
+    config = engine.module.model.config
+    vocab, tokens = config.vocab_size, canary_tokens(longest, config.vocab_size)
+    ids = torch.arange(tokens, device=engine.device) * 7919 % vocab
+    rows = torch.arange(tokens - 1, device=engine.device)
+    lengths = torch.tensor([tokens], device=engine.device)
     with run_merged(engine.module):
         logprobs = engine(ids, lengths, rows, lambda hidden, head: token_logprobs(hidden, head, ids[1:]))
     return ids.int().cpu().numpy(), logprobs.float().cpu().numpy()
@@ -156,6 +174,8 @@ def export_model(engine: Any, student: Path, folder: Path, rank: int, lora: Lora
             if not source.name.endswith(".index.json"):
                 shutil.copyfile(source, folder / source.name)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for field in NOT_EXPORTED:
+        config.pop(field, None)
     config["dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

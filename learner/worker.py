@@ -21,13 +21,15 @@ import torch.distributed
 from ..contracts.config import Learner, Lora
 from ..contracts.errors import CheckpointError, ConfigError, LearnerError, ModelError, NotFinite
 from ..contracts.records import BucketEntries, Correction, StepPlan, StepReport, Term, WeightBucket, WeightManifest
-from ..models.loading import load_causal_lm, load_lm_head, locate_model
+from ..models.checkpoint import load_lm_head
+from ..models.loading import load_causal_lm, locate_model
 from ..models.lora import add_adapters
 from ..models.weight_broadcast import BroadcastGroup
 from .corrections import current_share, effective_share
 from .engine import apply_update, build_engine, forward_is_finite, join_group, learning_rate, weights_are_finite
 from .examples import Example, Updates, join
 from .foresight import Foresight, Seen
+from .head_proof import prove_heads
 from .loss_head import ChunkedLoss, PackedStudent
 from .micro_batch import Selection, collate
 from .objective import Objective, Sums, divisor_of
@@ -39,11 +41,14 @@ from .watch import Watch, not_finite, unsound_rows
 class LearnerWorker:
     """Rank `rank` of `world_size`. `heads`: teacher id → (model, dtype) of each teacher whose exact signal is used.
 
-    With `lora` only adapters are trained, published and saved; `seed` decides what they start as.
+    With `lora` only adapters are trained, published and saved; `seed` decides what they start as. `longest`: tokens of
+    the run's longest prompt with its longest response, which the canary is to reach.
     """
 
     whole = True  # the weights are those of a step's end, and finite
     version = 0  # of the weights, where a step has made them
+    unproven: frozenset[str] = frozenset()  # teachers whose head has not been compared with what they say
+    longest = 0
 
     def __init__(
         self,
@@ -59,6 +64,7 @@ class LearnerWorker:
         correction: Correction,
         lora: Lora | None = None,
         seed: int = 0,
+        longest: int = 0,
         device: str = "cpu",
         threads: int = 1,
         master_addr: str = "127.0.0.1",
@@ -74,6 +80,7 @@ class LearnerWorker:
         self.broadcasts: BroadcastGroup | None = None
         join_group(rank, world_size, master_addr, master_port, device)
         self.heads = {name: load_lm_head(*source).to(device) for name, source in heads.items()} if exact else {}
+        self.unproven, self.longest = frozenset(self.heads), longest
         self.restart()
 
     def restart(self) -> None:
@@ -102,6 +109,7 @@ class LearnerWorker:
         """
         started = time.perf_counter()
         updates = join(plan, batches)
+        self.unproven = prove_heads(self.unproven, self.heads, updates)
         own = [example for update in updates for batch in update for example in batch]
         unsound = unsound_rows(own)
         missing, refused = self._over_ranks([sum(self._lacks_scores(e) for e in own), len(unsound)])
@@ -268,7 +276,7 @@ class LearnerWorker:
     def publish(self, version: int) -> Iterator[WeightBucket | WeightManifest]:
         """Rank 0 yields the weights' buckets and then their manifest; the other ranks take part and yield nothing.
         Raises NotFinite in place of a manifest."""
-        for part in publish_weights(self.engine, version, self.rank, self.config.dtype):
+        for part in publish_weights(self.engine, version, self.rank, self.config.dtype, self.longest):
             yield self._proved(part) if isinstance(part, WeightManifest) else part
 
     def _proved(self, manifest: WeightManifest) -> WeightManifest:
@@ -286,7 +294,7 @@ class LearnerWorker:
 
     def announce(self, version: int) -> WeightManifest:
         """The manifest of the weights as they are, for `broadcast`; every rank takes part. Raises NotFinite."""
-        return self._proved(announce_weights(self.engine, version, self.config.dtype))
+        return self._proved(announce_weights(self.engine, version, self.config.dtype, self.longest))
 
     def broadcast(self) -> None:
         """Send the weights to all replicas, which must be receiving; every rank takes part."""

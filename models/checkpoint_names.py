@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -19,6 +18,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
+from .folders import stored_tensors
 from .loading import empty_causal_lm, locate_model
 
 
@@ -34,10 +34,8 @@ class CheckpointNames:
         conversions = get_model_conversion_mapping(self._model)
         renamings = [step for step in conversions if isinstance(step, WeightRenaming)]
         converters = [step for step in conversions if isinstance(step, WeightConverter)]
-        for shard in sorted(locate_model(model).glob("*.safetensors")):
-            with safe_open(shard, "pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
-                    rename_source_key(name, renamings, converters)  # notes which conversions this name uses
+        for name in stored_tensors(model, locate_model(model)):
+            rename_source_key(name, renamings, converters)  # notes which conversions this name uses
         self._model._weight_conversions = [step for step in conversions if step.was_used()]
         self._together = _stored_together(self._model)
         self._waiting: dict[str, torch.Tensor] = {}

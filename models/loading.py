@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from ..contracts.errors import ModelError
+from .folders import check_folder, check_settings, read_json, reading
 
 transformers_logging.disable_progress_bar()  # a run has its own
 
@@ -25,7 +26,8 @@ AFTER_THE_HEAD = (  # fields of configurations whose models do more to the logit
     "lm_head_multiplier",
 )
 LAYER_TYPES = {"full_attention", "sliding_attention"}
-UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)  # from a bad folder
+OWN_FILES: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # and nobody is asked
+TOKENIZER = "save the tokenizer into it with these versions of transformers and tokenizers"
 
 
 def locate_model(name: str) -> Path:
@@ -34,9 +36,10 @@ def locate_model(name: str) -> Path:
         folder = Path(str(files("tutorloop.lab"))) / "models" / name.removeprefix("lab:")
     else:
         folder = Path(name).expanduser()
-    if folder.is_dir():
-        _check_folder(name, folder)
-        return folder
+    with reading("a model folder can be read", name, "check its permissions, and those of the folders above it"):
+        if folder.is_dir():
+            check_folder(name, folder)
+            return folder
     if name.startswith(("lab:", "/", "./", "../", "~")) or name.count("/") != 1:
         raise ModelError("a model is a local folder, a hub id or lab:NAME", f"{name}: no such folder", "check the path")
     from huggingface_hub import snapshot_download  # imported here: only hub ids need it
@@ -47,40 +50,45 @@ def locate_model(name: str) -> Path:
     except Exception as error:  # whatever the hub's client raises, the user needs one answer
         reason = f"{name}: no such folder here, and as a hub id: {type(error).__name__}"
         raise ModelError("a model is a local folder, a hub id or lab:NAME", reason, "check the name") from error
-    _check_folder(name, folder)
+    check_folder(name, folder)
     return folder
 
 
-def _check_folder(name: str, folder: Path) -> None:
-    if not (folder / "config.json").is_file():
-        raise ModelError("a model folder holds config.json", f"{name}: {folder} has none", "give a transformers folder")
-    if not any(folder.glob("*.safetensors")):
+def load_config(name: str) -> Any:
+    """The model's transformers configuration. Raises ModelError, also for a model that we cannot train or run whole."""
+    folder = locate_model(name)
+    check_settings(name, folder)
+    settings = read_json(name, folder / "config.json")
+    kind = _kind(settings)
+    if settings.get("auto_map") and settings["model_type"] not in CONFIG_MAPPING:
         raise ModelError(
-            "a model's weights are safetensors", f"{name}: {folder} holds none", "save it with safe_serialization=True"
+            "transformers has the model's architecture itself: code of a model's folder is never run",
+            f"{name}: {kind} of {settings['model_type']}, whose auto_map names code",
+            "use a model of an architecture that transformers has, or save this one's weights as such a one",
         )
+    rule, remedy = "transformers can read a model's config.json", "mend it, or use a model that this release knows"
+    with reading(rule, f"{name}: {kind}", remedy):
+        config = AutoConfig.from_pretrained(folder, **OWN_FILES)
+        inner = config.get_text_config()
+    if inner is not config:
+        found = f"{name}: {kind} wraps {type(inner).__name__}"
+        remedy = "save its language model as a folder of its own (docs/engines.md shows how), with the tokenizer"
+        raise ModelError("a model is a language model alone, without vision or sound", found, remedy)
+    return config
 
 
-def check_weights(name: str) -> None:
-    """Read the headers of a model's safetensors: a truncated or damaged file is found without loading it."""
-    for shard in sorted(locate_model(name).glob("*.safetensors")):
-        try:
-            with safe_open(shard, "pt"):
-                pass
-        except UNREADABLE as error:
-            raise ModelError("a model's safetensors are whole", f"{shard}: {error}", "copy the file again") from error
+def _kind(settings: dict[str, Any]) -> str:
+    named = settings.get("architectures") or settings.get("model_type") or "no architecture named"
+    return ", ".join(map(str, named)) if isinstance(named, list) else str(named)
 
 
 def empty_causal_lm(name: str) -> PreTrainedModel:
     """The model on torch's device "meta": its parameters' names and shapes, and no weights. Raises ModelError."""
-    try:
-        config = load_config(name)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
-    except UNREADABLE as error:
-        settings = json.loads((locate_model(name) / "config.json").read_text(encoding="utf-8"))
-        kind = settings.get("architectures") or settings.get("model_type") or "no architecture named"
-        found = f"{name}: {kind}: {error}"
-        raise ModelError("transformers has a causal language model of the architecture", found) from error
+    config = load_config(name)
+    kind = _kind(read_json(name, locate_model(name) / "config.json"))
+    rule = "transformers has a causal language model of the architecture"
+    with reading(rule, f"{name}: {kind}"), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def check_architecture(name: str) -> None:
@@ -92,6 +100,7 @@ def check_architecture(name: str) -> None:
     model = empty_causal_lm(name)
     check_attention(model, name)
     check_head(model, name)
+    generation_config(name)
 
 
 def check_head(model: PreTrainedModel, name: str) -> None:
@@ -114,6 +123,8 @@ def check_attention(model: PreTrainedModel, name: str) -> None:
         f"has layers of {', '.join(others)}": others,
         "does not let its attention be replaced": not model._supports_attention_backend,
         "has a soft cap in its attention (attn_logit_softcapping)": getattr(config, "attn_logit_softcapping", None),
+        "reads both ways (use_bidirectional_attention, is_causal)": getattr(config, "use_bidirectional_attention", None)
+        or getattr(config, "is_causal", None) is False,
         "has attention sinks": any(key.endswith("sinks") for key, _ in model.named_parameters()),
     }
     for reason, holds in reasons.items():
@@ -125,20 +136,55 @@ def check_attention(model: PreTrainedModel, name: str) -> None:
             )
 
 
+def context_length(config: Any) -> int:
+    """Most positions of a sequence; very many where the configuration does not say.
+
+    Where a model's frequencies depend on the longest sequence beside which one is read (LongRoPE), it is the length up
+    to which they do not: beyond it, a token's logprob would be another in each batch.
+    """
+    positions = int(getattr(config, "max_position_embeddings", 0) or 1 << 30)
+    varying = varying_frequencies(config)
+    return min(positions, varying[1]) if varying else positions
+
+
+def varying_frequencies(config: Any) -> tuple[str, int] | None:
+    """The `rope_type` of a model whose frequencies depend on its batch, and the most positions at which they do not."""
+    found = getattr(config, "rope_parameters", None) or {}
+    kinds = [found] if "rope_type" in found else [own for own in found.values() if isinstance(own, dict)]
+    limits = []
+    for own in kinds:
+        if own.get("rope_type") == "longrope":
+            limits.append(("longrope", int(own["original_max_position_embeddings"])))
+        elif "dynamic" in str(own.get("rope_type")):
+            limits.append((own["rope_type"], int(config.max_position_embeddings)))
+    return min(limits, key=lambda limit: limit[1], default=None)
+
+
+def check_positions(name: str, longest: int) -> None:
+    """Refuse `longest` tokens where the frequencies of the model would depend on its batch. Raises ModelError."""
+    varying = varying_frequencies(load_config(name))
+    if varying and longest > varying[1]:
+        kind, limit = varying
+        raise ModelError(
+            f"with rope_type={kind} prompt and response stay within the {limit} tokens of the model's original length",
+            f"{name}: up to {longest} tokens; a longer one gets other frequencies, and so do all beside it in a batch",
+            "lower rollout.max_new_tokens, shorten the prompts, or use a model with one set of frequencies",
+        )
+
+
 def load_causal_lm(name: str, dtype: str = "fp32", attention: str = "sdpa", device: str = "cpu") -> PreTrainedModel:
     """A causal language model, in evaluation mode. `attention`: "sdpa", or "packed" for packed batches."""
-    folder = locate_model(name)
-    try:
+    config, folder = load_config(name), locate_model(name)
+    with reading("a model must load with transformers", name):
         model, found = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
             folder,
+            config=config,
             dtype=DTYPES[dtype],
             attn_implementation=attention,
             use_safetensors=True,
-            local_files_only=True,
             output_loading_info=True,
+            **OWN_FILES,
         )
-    except UNREADABLE as error:
-        raise ModelError("a model must load with transformers", f"{name}: {error}") from error
     if found["missing_keys"]:  # transformers would draw them at random
         absent = ", ".join(sorted(found["missing_keys"])[:5])
         raise ModelError("a model's folder holds all its weights", f"{name}: {absent} missing", "save the model whole")
@@ -150,25 +196,38 @@ def load_causal_lm(name: str, dtype: str = "fp32", attention: str = "sdpa", devi
 def load_tokenizer(name: str) -> Any:
     """The model's tokenizer. Raises ModelError."""
     folder = locate_model(name)
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            "a model folder holds its tokenizer", f"{name}: {error}", "save the tokenizer into it"
-        ) from error
+    with reading("a model folder holds a tokenizer that can be read", f"{name}: {_tokenizer_files(folder)}", TOKENIZER):
+        tokenizer = AutoTokenizer.from_pretrained(folder, **OWN_FILES)
+        words = len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
+    if not words:  # of files that are not there transformers makes an empty one
+        found = f"{name}: {_tokenizer_files(folder)}: no tokens but special ones"
+        raise ModelError("a model folder holds its tokenizer", found, TOKENIZER)
+    return tokenizer
 
 
-def load_config(name: str) -> Any:
-    """The model's transformers configuration."""
-    return AutoConfig.from_pretrained(locate_model(name), local_files_only=True)
+def _tokenizer_files(folder: Path) -> str:
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
+    return ", ".join(str(folder / own) for own in names if (folder / own).is_file()) or f"no tokenizer in {folder}"
+
+
+def generation_config(name: str) -> GenerationConfig | None:
+    """The model's generation configuration, where its folder has one. Raises ModelError."""
+    folder = locate_model(name)
+    if not (folder / "generation_config.json").is_file():
+        return None
+    rule, remedy = "generation_config.json can be read", "mend it, or remove it"
+    read_json(name, folder / "generation_config.json")
+    with reading(rule, name, remedy):
+        found = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    ends = found.eos_token_id
+    if not all(own is None or isinstance(own, int) for own in (ends if isinstance(ends, list) else [ends])):
+        raise ModelError(rule, f"{name}: eos_token_id of {ends!r}", remedy)
+    return found
 
 
 def eos_ids(name: str, tokenizer: Any) -> list[int]:
     """Every id that ends a response: the generation configuration's, the model's and the tokenizer's."""
-    folder = locate_model(name)
-    sources: list[Any] = [load_config(name), tokenizer]
-    if (folder / "generation_config.json").is_file():
-        sources.append(GenerationConfig.from_pretrained(folder, local_files_only=True))
+    sources: list[Any] = [load_config(name), tokenizer, generation_config(name)]
     found = [getattr(source, "eos_token_id", None) for source in sources]
     listed = [ids if isinstance(ids, list | tuple) else [ids] for ids in found]
     return sorted({i for ids in listed for i in ids if i is not None})
@@ -181,19 +240,3 @@ def tokenizer_hash(tokenizer: Any) -> str:
     state.pop("truncation", None)
     state = state or {"vocab": tokenizer.get_vocab()}
     return hashlib.blake2b(json.dumps(state, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def load_lm_head(name: str, dtype: str = "fp32") -> torch.Tensor:
-    """A model's output projection `[V, D]` alone, read from its safetensors (the embedding where they are tied)."""
-    folder = locate_model(name)
-    try:
-        for wanted in ("lm_head.weight", "model.embed_tokens.weight"):
-            for shard in sorted(folder.glob("*.safetensors")):
-                with safe_open(shard, "pt") as tensors:
-                    if wanted in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
-                        return tensors.get_tensor(wanted).to(DTYPES[dtype])
-    except SafetensorError as error:
-        raise ModelError("a model's weights are safetensors", f"{name}: {error}") from error
-    raise ModelError(
-        "a teacher of exact divergence has an lm_head or tied embeddings", f"{name}: neither is in {folder}"
-    )

@@ -9,6 +9,7 @@ import asyncio
 import os
 from collections.abc import Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from itertools import count
 from threading import Thread
 from typing import Any, Literal, TypeVar
@@ -177,7 +178,12 @@ class VllmHost:
                 await self._update(parts, str(manifest.version))
             finally:
                 await self._llm.resume_generation()
-            check_canary(await self._canary(manifest.canary_ids), manifest, self._slack)
+            known = replace(  # its memory may hold less than the run's longest sequence, and a token more is made
+                manifest,
+                canary_ids=manifest.canary_ids[: self.context - 1],
+                canary_logprobs=manifest.canary_logprobs[: self.context - 2],
+            )
+            check_canary(await self._canary(known.canary_ids), known, self._slack)
             self._proven = True
         finally:
             async with self._idle:

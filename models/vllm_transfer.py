@@ -22,6 +22,7 @@ from vllm.platforms import current_platform
 
 from ..contracts.config import Lora
 from .checkpoint_names import CheckpointNames
+from .folders import weight_files
 from .loading import DTYPES
 from .lora import merge_adapters
 from .weight_broadcast import BroadcastGroup, bucket_size, views
@@ -120,7 +121,7 @@ class BucketTransfer(WeightTransferEngine[ModelInfo, BucketInfo]):
 
     def _base_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The checkpoint's tensors, one at a time, out of the page cache."""
-        for shard in sorted(Path(self.base).glob("*.safetensors")):
+        for shard in weight_files(self.base, Path(self.base)):
             with safe_open(shard, "pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
                     yield name, tensors.get_tensor(name).to(self.dtype)

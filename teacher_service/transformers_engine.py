@@ -16,7 +16,7 @@ import torch
 from ..contracts.config import Lora
 from ..contracts.errors import ModelError
 from ..contracts.records import EMPTY_F, Rollout, ScoreRequest, TeacherScores, WeightBucket, WeightManifest
-from ..models.loading import load_causal_lm
+from ..models.loading import context_length, load_causal_lm
 from ..models.logits import logit_chunks
 from ..models.lora import ReplicaWeights
 from ..models.packing import Packing, attention_packed, packed_hidden_states
@@ -48,7 +48,7 @@ class TransformersTeacher:
         self.model = shared.model if shared else load_causal_lm(model, dtype, attention="packed", device=device)
         self.weights = shared.weights if shared else ReplicaWeights(self.model, lora)
         self.head = _head(self.model, model)
-        self.context = self.model.config.max_position_embeddings
+        self.context = context_length(self.model.config)
         self.vocab = self.largest_k = self.model.config.vocab_size
 
     def score(self, rollouts: Sequence[Rollout], request: ScoreRequest) -> list[TeacherScores]:

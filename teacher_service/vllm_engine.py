@@ -22,7 +22,8 @@ from ..contracts.records import (
     WeightBucket,
     WeightManifest,
 )
-from ..models.loading import DTYPES, load_lm_head
+from ..models.checkpoint import load_lm_head
+from ..models.loading import DTYPES
 from ..models.vllm_host import VllmHost, embedding_parameters, prompt_logprobs, prompt_parameters
 from .requests import batches_of, check_request, refusal
 from .transformers_engine import read_logprobs, to_numpy

@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tutorloop.contracts.records import Term
 from tutorloop.learner.examples import Example
 from tutorloop.learner.loss_head import PackedStudent
-from tutorloop.models.loading import load_causal_lm, load_lm_head
+from tutorloop.models.checkpoint import load_lm_head
+from tutorloop.models.loading import load_causal_lm
 
 TERMS = (Term(name="exact_divergence", weight=0.7), Term(name="policy_gradient", weight=0.3))
 

@@ -31,8 +31,9 @@ from tutorloop.actors.worker import RolloutWorker
 from tutorloop.contracts.arrow import decode, encode
 from tutorloop.contracts.errors import ModelError
 from tutorloop.contracts.records import Prompt, Rollout, SampleRequest, Sampling, ScoreRequest
+from tutorloop.models.checkpoint import check_weights, load_lm_head
 from tutorloop.models.checkpoint_names import CheckpointNames
-from tutorloop.models.loading import check_architecture, load_causal_lm, load_lm_head
+from tutorloop.models.loading import check_architecture, load_causal_lm
 from tutorloop.models.vllm_support import check_vllm_architecture
 from tutorloop.teacher_service.transformers_engine import TransformersTeacher
 
@@ -235,6 +236,7 @@ def write_config(folder: Path, architecture: str, **fields) -> str:
 
 def test_the_small_models_are_let_through(student):
     check_architecture(student)
+    check_weights(student)
 
 
 @pytest.mark.parametrize(

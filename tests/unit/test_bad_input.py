@@ -15,6 +15,15 @@ from tutorloop.cli.main import app
 ROOT = Path(__file__).parents[2]
 
 
+ROPE = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 12}
+CONFIGS = {
+    "code": {"model_type": "own", "auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}},
+    "quantised": {"quantization_config": {"quant_method": "awq"}},
+    "long": {"rope_parameters": ROPE | {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}},
+    "shallow": {"num_hidden_layers": 1, "layer_types": None},
+}
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
@@ -31,6 +40,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(folder / "teacher", folder / "cut")
     weights = folder / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
+    for name, changes in CONFIGS.items():
+        shutil.copytree(folder / "teacher", folder / name)
+        settings = json.loads((folder / name / "config.json").read_text())
+        (folder / name / "config.json").write_text(json.dumps(settings | changes))
     return folder
 
 
@@ -48,6 +61,10 @@ CASES = {
     "missing student": (["student.model=/absent/model"], "/absent/model: no such folder"),
     "a folder that is no model": (["student.model=MODELS/empty"], "config.json"),
     "truncated weights": (["teacher.model=MODELS/cut"], "model.safetensors"),
+    "a model of its own code": (["student.model=MODELS/code"], "never run"),
+    "a quantised teacher": (["teacher.model=MODELS/quantised"], "quantization_config of awq"),
+    "weights of another depth": (["teacher.model=MODELS/shallow"], "Qwen3ForCausalLM has no model.layers.1"),
+    "LongRoPE beyond its length": (["teacher.model=MODELS/long", "rollout.max_new_tokens=20"], "within the 12 tokens"),
     "missing dataset": (["data.path=/absent.jsonl"], "/absent.jsonl: no such file"),
     "missing evaluation set": (["eval.path=/absent.jsonl"], "/absent.jsonl: no such file"),
     "empty dataset": (["data.path=TMP/empty.jsonl"], "empty"),

@@ -12,7 +12,8 @@ from tutorloop.contracts.arrow import decode, encode
 from tutorloop.contracts.errors import ConfigError, ModelError, TeacherError
 from tutorloop.contracts.records import Rollout, ScoreRequest, TeacherScores
 from tutorloop.models import logits as logits_module
-from tutorloop.models.loading import load_causal_lm, load_lm_head
+from tutorloop.models.checkpoint import load_lm_head
+from tutorloop.models.loading import load_causal_lm
 from tutorloop.models.logits import token_logprobs
 from tutorloop.teacher_service.engines import make_engine
 from tutorloop.teacher_service.requests import batches_of, only_numbers
