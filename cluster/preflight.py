@@ -103,7 +103,7 @@ def _fitting_rows(
         "keep_rows": config.verifier.reads_rows,
         "thinking": config.thinking,
     }
-    own = needs | {"need_answer": config.verifier.needs_gold and judges_training(config, compositions)}
+    own: dict[str, Any] = {**needs, "need_answer": config.verifier.needs_gold and judges_training(config, compositions)}
     loaded = [load_prompts(data, data.path, data.split, tokenizer, **own)]
     fitted = [fitting(loaded[0], responses, contexts, data.path, data)]
     held_out, answers = eval_data(data, evaluation), evaluation.max_new_tokens or responses
