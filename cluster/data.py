@@ -16,9 +16,11 @@ import pyarrow.parquet as pq
 
 from .. import lab
 from ..contracts.data_config import Data
-from ..contracts.errors import DataError
+from ..contracts.errors import DataError, ModelError
 from ..contracts.records import EMPTY_I, Prompt, seed_of
-from ..models.contexts import tokenize_prompt, tokenize_response
+from ..contracts.sections import THINKING
+from ..models.chat import tokenize_prompt, tokenize_response
+from ..models.thinking import Marks
 
 
 def read_rows(path: str, name: str = "", split: str = "train") -> list[dict[str, Any]]:
@@ -85,9 +87,11 @@ def load_prompts(
     *,
     need_answer: bool = True,
     keep_rows: bool = False,
+    thinking: Marks = THINKING,
 ) -> list[Prompt]:
     """Checked prompts of `path`, tokenised for the student, at most `limit`; a row needs an answer unless nothing
-    compares with it. With `keep_rows` each has its whole row as JSON, for the verifier. Raises DataError."""
+    compares with it. With `keep_rows` each has its whole row as JSON, for the verifier. `thinking`: the marks of the
+    solutions' reasoning. Raises DataError, ModelError where the chat template does not take a row."""
     rows = read_rows(path, data.name, split)[:limit]
     if not rows:
         raise DataError("a dataset has at least one row", f"{path} is empty")
@@ -96,7 +100,12 @@ def load_prompts(
         needed[data.answer_field] = "data.answer_field"
     for number, row in enumerate(rows):
         _check_row(row, needed, f"row {number} of {path}")
-    prompts = [_to_prompt(row, number, data, tokenizer) for number, row in enumerate(rows)]
+    prompts = []
+    for number, row in enumerate(rows):
+        try:
+            prompts.append(_to_prompt(row, number, data, tokenizer, thinking))
+        except ModelError as error:
+            raise ModelError(error.rule, f"row {number} of {path}: {error.found}", error.remedy) from error
     if keep_rows:
         texts = [json.dumps(row, default=str) for row in rows]
         prompts = [replace(prompt, row=text) for prompt, text in zip(prompts, texts, strict=True)]
@@ -118,16 +127,17 @@ def _text(row: dict[str, Any], field: str) -> str:
     return "" if value is None else str(value)
 
 
-def _to_prompt(row: dict[str, Any], number: int, data: Data, tokenizer: Any) -> Prompt:
+def _to_prompt(row: dict[str, Any], number: int, data: Data, tokenizer: Any, thinking: Marks) -> Prompt:
     text = _text(row, data.prompt_field) + data.prompt_suffix
     solution = _text(row, data.solution_field)
     solution_ids = EMPTY_I
+    shown: dict[str, Any] = {"template_kwargs": data.chat_template_kwargs, "suffix": data.prompt_suffix}
     if solution.strip():
-        solution_ids = tokenize_response(tokenizer, text, solution, data.chat_template_kwargs)
+        solution_ids = tokenize_response(tokenizer, text, solution, thinking=thinking, **shown)
     return Prompt(
         prompt_id=str(row.get("id", f"row-{number}")),
         text=text,
-        token_ids=tokenize_prompt(tokenizer, text, data.chat_template_kwargs),
+        token_ids=tokenize_prompt(tokenizer, text, **shown),
         answer=gold_answer(_text(row, data.answer_field)),
         solution=solution,
         solution_ids=solution_ids,

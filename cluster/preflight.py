@@ -12,6 +12,7 @@ from ..models.loading import check_architecture, check_weights, load_config, loa
 from ..models.lora import check_targets
 from ..models.vllm_support import check_vllm_architecture
 from ..teacher_service.http_engine import ServerLimits, probe
+from .chat_checks import check_chat, check_template
 from .data import check_context, load_prompts
 from .methods.composition import Composition
 from .pool import parts_of
@@ -29,6 +30,7 @@ class Inputs:
     in_distribution: list[Prompt]
     out_of_distribution: list[Prompt]
     servers: dict[str, ServerLimits]  # of teachers behind http, by their names
+    notes: tuple[str, ...] = ()  # what a person should know of them
 
 
 def check_inputs(config: Config, compositions: Sequence[Composition]) -> Inputs:
@@ -37,6 +39,7 @@ def check_inputs(config: Config, compositions: Sequence[Composition]) -> Inputs:
     if (evaluation.path or evaluation.ood_path) and not verified:
         raise ConfigError("an evaluation needs a verifier", "verifier.kind=none", "set eval.path= or choose a verifier")
     tokenizer = load_tokenizer(config.student.model)
+    notes = check_template(config.student.model, tokenizer, config.data.chat_template_kwargs)
     local = {name: teacher for name, teacher in config.named_teachers.items() if teacher.engine != "http"}
     scorers = {name: teacher.model for name, teacher in local.items()}
     if config.reference:
@@ -51,9 +54,9 @@ def check_inputs(config: Config, compositions: Sequence[Composition]) -> Inputs:
         check_skills(config.skills)
     if config.student.lora:
         check_targets(config.student.model, config.student.lora)
-    contexts = {"student": context_length(config.student.model)}
+    contexts, tokenizers = {"student": context_length(config.student.model)}, {"student": tokenizer}
     for name, model in scorers.items():
-        _check_same_tokenizer(config.student.model, tokenizer, name, model)
+        tokenizers[name] = _check_same_tokenizer(config.student.model, tokenizer, name, model)
         room = 1 if name in local and local[name].engine == "vllm" else 0  # for the token that vLLM adds to a prompt
         contexts[f"teacher {name}"] = context_length(model) - room
     servers = {name: _probe(t, tokenizer, compositions) for name, t in config.named_teachers.items() if t.urls}
@@ -65,7 +68,8 @@ def check_inputs(config: Config, compositions: Sequence[Composition]) -> Inputs:
             raise ConfigError("a teacher that follows the student has the learner's dtype", found, "set both alike")
 
     data = config.data
-    needs = {"need_answer": config.verifier.needs_gold, "keep_rows": config.verifier.reads_rows}
+    needs: dict[str, Any] = {"need_answer": config.verifier.needs_gold, "keep_rows": config.verifier.reads_rows}
+    needs["thinking"] = config.thinking
     train = load_prompts(data, data.path, data.split, tokenizer, **needs)
     held_out = [
         load_prompts(data, path, evaluation.split, tokenizer, evaluation.problems, **needs) if path else []
@@ -77,8 +81,16 @@ def check_inputs(config: Config, compositions: Sequence[Composition]) -> Inputs:
             if prompts:
                 check_context(prompts, evaluation.max_new_tokens or config.rollout.max_new_tokens, context, path, who)
     _check_shown(config, compositions, train)
+    sets = [(train, data.path), (held_out[0], evaluation.path), (held_out[1], evaluation.ood_path)]
+    notes += check_chat(config, compositions, tokenizers, sets)
     train = _with_teachers(config, compositions, train)
-    return Inputs(train=train, in_distribution=held_out[0], out_of_distribution=held_out[1], servers=servers)
+    return Inputs(
+        train=train,
+        in_distribution=held_out[0],
+        out_of_distribution=held_out[1],
+        servers=servers,
+        notes=tuple(notes),
+    )
 
 
 def _under_vllm(config: Config) -> set[tuple[str, int]]:
@@ -134,7 +146,8 @@ def context_length(model: str) -> int:
     return int(getattr(load_config(model), "max_position_embeddings", 0) or 1 << 30)
 
 
-def _check_same_tokenizer(student: str, tokenizer: Any, name: str, teacher: str) -> None:
+def _check_same_tokenizer(student: str, tokenizer: Any, name: str, teacher: str) -> Any:
+    """The teacher's own, which may have another chat template."""
     other = load_tokenizer(teacher)
     ours, theirs = tokenizer_hash(tokenizer), tokenizer_hash(other)
     if ours != theirs:
@@ -142,6 +155,7 @@ def _check_same_tokenizer(student: str, tokenizer: Any, name: str, teacher: str)
         found += f"teacher {name} {teacher}: {len(other)} tokens, hash {theirs[:8]}"
         remedy = "use models of one tokenizer family: a teacher scores the student's exact token ids"
         raise TokenizerMismatch("student and teacher share one tokenizer", found, remedy)
+    return other
 
 
 def _check_vocabularies(student: str, name: str, teacher: Teacher, compositions: Iterable[Composition]) -> None:

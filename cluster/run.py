@@ -87,6 +87,8 @@ def train(config: Config, resume: bool, address: str | None, console: Console) -
     with cluster(address), ExitStack() as stack:
         check_resources(resources_needed(config, compositions))
         progress = stack.enter_context(Progress(config.total_steps, console))
+        for note in inputs.notes:
+            progress.note(note)
         for name, limits in inputs.servers.items():
             progress.note(f"{name}: {limits}")
         if checkpoint:

@@ -1,9 +1,12 @@
 """Evaluate one model outside a run: a generator pool and a verifier pool, and nothing else."""
 
+from typing import Any
+
 from rich.table import Table
 
 from ..contracts.config import Config
 from ..models.loading import load_tokenizer
+from .chat_checks import check_prompts, check_template
 from .data import check_context, load_prompts
 from .evaluation import ProblemSet, evaluate
 from .interrupt import Interrupt, Interrupted
@@ -17,8 +20,11 @@ from .services import start_generators, start_verifiers
 def evaluate_model(config: Config, address: str | None) -> EvalRow:
     """`config.student` on the first `config.eval.problems` rows of `config.data`. Raises InputError."""
     model, data = config.student.model, config.data
-    needs = {"need_answer": config.verifier.needs_gold, "keep_rows": config.verifier.reads_rows}
-    prompts = load_prompts(data, data.path, data.split, load_tokenizer(model), config.eval.problems, **needs)
+    tokenizer = load_tokenizer(model)
+    check_template(model, tokenizer, data.chat_template_kwargs)
+    needs: dict[str, Any] = {"need_answer": config.verifier.needs_gold, "keep_rows": config.verifier.reads_rows}
+    prompts = load_prompts(data, data.path, data.split, tokenizer, config.eval.problems, **needs)
+    check_prompts(model, tokenizer, data.chat_template_kwargs, prompts, data.path)
     check_context(prompts, config.rollout.max_new_tokens, context_length(model), data.path, "model")
     with cluster(address):
         rollout, verifier = config.rollout, config.verifier

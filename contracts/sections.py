@@ -2,6 +2,8 @@
 
 from pydantic import BaseModel, ConfigDict, Field
 
+THINKING = ("<think>", "</think>")  # the marks around a model's reasoning, where the recipe names no others
+
 
 class Section(BaseModel):
     """Base of every section: frozen, no key that nobody reads, and no number that is not finite."""

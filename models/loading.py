@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.utils import logging as transformers_logging
 
 from ..contracts.errors import ModelError
+from .chat import turn_end
 
 transformers_logging.disable_progress_bar()  # a run has its own
 
@@ -151,11 +152,14 @@ def load_tokenizer(name: str) -> Any:
     """The model's tokenizer. Raises ModelError."""
     folder = locate_model(name)
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
             "a model folder holds its tokenizer", f"{name}: {error}", "save the tokenizer into it"
         ) from error
+    if tokenizer.eos_token is None and (ends := own_eos_ids(name, tokenizer)):
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])  # what the model's other files say
+    return tokenizer
 
 
 def load_config(name: str) -> Any:
@@ -163,15 +167,24 @@ def load_config(name: str) -> Any:
     return AutoConfig.from_pretrained(locate_model(name), local_files_only=True)
 
 
-def eos_ids(name: str, tokenizer: Any) -> list[int]:
-    """Every id that ends a response: the generation configuration's, the model's and the tokenizer's."""
+def own_eos_ids(name: str, tokenizer: Any) -> list[int]:
+    """The ids that end a response by the model's files: generation_config.json's first, config.json's, tokenizer's."""
     folder = locate_model(name)
     sources: list[Any] = [load_config(name), tokenizer]
     if (folder / "generation_config.json").is_file():
-        sources.append(GenerationConfig.from_pretrained(folder, local_files_only=True))
+        sources.insert(0, GenerationConfig.from_pretrained(folder, local_files_only=True))
     found = [getattr(source, "eos_token_id", None) for source in sources]
     listed = [ids if isinstance(ids, list | tuple) else [ids] for ids in found]
-    return sorted({i for ids in listed for i in ids if i is not None})
+    return list(dict.fromkeys(i for ids in listed for i in ids if i is not None))
+
+
+def eos_ids(name: str, tokenizer: Any) -> list[int]:
+    """Every id that ends a response: by the model's files, and the one with which its chat template ends a turn."""
+    try:
+        end = turn_end(tokenizer)
+    except ModelError:  # of several templates none is the default: the run's arguments name one
+        end = None
+    return sorted({*own_eos_ids(name, tokenizer), *([] if end is None else [end])})
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
