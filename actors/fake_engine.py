@@ -7,6 +7,7 @@ import numpy as np
 from ..contracts.config import Lora
 from ..contracts.errors import RecordError, WeightsMismatch
 from ..contracts.records import EMPTY_II, Sampling, WeightBucket, WeightManifest
+from ..contracts.sections import THINKING
 from ..models.weight_proof import check_canary, copy_buckets
 from ..models.weights import read_bucket
 from .generated import REFUSED, Generated
@@ -35,7 +36,7 @@ class FakeEngine:
             raise RecordError("sampling is possible", str(sampling))
         return [self._respond(p, seed, sampling) for p, seed in zip(prompts, seeds, strict=True)]
 
-    def decode(self, token_ids: np.ndarray) -> str:
+    def decode(self, token_ids: np.ndarray, thinking: tuple[str, str] = THINKING) -> str:
         return " ".join(str(i) for i in token_ids.tolist() if i != EOS)
 
     def load_weights(self, buckets: Iterable[WeightBucket], manifest: WeightManifest) -> None:

@@ -15,8 +15,10 @@ import torch
 from ..contracts.config import Lora
 from ..contracts.errors import WeightsMismatch
 from ..contracts.records import EMPTY_II, Sampling, WeightBucket, WeightManifest
+from ..contracts.sections import THINKING
 from ..models.loading import context_length, eos_ids, load_causal_lm, load_tokenizer
 from ..models.lora import ReplicaWeights
+from ..models.thinking import decode_response
 from ..models.weight_proof import check_canary, copy_buckets
 from .decoding import roomy_cache
 from .generated import REFUSED, Generated
@@ -63,8 +65,8 @@ class TransformersEngine:
         known = len(prompt) > 0 and prompt.min() >= 0 and prompt.max() < self.model.config.vocab_size
         return bool(known) and len(prompt) < self.context
 
-    def decode(self, token_ids: np.ndarray) -> str:
-        return self.tokenizer.decode(token_ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def decode(self, token_ids: np.ndarray, thinking: tuple[str, str] = THINKING) -> str:
+        return decode_response(self.tokenizer, token_ids, thinking)
 
     def load_weights(self, buckets: Iterable[WeightBucket], manifest: WeightManifest) -> None:
         """Copy a version in and prove it. After a mismatch this engine refuses to generate."""

@@ -12,7 +12,9 @@ import numpy as np
 
 from ..contracts.config import Lora
 from ..contracts.records import EMPTY_II, BucketEntries, Sampling, WeightBucket, WeightManifest
+from ..contracts.sections import THINKING
 from ..models.loading import eos_ids, load_tokenizer
+from ..models.thinking import decode_response
 from ..models.vllm_host import InFlight, VllmHost, flat_logprobs
 from .generated import REFUSED, Generated
 
@@ -70,11 +72,9 @@ class VllmEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
-    def decode(self, token_ids: np.ndarray) -> str:
+    def decode(self, token_ids: np.ndarray, thinking: tuple[str, str] = THINKING) -> str:
         with self._decoding:
-            return self.tokenizer.decode(
-                token_ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
+            return decode_response(self.tokenizer, token_ids, thinking)
 
     def load_weights(self, buckets: Iterable[WeightBucket], manifest: WeightManifest) -> None:
         """Take a version in and prove it. After a mismatch this engine refuses to generate."""

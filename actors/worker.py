@@ -24,7 +24,9 @@ from ..contracts.records import (
     WeightBucket,
     WeightManifest,
 )
-from ..models.contexts import PLAIN, Prompter, special_ids
+from ..contracts.sections import THINKING
+from ..models.chat import special_ids
+from ..models.contexts import PLAIN, Prompter
 from ..models.loading import load_tokenizer
 from .engines import make_engine
 from .generated import REFUSED, Generated
@@ -34,8 +36,9 @@ from .vllm_engine import VllmEngine
 class RolloutWorker:
     """One replica: an engine with its model. `max_batch` is the most rollouts sampled in one call of the engine.
 
-    `templates` are the recipe's own (models/contexts.py), `template_kwargs` the chat template's, `options` the engine's
-    (with `lora` the published weights are adapters of `model` alone).
+    `templates` are the recipe's own (models/contexts.py), `suffix` its words after every problem, `template_kwargs` the
+    chat template's, `thinking` the marks around the model's reasoning, `options` the engine's (with `lora` the
+    published weights are adapters of `model` alone).
     """
 
     def __init__(
@@ -46,17 +49,20 @@ class RolloutWorker:
         max_batch: int = 64,
         templates: Mapping[str, str] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
+        suffix: str = "",
+        thinking: tuple[str, str] = THINKING,
         **options: Any,
     ) -> None:
         self.engine = make_engine(engine, model, **options)
         self.model, self.max_batch = model, max_batch
-        self.templates, self.template_kwargs = templates, template_kwargs
+        self.templates, self.template_kwargs, self.suffix, self.thinking = templates, template_kwargs, suffix, thinking
         self._prompting = Lock()  # a tokenizer serves one thread at a time
 
     @cached_property
     def prompter(self) -> Prompter:
         """Builds the prompts of contexts; its tokenizer is loaded at the first one. Raises ConfigError, ModelError."""
-        return Prompter(load_tokenizer(self.model), self.template_kwargs, self.templates)
+        tokenizer = load_tokenizer(self.model)
+        return Prompter(tokenizer, self.template_kwargs, self.templates, self.suffix, self.thinking)
 
     def load_weights(self, manifest: WeightManifest, *buckets: WeightBucket) -> float:
         """Load a published version and prove it; the seconds it took. Raises WeightsMismatch."""
@@ -136,7 +142,7 @@ class RolloutWorker:
     @cached_property
     def _special_ids(self) -> np.ndarray:
         with self._prompting:
-            return special_ids(self.prompter.tokenizer)
+            return special_ids(self.prompter.tokenizer, self.thinking)
 
     def _rollout(self, prompt: Prompt, request: SampleRequest, response: Generation, untrained: np.ndarray) -> Rollout:
         return Rollout(
@@ -148,7 +154,7 @@ class RolloutWorker:
             context=request.context,
             token_ids=np.concatenate([prompt.token_ids, response.token_ids]),
             prompt_length=len(prompt.token_ids),
-            text=self.engine.decode(response.token_ids),
+            text=self.engine.decode(response.token_ids, self.thinking),
             logprobs=response.logprobs,
             loss_mask=~np.isin(response.token_ids, untrained),
             topk_ids=response.topk_ids,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..contracts.errors import ConfigError, DataError
+from ..contracts.sections import THINKING
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -38,6 +39,9 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="An object a row, and a last one with the summary.")] = False,
     answers: Annotated[str, typer.Option(help="box: the last box is the answer; any: or what stands without.")] = "any",
     marker: Annotated[str, typer.Option(help="The answer is what follows this, e.g. 'A:'.")] = "",
+    thinking: Annotated[
+        tuple[str, str], typer.Option(metavar="OPEN CLOSE", help="Marks around the reasoning, which is no answer.")
+    ] = THINKING,
     timeout: Annotated[float, typer.Option(help="Seconds for a row.")] = 5.0,
     memory: Annotated[float, typer.Option(help="GiB for a row.")] = 1.0,
     processes: Annotated[int, typer.Option(min=0, help="Rows judged side by side; 0: as many as CPUs.")] = 0,
@@ -53,7 +57,7 @@ def verify(
     config = _config({**section, "timeout_seconds": timeout, "memory_gib": memory}, overrides or [])
     tally, start = Tally(show), time.monotonic()
     interrupted = False
-    with closing(_Pools(config, processes or max(2, len(os.sched_getaffinity(0))))) as pools:
+    with closing(_Pools(config, thinking, processes or max(2, len(os.sched_getaffinity(0))))) as pools:
         status = nullcontext() if as_json else Console(stderr=True).status("judging")
         try:
             with status as shown:
@@ -90,8 +94,8 @@ def _config(section: dict[str, Any], overrides: list[str]) -> "Config":
 class _Pools:
     """One pool, or one for each marker that the rows bring. Started where they are needed."""
 
-    def __init__(self, config: "Config", processes: int) -> None:
-        self.config, self.processes = config, processes
+    def __init__(self, config: "Config", thinking: tuple[str, str], processes: int) -> None:
+        self.config, self.thinking, self.processes = config, thinking, processes
         self._pools: dict[str, VerifierPool] = {}
         self.of("")  # what is wrong with the verifier is told before the file is read
 
@@ -105,7 +109,8 @@ class _Pools:
             if len(self._pools) > MOST_MARKERS:
                 rule = f"the rows of a file have at most {MOST_MARKERS} different answer_marker"
                 raise DataError(rule, f"more, {marker[:SHOWN]!a} among them", "give one with --marker")
-            verifier = make_verifier(self.config.model_copy(update={"marker": marker}), api_key=_key(self.config))
+            config = self.config.model_copy(update={"marker": marker})
+            verifier = make_verifier(config, api_key=_key(config), thinking=self.thinking)
             self._pools[marker] = VerifierPool(
                 verifier,
                 timeout_seconds=self.config.timeout_seconds,

@@ -16,7 +16,9 @@ import numpy as np
 from ..contracts.data_config import Data, Eval
 from ..contracts.errors import DataError, ModelError
 from ..contracts.records import EMPTY_I, Prompt, seed_of
-from ..models.contexts import THINKING, tokenize_prompt, tokenize_response
+from ..contracts.sections import THINKING
+from ..models.chat import tokenize_prompt, tokenize_response
+from ..models.thinking import Marks
 from .fields import Row, Turn, by_turns, is_messages
 from .rows import read_rows
 
@@ -30,7 +32,7 @@ def load_prompts(
     *,
     need_answer: bool = True,
     keep_rows: bool = False,
-    thinking: tuple[str, str] = THINKING,
+    thinking: Marks = THINKING,
 ) -> list[Prompt]:
     """Checked prompts of `path`, tokenised for the student, at most `limit`; a row needs an answer unless nothing
     compares with it. With `keep_rows` each has its whole row as JSON, for the verifier. `thinking`: the marks of the
@@ -58,9 +60,7 @@ def eval_data(data: Data, evaluation: Eval) -> Data:
     return data.model_copy(update={name: value for name, value in own.items() if value})
 
 
-def _to_prompt(
-    row: Row, number: int, data: Data, tokenizer: Any, thinking: tuple[str, str], need_answer: bool
-) -> Prompt:
+def _to_prompt(row: Row, number: int, data: Data, tokenizer: Any, thinking: Marks, need_answer: bool) -> Prompt:
     turns, text, said = _conversation(row, data, thinking)
     if not text.strip():
         raise row.missing(data.prompt_field, "data.prompt_field")

@@ -20,6 +20,7 @@ from ..models.loading import (
 from ..models.lora import check_targets
 from ..models.vllm_support import check_vllm_architecture
 from ..teacher_service.http_engine import ServerLimits, probe
+from .chat_checks import check_chat, check_template
 from .data import eval_data, fitting, load_prompts
 from .methods.composition import Composition
 from .pool import need_of
@@ -40,6 +41,7 @@ class Inputs:
     servers: dict[str, ServerLimits]  # of teachers behind http, by their names
     left_out: dict[str, int]  # rows by why: too_long of training, too_long_eval of evaluation
     longest: int  # tokens of the longest prompt with its longest response, evaluations included
+    notes: tuple[str, ...]  # what a person should know of them
 
 
 def check_inputs(config: Config, compositions: Sequence[Composition]) -> Inputs:
@@ -55,6 +57,7 @@ def check_inputs(config: Config, compositions: Sequence[Composition]) -> Inputs:
         check_architecture(model)
         check_weights(model)
     tokenizer = load_tokenizer(config.student.model)
+    notes = check_template(config.student.model, tokenizer, config.data.chat_template_kwargs)
     for model, parts in _under_vllm(config):
         check_vllm_architecture(model, parts)
     load_functions(config.verifier)
@@ -63,8 +66,9 @@ def check_inputs(config: Config, compositions: Sequence[Composition]) -> Inputs:
     if config.student.lora:
         check_targets(config.student.model, config.student.lora)
     contexts = {"student": context_length(load_config(config.student.model))}
+    tokenizers = {"student": tokenizer}
     for name, model in scorers.items():
-        _check_same_tokenizer(config.student.model, tokenizer, name, model)
+        tokenizers[name] = _check_same_tokenizer(config.student.model, tokenizer, name, model)
         room = 1 if name in local and local[name].engine == "vllm" else 0  # for the token that vLLM adds to a prompt
         contexts[f"teacher {name}"] = context_length(load_config(model)) - room
     servers = {name: _probe(t, tokenizer, compositions) for name, t in config.named_teachers.items() if t.urls}
@@ -82,6 +86,8 @@ def check_inputs(config: Config, compositions: Sequence[Composition]) -> Inputs:
     for model in {config.student.model, *scorers.values()}:
         check_positions(model, longest)
     _check_shown(config, compositions, train)
+    sets = [(train, config.data.path), (held_out[0], evaluation.path), (held_out[1], evaluation.ood_path)]
+    notes += check_chat(config, compositions, tokenizers, sets)
     train = _with_teachers(config, compositions, train)
     return Inputs(
         train=train,
@@ -90,6 +96,7 @@ def check_inputs(config: Config, compositions: Sequence[Composition]) -> Inputs:
         servers=servers,
         left_out=left_out,
         longest=longest,
+        notes=tuple(notes),
     )
 
 
@@ -169,7 +176,8 @@ def longest_of(prompts: Sequence[Prompt], new_tokens: int) -> int:
     return max(len(prompt.token_ids) for prompt in prompts) + new_tokens
 
 
-def _check_same_tokenizer(student: str, tokenizer: Any, name: str, teacher: str) -> None:
+def _check_same_tokenizer(student: str, tokenizer: Any, name: str, teacher: str) -> Any:
+    """The teacher's own, which may have another chat template."""
     other = load_tokenizer(teacher)
     ours, theirs = tokenizer_hash(tokenizer), tokenizer_hash(other)
     if ours != theirs:
@@ -177,6 +185,7 @@ def _check_same_tokenizer(student: str, tokenizer: Any, name: str, teacher: str)
         found += f"teacher {name} {teacher}: {len(other)} tokens, hash {theirs[:8]}"
         remedy = "use models of one tokenizer family: a teacher scores the student's exact token ids"
         raise TokenizerMismatch("student and teacher share one tokenizer", found, remedy)
+    return other
 
 
 def _check_vocabularies(student: str, name: str, teacher: Teacher, compositions: Iterable[Composition]) -> None:

@@ -107,7 +107,9 @@ def train(config: Config, resume: bool, address: str | None, console: Console) -
         stack.enter_context(cluster(address, progress.note))
         check_room(needs_of(config, compositions))
         for reason, count in inputs.left_out.items():
-            progress.note(f"left out of the data: {count} rows, {reason} for a model's context")
+            progress.note(f"{count} rows left out of the data: {reason}")
+        for note in inputs.notes:
+            progress.note(note)
         for name, limits in inputs.servers.items():
             progress.note(f"{name}: {limits}")
         if checkpoint:

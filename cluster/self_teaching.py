@@ -7,6 +7,7 @@ import pyarrow as pa
 
 from ..actors.worker import RolloutWorker
 from ..contracts.records import Receipt, ScoreRequest
+from ..contracts.sections import THINKING
 from ..teacher_service.worker import TeacherWorker
 
 
@@ -25,6 +26,8 @@ class SelfTeachingWorker(RolloutWorker):
         threads: int = 1,
         templates: Mapping[str, str] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
+        suffix: str = "",
+        thinking: tuple[str, str] = THINKING,
         **options: Any,
     ) -> None:
         both: dict[str, Any] = {
@@ -35,6 +38,8 @@ class SelfTeachingWorker(RolloutWorker):
             "threads": threads,
             "templates": templates,
             "template_kwargs": template_kwargs,
+            "suffix": suffix,
+            "thinking": thinking,
         }
         super().__init__(**both, **options)
         own = {"teacher_id": teacher_id, "tokens_per_batch": tokens_per_batch}

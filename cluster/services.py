@@ -44,8 +44,7 @@ def start_generators(
         "model": model,
         "dtype": dtype,
         "max_batch": rollout.batch_size,
-        "templates": config.templates,
-        "template_kwargs": config.data.chat_template_kwargs,
+        **_shown(config),
         "lora": lora,
         "at_once": CALLS_AT_ONCE.get(rollout.engine, 1),
         **_placement(rollout.engine, pool),
@@ -58,6 +57,16 @@ def start_generators(
     ((teacher_id, teacher),) = shared.items()
     own = {"teacher_id": teacher_id, "tokens_per_batch": teacher.tokens_per_batch}
     return Pool(name, SelfTeachingWorker, pool, RolloutError, **arguments, **own)
+
+
+def _shown(config: Config) -> dict[str, Any]:
+    """What a worker is told of prompts and responses."""
+    return {
+        "templates": config.templates,
+        "template_kwargs": config.data.chat_template_kwargs,
+        "suffix": config.data.prompt_suffix,
+        "thinking": config.thinking,
+    }
 
 
 def _placement(engine: str, pool: PoolConfig) -> dict[str, Any]:
@@ -88,6 +97,7 @@ def start_verifiers(config: Config) -> Pool:
         "config": verifier,
         "functions": load_functions(verifier),
         "api_key": key_of("verifier.api_key_env", verifier.api_key_env),
+        "thinking": config.thinking,
     }
     return Pool("verifier", VerifierWorker, verifier, VerifierError, at_once=JUDGED_AT_ONCE, **arguments)
 
@@ -161,8 +171,7 @@ def _start_teacher(
 
 
 def _teacher_pool(name: str, pool_name: str, pool: PoolConfig, config: Config, arguments: dict[str, Any]) -> Pool:
-    shown = {"templates": config.templates, "template_kwargs": config.data.chat_template_kwargs}
-    return Pool(pool_name, TeacherWorker, pool, TeacherError, teacher_id=name, **shown, **arguments)
+    return Pool(pool_name, TeacherWorker, pool, TeacherError, teacher_id=name, **_shown(config), **arguments)
 
 
 def heads(config: Config, composition: Composition) -> dict[str, tuple[str, str]]:

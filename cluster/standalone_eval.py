@@ -8,6 +8,7 @@ from ..contracts.config import Config
 from ..models.checkpoint import check_weights
 from ..models.loading import check_architecture, check_positions, context_length, load_config, load_tokenizer
 from ..models.vllm_support import check_vllm_architecture
+from .chat_checks import check_prompts, check_template
 from .data import eval_data, fitting, load_prompts
 from .evaluation import ProblemSet, evaluate
 from .interrupt import Interrupt
@@ -30,10 +31,13 @@ def evaluate_model(config: Config, address: str | None) -> EvalRow:
         check_weights(model)
         if config.rollout.engine == "vllm":
             check_vllm_architecture(model, parts_of(config.rollout))
-        loaded = load_prompts(data, data.path, data.split, load_tokenizer(model), config.eval.problems, **needs)
+        tokenizer = load_tokenizer(model)
+        check_template(model, tokenizer, data.chat_template_kwargs)
+        loaded = load_prompts(data, data.path, data.split, tokenizer, config.eval.problems, **needs)
         answers = config.eval.max_new_tokens or config.rollout.max_new_tokens
         prompts = fitting(loaded, answers, {"model": context_length(load_config(model))}, data.path, data)
         check_positions(model, longest_of(prompts, answers))
+        check_prompts(model, tokenizer, data.chat_template_kwargs, prompts, data.path)
         with cluster(address):
             check_room([need_of("rollout", config.rollout), need_of("verifier", config.verifier)])
             generators = start_generators("rollout", model, config.learner.dtype, config.rollout, config)

@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, model_validator
 
 from .data_config import Data, Eval
-from .sections import ModelPool, Pool, Section
+from .sections import THINKING, ModelPool, Pool, Section
 from .verifier_config import Skills, Verifier
 
 
@@ -235,7 +235,7 @@ class Config(Section):
     prompts_per_step: int = Field(ge=1, description="prompt groups that a step trains")
     max_staleness: int = Field(default=0, ge=0, description="steps that rollouts may be behind; 0 is synchronous")
     thinking: tuple[str, str] = Field(
-        default=("<think>", "</think>"),
+        default=THINKING,
         description="the marks around the model's reasoning; what stands before the second is never the answer",
     )
     record: Literal["none", "some", "all"] = Field(

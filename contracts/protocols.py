@@ -39,8 +39,8 @@ class RolloutEngine(Protocol):
         """One response per prompt. The draw depends on the prompt's seed alone, not on the rest of the batch."""
         ...
 
-    def decode(self, token_ids: np.ndarray) -> str:
-        """Response text, special tokens left out."""
+    def decode(self, token_ids: np.ndarray, thinking: tuple[str, str]) -> str:
+        """Response text, special tokens left out but for the marks of its `thinking`."""
         ...
 
     def load_weights(self, buckets: Iterable[WeightBucket], manifest: WeightManifest) -> None:

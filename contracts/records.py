@@ -78,7 +78,7 @@ class Rollout:
     context: str = "plain"  # the template of the prompt that the generator was shown; `token_ids` hold the plain one
     token_ids: np.ndarray  # int32 [L], prompt then response
     prompt_length: int
-    text: str  # the decoded response, special tokens left out
+    text: str  # the decoded response, special tokens left out but for the marks of its reasoning
     logprobs: np.ndarray  # float32 [R], of the sampler as it sampled; 0 where the response was given
     loss_mask: np.ndarray  # bool [R]
     topk_ids: np.ndarray = field(default_factory=lambda: EMPTY_II)  # int32 [R,K], the sampler's own support, if asked

@@ -3,6 +3,8 @@
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+THINKING = ("<think>", "</think>")  # the marks around a model's reasoning, where the recipe names no others
+
 
 class Section(BaseModel):
     """Base of every section: frozen, no key that nobody reads, and no number that is not finite."""

@@ -18,8 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..contracts.config import Lora
+from ..contracts.errors import ModelError
 from ..contracts.records import BucketEntries, WeightBucket, WeightManifest
 from ..models.checkpoint_names import CheckpointNames
+from ..models.loading import eos_ids, load_tokenizer
 from ..models.logits import token_logprobs
 from ..models.lora import merged_weights, peft_weights, run_merged
 from ..models.weight_broadcast import BroadcastGroup
@@ -176,8 +178,23 @@ def export_model(engine: Any, student: Path, folder: Path, rank: int, lora: Lora
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     for field in NOT_EXPORTED:
         config.pop(field, None)
+    export_ends(student, folder)
     config["dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def export_ends(student: Path, folder: Path) -> None:
+    """transformers' own `generate` stops where the run's responses stopped. A student without a tokenizer has none."""
+    try:
+        ends = eos_ids(str(student), load_tokenizer(str(student)))
+    except ModelError:
+        return
+    path = folder / "generation_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    own = settings.get("eos_token_id")
+    if ends and set(own if isinstance(own, list) else [own]) != set(ends):
+        settings["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+        path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def _export_adapter(settings: Any, tensors: dict[str, Tensor], folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Prompts: a user's turn in the model's chat template, and the named, versioned templates of what a model is shown.
+"""The named, versioned templates of what a model is shown, as the last turn of a prompt (chat.py).
 
 A context is a template's name, e.g. `answer@1`; "plain" is the problem alone, whose ids the prompt already has. Whoever
 generates or scores in a context builds its prompt here, so that both read the same ids. A new wording is a new version:
@@ -7,21 +7,23 @@ a run's records name what its models really saw. The templates' wording is ours;
 What is filled in was written by a dataset or sampled by a model, and stays text: braces in it are not filled again, and
 the name of a control token in it does not become that token.
 
-Shapes: P prompt tokens, R response tokens.
+Shapes: P prompt tokens.
 """
 
+import json
 import re
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from ..contracts.errors import ConfigError
 from ..contracts.records import Prompt
+from ..contracts.sections import THINKING
+from .chat import inert, prompt_ids, shown_turns
+from .thinking import Marks, without_thinking
 
 PLAIN = "plain"
-THINKING = ("<think>", "</think>")
 SOLVE = "Now solve the original problem correctly."
 PEER = "\n\nA correct solution:\n\n{peer}"
 FEEDBACK = "\n\nFeedback on your own earlier attempt:\n\n{feedback}"
@@ -49,7 +51,6 @@ TEMPLATES: dict[str, str] = {
 FIELDS = ("problem", "answer", "solution", "peer", "peer_answer", "feedback", "skill", "mistake", "title")
 
 NAME = re.compile(r"[\w.-]+@[\w.-]+")
-MARK = re.compile(r"</?think>|<\|.*\|>", re.DOTALL)
 FIELD = re.compile(r"\{(\w+)\}")
 OPTIONAL = re.compile(r"\[\[(.*?)\]\]", re.DOTALL)
 
@@ -82,16 +83,21 @@ def _template(context: str, own: Mapping[str, str]) -> str:
 
 
 class Prompter:
-    """Builds the ids of a prompt in a context, for one model's tokenizer. Raises ConfigError for bad templates."""
+    """Builds the ids of a prompt in a context, for one model's tokenizer. Raises ConfigError for bad templates.
+
+    `suffix`: the recipe's own words at the end of every problem; `thinking`: the marks of what a peer is shown without.
+    """
 
     def __init__(
         self,
         tokenizer: Any,
         template_kwargs: Mapping[str, Any] | None = None,
         templates: Mapping[str, str] | None = None,
+        suffix: str = "",
+        thinking: Marks = THINKING,
     ) -> None:
         self.tokenizer, self.template_kwargs = tokenizer, dict(template_kwargs or {})
-        self.templates = dict(templates or {})
+        self.templates, self.suffix, self.thinking = dict(templates or {}), suffix, thinking
         check_templates(self.templates)
 
     def ids(
@@ -105,23 +111,32 @@ class Prompter:
         skill: str = "",
         mistake: str = "",
         title: str = "",
+        checked: bool = False,
     ) -> np.ndarray | None:
-        """int32 `[P]`, chat template and generation prompt applied; None where a field that it needs is empty."""
+        """int32 `[P]`, chat template and generation prompt applied; None where a field that it needs is empty.
+
+        The turns before the problem stay before it. `checked`: the template must show every turn. Raises ModelError.
+        """
         if context == PLAIN:
             return prompt.token_ids
         values = {
             "answer": prompt.answer,
             "solution": prompt.solution,
-            "peer": without_thinking(peer_text),
+            "peer": without_thinking(peer_text, self.thinking),
             "peer_answer": peer_answer,
             "feedback": feedback,
             "skill": skill,
             "mistake": mistake,
             "title": title,
         }
-        values = {field: inert(self.tokenizer, value) for field, value in values.items()}
-        text = fill(_template(context, self.templates), {"problem": prompt.text, **values})
-        return None if text is None else tokenize_prompt(self.tokenizer, text, self.template_kwargs)
+        values = {field: inert(self.tokenizer, value, self.template_kwargs) for field, value in values.items()}
+        before = json.loads(prompt.turns) if prompt.turns else []
+        *before, last = shown_turns(self.tokenizer, prompt.text, self.template_kwargs, before, self.suffix)
+        text = fill(_template(context, self.templates), {"problem": last["content"], **values})
+        if text is None:
+            return None
+        turns = [*before, {"role": "user", "content": text}]
+        return prompt_ids(self.tokenizer, turns, self.template_kwargs, checked=checked)
 
 
 def fill(template: str, values: Mapping[str, str]) -> str | None:
@@ -132,100 +147,3 @@ def fill(template: str, values: Mapping[str, str]) -> str | None:
         return None
     kept = [part for i, part in enumerate(parts) if not (i % 2 and empty[i])]
     return FIELD.sub(lambda match: values[match[1]], "".join(kept))
-
-
-def without_thinking(text: str) -> str:
-    """A response without its `<think>…</think>`; thinking that the generation prompt opened counts too."""
-    kept, at = [], 0
-    closed, opened = text.find("</think>"), text.find("<think>")
-    if closed >= 0 and (opened < 0 or closed < opened):
-        at = closed + len("</think>")
-    while (start := text.find("<think>", at)) >= 0 and (end := text.find("</think>", start)) >= 0:
-        kept.append(text[at:start])
-        at = end + len("</think>")
-    return "".join([*kept, text[at:]]).strip()
-
-
-def inert(tokenizer: Any, text: str) -> str:
-    """`text` in which no name of a control token is whole: such a name gets a space after its first character.
-
-    The tokenizer's own `split_special_tokens` would do it only for text that is tokenised apart from its template, and
-    then other merges form at the border than the model was trained with.
-    """
-    names = _control_names(tokenizer)
-    while names and (broken := names.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)) != text:
-        text = broken
-    return text
-
-
-@lru_cache(maxsize=8)
-def _control_names(tokenizer: Any) -> re.Pattern[str] | None:
-    """The added tokens' names, control tokens and such as `<think>`; not runs of spaces, which some tokenizers add."""
-    added = [token.content for token in getattr(tokenizer, "added_tokens_decoder", {}).values()]
-    names = sorted((name for name in added if len(name.strip()) > 1), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, names))) if names else None
-
-
-def special_ids(tokenizer: Any) -> np.ndarray:
-    """Ids int32 of what says nothing of the reasoning: special tokens, `<think>`, `</think>`, `<|…|>`, 1-8 newlines.
-
-    Source: the masks of SGSD's code, 2605.28791.
-    """
-    added = getattr(tokenizer, "added_tokens_decoder", {}).items()
-    marks = [i for i, token in added if token.special or MARK.fullmatch(token.content)]
-    lines = [tokenizer("\n" * count, add_special_tokens=False)["input_ids"] for count in range(1, 9)]
-    runs = [ids[0] for ids in lines if len(ids) == 1]
-    return np.unique(np.asarray([*tokenizer.all_special_ids, *marks, *runs], np.int32))
-
-
-def tokenize_prompt(
-    tokenizer: Any, text: str, template_kwargs: Mapping[str, Any], turns: Any = (), *, suffix: str = ""
-) -> np.ndarray:
-    """Token ids int32 `[P]` of a user turn with the generation prompt.
-
-    Without a chat template, of the bare text: it is then the whole prompt, and its control tokens are meant.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        return np.asarray(tokenizer(text)["input_ids"], np.int32)
-    rendered = _render(tokenizer, [*turns, _turn(tokenizer, "user", text)], template_kwargs, add_generation_prompt=True)
-    return np.asarray(tokenizer(rendered, add_special_tokens=False)["input_ids"], np.int32)
-
-
-def tokenize_response(
-    tokenizer: Any,
-    prompt: str,
-    response: str,
-    template_kwargs: Mapping[str, Any],
-    turns: Any = (),
-    *,
-    suffix: str = "",
-    thinking: Any = (),
-) -> np.ndarray:
-    """Token ids int32 `[R]` of a given response as the model would have ended it, to stand after the generation prompt.
-
-    They are the chat template's rendering of the assistant's turn up to the end-of-sequence token, or else to the first
-    control token (some models end a turn with another); without either, or without a chat template, the text and EOS.
-    """
-    response = inert(tokenizer, response)
-    if getattr(tokenizer, "chat_template", None):
-        turns = [*turns, _turn(tokenizer, "user", prompt), {"role": "assistant", "content": response}]
-        before = _render(tokenizer, turns[:-1], template_kwargs, add_generation_prompt=True)
-        whole = _render(tokenizer, turns, template_kwargs, add_generation_prompt=False)
-        response = whole.removeprefix(before) if whole.startswith(before) else response
-    ids: list[int] = tokenizer(response, add_special_tokens=False)["input_ids"]
-    eos = tokenizer.eos_token_id
-    control = {i for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special}
-    end = next((at for ends in ({eos}, control) for at, i in enumerate(ids) if i in ends), None)
-    return np.asarray([*ids, eos] if end is None else ids[: end + 1], np.int32)
-
-
-def _turn(tokenizer: Any, role: str, text: str) -> dict[str, str]:
-    return {"role": role, "content": inert(tokenizer, text)}
-
-
-def _render(
-    tokenizer: Any, turns: list[dict[str, str]], template_kwargs: Mapping[str, Any], *, add_generation_prompt: bool
-) -> str:
-    return tokenizer.apply_chat_template(
-        turns, tokenize=False, add_generation_prompt=add_generation_prompt, **template_kwargs
-    )

@@ -12,6 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from ..contracts.errors import ModelError
+from .chat import turn_end
 from .folders import check_folder, check_settings, read_json, reading
 
 transformers_logging.disable_progress_bar()  # a run has its own
@@ -202,6 +203,8 @@ def load_tokenizer(name: str) -> Any:
     if not words:  # of files that are not there transformers makes an empty one
         found = f"{name}: {_tokenizer_files(folder)}: no tokens but special ones"
         raise ModelError("a model folder holds its tokenizer", found, TOKENIZER)
+    if tokenizer.eos_token is None and (ends := own_eos_ids(name, tokenizer)):
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])  # what the model's other files say
     return tokenizer
 
 
@@ -225,12 +228,21 @@ def generation_config(name: str) -> GenerationConfig | None:
     return found
 
 
-def eos_ids(name: str, tokenizer: Any) -> list[int]:
-    """Every id that ends a response: the generation configuration's, the model's and the tokenizer's."""
-    sources: list[Any] = [load_config(name), tokenizer, generation_config(name)]
+def own_eos_ids(name: str, tokenizer: Any) -> list[int]:
+    """The ids that end a response by the model's files: generation_config.json's first, config.json's, tokenizer's."""
+    sources: list[Any] = [generation_config(name), load_config(name), tokenizer]
     found = [getattr(source, "eos_token_id", None) for source in sources]
     listed = [ids if isinstance(ids, list | tuple) else [ids] for ids in found]
-    return sorted({i for ids in listed for i in ids if i is not None})
+    return list(dict.fromkeys(i for ids in listed for i in ids if i is not None))
+
+
+def eos_ids(name: str, tokenizer: Any) -> list[int]:
+    """Every id that ends a response: by the model's files, and the one with which its chat template ends a turn."""
+    try:
+        end = turn_end(tokenizer)
+    except ModelError:  # of several templates none is the default: the run's arguments name one
+        end = None
+    return sorted({*own_eos_ids(name, tokenizer), *([] if end is None else [end])})
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

@@ -14,6 +14,7 @@ from ..contracts.arrow import decode, encode
 from ..contracts.errors import TeacherError
 from ..contracts.protocols import RolloutEngine
 from ..contracts.records import Receipt, Rollout, ScoreRequest, TeacherScores, WeightBucket, WeightManifest
+from ..contracts.sections import THINKING
 from ..models.contexts import PLAIN, Prompter
 from ..models.loading import load_tokenizer
 from .contexts import in_context
@@ -27,10 +28,10 @@ class TeacherWorker:
     """One replica of the teacher `teacher_id`.
 
     `follows` ("live", "ema") makes it a self-teacher that takes the student's published weights, as they are or as an
-    average with `ema_decay`. `templates` are the recipe's own (models/contexts.py), `template_kwargs` the chat
-    template's; `tokenizer` is the model whose tokenizer is used, none: its own. `options` are the engine's: of a
-    student with `lora`, the weights that a self-teacher takes are adapters of `model`. With `shared` the teacher is the
-    model that this rollout engine runs.
+    average with `ema_decay`. `templates` are the recipe's own (models/contexts.py), `suffix` its words after every
+    problem, `template_kwargs` the chat template's, `thinking` the marks of a model's reasoning; `tokenizer` is the
+    model whose tokenizer is used, none: its own. `options` are the engine's: of a student with `lora`, the weights that
+    a self-teacher takes are adapters of `model`. With `shared` the teacher is the model that this rollout engine runs.
     """
 
     def __init__(
@@ -43,12 +44,14 @@ class TeacherWorker:
         ema_decay: float = 0.95,
         templates: Mapping[str, str] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
+        suffix: str = "",
+        thinking: tuple[str, str] = THINKING,
         tokenizer: str = "",
         shared: RolloutEngine | None = None,
         **options: Any,
     ) -> None:
         self.teacher_id, self.tokenizer = teacher_id, tokenizer or model
-        self.templates, self.template_kwargs = templates, template_kwargs
+        self.templates, self.template_kwargs, self.suffix, self.thinking = templates, template_kwargs, suffix, thinking
         own = {"shared": shared} if shared else {}
         self.engine, self.shared = make_engine(engine, model, teacher_id=teacher_id, **own, **options), shared
         self.follower = follower_of(self.engine, follows, ema_decay) if follows else None
@@ -57,7 +60,8 @@ class TeacherWorker:
     @cached_property
     def prompter(self) -> Prompter:
         """Builds the prompts of contexts; its tokenizer is loaded at the first one. Raises ConfigError, ModelError."""
-        return Prompter(load_tokenizer(self.tokenizer), self.template_kwargs, self.templates)
+        tokenizer = load_tokenizer(self.tokenizer)
+        return Prompter(tokenizer, self.template_kwargs, self.templates, self.suffix, self.thinking)
 
     def score(
         self,

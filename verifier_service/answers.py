@@ -1,9 +1,10 @@
 r"""Read answers out of responses and golds without sympy. Linear in the text, so it cannot hang.
 
-Where a response's answer stands: after the marker's last occurrence, where there is a marker. Else, after the last
-`</think>`: the last box, complete or not; where there is no box and `answers` is "any", the last complete
-`<answer>…</answer>`; else somewhere in the text, to be searched. What is read again reads the same: a verifier's
-prepared response is a response.
+Where a response's answer stands: never in its reasoning, which ends with the last `</think>` (or the recipe's mark),
+nor in reasoning that it opens and does not close. (Where the prompt opens it, a response that is cut off in it cannot
+be told from one without.) Of the rest, after the marker's last occurrence, where there is a marker. Else the last box,
+complete or not; where there is no box and `answers` is "any", the last complete `<answer>…</answer>`; else somewhere in
+the text, to be searched. What is read again reads the same: a verifier's prepared response is a response.
 """
 
 import re
@@ -11,11 +12,12 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
+from ..contracts.sections import THINKING
+
 BOX_OR_BRACE = re.compile(r"\\\\?(?:boxed|fbox)\s*(?:\{|\Z)|\\.|[{}]", re.DOTALL)  # \{ and \} are text, not braces
 JOINT = re.compile(r"(?:\\quad|\\text|\\[ ,;]|[\s{}$,;]|and\b|or\b|for part|\([a-z]\))*+")  # what makes boxes a list
 ANYTHING = re.compile(r".*+", re.DOTALL)
 SEPARATED = re.compile(r"[,;]|and|or")
-REASONING_END = "</think>"
 TAGS = re.compile(r"<(/?)answer>")
 DOLLARS = re.compile(r"\$\$?|\\[\[\]()]")
 NUMBER = re.compile(r"([+-]?)\s*((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]*)?)(?:\s*/\s*([0-9]+))?")
@@ -40,13 +42,22 @@ class Found:
     sure: bool = True
 
 
-def read_answer(text: str, answers: Literal["box", "any"], marker: str, *, several: bool = False) -> Found | None:
-    """The answer of a response, None where it has none. `several`: boxes that are one list are one answer."""
+def read_answer(
+    text: str,
+    answers: Literal["box", "any"],
+    marker: str,
+    *,
+    several: bool = False,
+    thinking: tuple[str, str] = THINKING,
+) -> Found | None:
+    """The answer of a response, None where it has none. `several`: boxes that are one list are one answer; `thinking`:
+    the marks around its reasoning."""
+    opening, closing = thinking
+    text = text.rpartition(closing)[2].partition(opening)[0]
     if marker:
         _, found, after = text.rpartition(marker)
         answer = after.lstrip(" \t").partition("\n")[0].strip()
         return Found(answer) if found and answer else None
-    text = text.rpartition(REASONING_END)[2]
     boxes = _boxes(text)
     if boxes:
         answer = _content(text, boxes[-1])

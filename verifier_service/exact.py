@@ -3,6 +3,7 @@
 from typing import Literal
 
 from ..contracts.protocols import Judgement, Response
+from ..contracts.sections import THINKING
 from .answers import read_answer
 
 
@@ -15,13 +16,15 @@ class ExactVerifier:
     needs_gold = True
     waits = False
 
-    def __init__(self, answers: Literal["box", "any"] = "box", marker: str = "") -> None:
+    def __init__(
+        self, answers: Literal["box", "any"] = "box", marker: str = "", thinking: tuple[str, str] = THINKING
+    ) -> None:
         self.answers: Literal["box", "any"] = answers
-        self.marker = marker
+        self.marker, self.thinking = marker, thinking
 
     def prepare(self, response: Response) -> Judgement:
         """Nothing here can hang."""
-        found = read_answer(response.text, self.answers, self.marker)
+        found = read_answer(response.text, self.answers, self.marker, thinking=self.thinking)
         return Judgement(found is not None and found.text == response.gold.strip(), found.text if found else "")
 
     def __call__(self, response: Response) -> Judgement:

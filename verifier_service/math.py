@@ -11,6 +11,7 @@ from fractions import Fraction
 from typing import Literal
 
 from ..contracts.protocols import Judgement, Response
+from ..contracts.sections import THINKING
 from .answers import gold_answer, plain_number, read_answer, values, without_dollars
 from .math_guard import too_large
 
@@ -35,9 +36,11 @@ class MathVerifier:
     needs_gold = True
     waits = False
 
-    def __init__(self, answers: Literal["box", "any"] = "box", marker: str = "") -> None:
+    def __init__(
+        self, answers: Literal["box", "any"] = "box", marker: str = "", thinking: tuple[str, str] = THINKING
+    ) -> None:
         self.answers: Literal["box", "any"] = answers
-        self.marker = marker
+        self.marker, self.thinking = marker, thinking
 
     def prepare(self, response: Response) -> Judgement | Response:
         """Decides what needs no sympy: no answer, the same text, plain numbers, what is too large to evaluate.
@@ -49,7 +52,7 @@ class MathVerifier:
         if not gold:
             return Judgement(False, error_class="no_gold")
         several = values(gold) > 1 and plain_number(gold) is None
-        found = read_answer(response.text, self.answers, self.marker, several=several)
+        found = read_answer(response.text, self.answers, self.marker, several=several, thinking=self.thinking)
         if found is None:
             return Judgement(False)
         if not found.sure and not _is_formula(found.text):
@@ -64,7 +67,7 @@ class MathVerifier:
         prepared = self.prepare(response)
         if isinstance(prepared, Judgement):
             return prepared
-        found = read_answer(prepared.text, self.answers, self.marker)
+        found = read_answer(prepared.text, self.answers, self.marker, thinking=self.thinking)
         if found is None:  # the braces of a tagged answer need not match
             return Judgement(False)
         from .latex import search  # sympy: only here, in the process that can be killed

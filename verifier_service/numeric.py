@@ -13,6 +13,7 @@ from fractions import Fraction
 from typing import Literal, NamedTuple
 
 from ..contracts.protocols import Judgement, Response
+from ..contracts.sections import THINKING
 from .answers import LONGEST_NUMBER, gold_answer, read_answer
 
 PLAIN = (
@@ -52,9 +53,15 @@ class NumericVerifier:
     needs_gold = True
     waits = False
 
-    def __init__(self, answers: Literal["box", "any"] = "box", marker: str = "", tolerance: float = 0.0) -> None:
+    def __init__(
+        self,
+        answers: Literal["box", "any"] = "box",
+        marker: str = "",
+        tolerance: float = 0.0,
+        thinking: tuple[str, str] = THINKING,
+    ) -> None:
         self.answers: Literal["box", "any"] = answers
-        self.marker = marker
+        self.marker, self.thinking = marker, thinking
         self.tolerance = Fraction(tolerance)
 
     def prepare(self, response: Response) -> Judgement:
@@ -62,7 +69,7 @@ class NumericVerifier:
         gold = only_number(gold_answer(response.gold)) or last_number(response.gold)
         if gold is None:
             return Judgement(False, error_class="gold_not_numeric")
-        found = read_answer(response.text, self.answers, self.marker)
+        found = read_answer(response.text, self.answers, self.marker, thinking=self.thinking)
         if found is None:
             return Judgement(False)
         number = only_number(found.text) if found.sure else last_number(found.text)

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from ..contracts.errors import ConfigError
 from ..contracts.protocols import Judgement, Response
+from ..contracts.sections import THINKING
 from .answers import read_answer
 
 SYNTAX = (ast.Expression, ast.Constant, ast.List, ast.Tuple, ast.Set, ast.Dict, ast.Name, ast.Load, ast.Call)
@@ -44,13 +45,15 @@ class ReasoningGymVerifier:
 
     needs_gold, waits = False, False
 
-    def __init__(self, pass_score: float, answers: Literal["box", "any"], marker: str) -> None:
+    def __init__(
+        self, pass_score: float, answers: Literal["box", "any"], marker: str, thinking: tuple[str, str] = THINKING
+    ) -> None:
         try:
             importlib.import_module("reasoning_gym")
         except ImportError as error:
             rule = "verifier.kind=reasoning_gym needs the extra `lab`"
             raise ConfigError(rule, str(error), "pip install 'tutorloop[lab]'") from error
-        self.pass_score, self.answers, self.marker = pass_score, answers, marker
+        self.pass_score, self.answers, self.marker, self.thinking = pass_score, answers, marker, thinking
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ReasoningGymVerifier, (self.pass_score, self.answers, self.marker)  # imports before the first sample
@@ -80,7 +83,7 @@ class ReasoningGymVerifier:
 
     def _answer(self, text: str) -> str:
         """Its tags are reasoning-gym's own way to answer, whatever `answers` says."""
-        found = read_answer(text, "any", self.marker)
+        found = read_answer(text, "any", self.marker, thinking=self.thinking)
         return found.text if found and (found.sure or self.answers == "any") else ""
 
 

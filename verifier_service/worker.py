@@ -9,6 +9,7 @@ import pyarrow as pa
 from ..contracts.arrow import encode, rows_named
 from ..contracts.protocols import Response
 from ..contracts.records import Receipt, Verdict
+from ..contracts.sections import THINKING
 from ..contracts.verifier_config import Verifier
 from .paths import reasoning_path
 from .pool import VerifierPool
@@ -23,13 +24,20 @@ COLUMNS = ("prompt_id", "text", "answer", "finish_reason")
 class VerifierWorker:
     """One replica with its own killable processes. `judge` may be called from several threads at once.
 
-    `functions`: the reward functions of one's own that the section names, pickled; `api_key`: of http verifiers.
-    Raises ConfigError.
+    `functions`: the reward functions of one's own that the section names, pickled; `api_key`: of http verifiers;
+    `thinking`: the marks of a response's reasoning. Raises ConfigError.
     """
 
-    def __init__(self, *, config: Verifier, functions: Mapping[str, bytes] | None = None, api_key: str = "") -> None:
+    def __init__(
+        self,
+        *,
+        config: Verifier,
+        functions: Mapping[str, bytes] | None = None,
+        api_key: str = "",
+        thinking: tuple[str, str] = THINKING,
+    ) -> None:
         self.pool = VerifierPool(
-            make_verifier(config, functions, api_key),
+            make_verifier(config, functions, api_key, thinking),
             timeout_seconds=config.timeout_seconds,
             memory_gib=config.memory_gib,
             processes=max(2, int(config.num_cpus)),

@@ -10,19 +10,10 @@ from tutorloop.contracts.errors import ConfigError
 from tutorloop.contracts.records import Prompt
 from tutorloop.lab.contexts import render
 from tutorloop.lab.tokenizer import chat_prompt
-from tutorloop.models.contexts import (
-    FIELDS,
-    TEMPLATES,
-    Prompter,
-    check_templates,
-    fields_of,
-    fill,
-    inert,
-    tokenize_prompt,
-    tokenize_response,
-    without_thinking,
-)
+from tutorloop.models.chat import inert, tokenize_prompt, tokenize_response
+from tutorloop.models.contexts import FIELDS, TEMPLATES, Prompter, check_templates, fields_of, fill
 from tutorloop.models.loading import load_tokenizer
+from tutorloop.models.thinking import without_thinking
 
 
 def tokenizer_of(name):

@@ -25,7 +25,8 @@ from tutorloop.contracts.arrow import decode, encode
 from tutorloop.contracts.protocols import Response
 from tutorloop.contracts.records import Prompt, Rollout, Verdict
 from tutorloop.contracts.verifier_config import Reward, Verifier
-from tutorloop.models.contexts import TEMPLATES, Prompter, fill, inert, tokenize_prompt
+from tutorloop.models.chat import inert, tokenize_prompt
+from tutorloop.models.contexts import TEMPLATES, Prompter, fill
 from tutorloop.verifier_service.paths import reasoning_path
 from tutorloop.verifier_service.pool import VerifierPool
 from tutorloop.verifier_service.reasoning_gym_verifier import inert_eval

@@ -10,7 +10,7 @@ from tutorloop.contracts.errors import ConfigError
 from tutorloop.contracts.recipe import parse_config
 from tutorloop.contracts.records import Prompt, SampleRequest, ScoreRequest
 from tutorloop.lab import model_path
-from tutorloop.models.contexts import special_ids
+from tutorloop.models.chat import special_ids
 from tutorloop.models.loading import load_tokenizer
 
 TREE = {

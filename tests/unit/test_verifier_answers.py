@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from tutorloop.contracts.protocols import Judgement, Response
+from tutorloop.contracts.verifier_config import Verifier
 from tutorloop.verifier_service.answers import gold_answer, last_box, plain_number, read_answer, values
 from tutorloop.verifier_service.exact import ExactVerifier
 from tutorloop.verifier_service.numeric import NumericVerifier, last_number, only_number
+from tutorloop.verifier_service.verifiers import make_verifier
 
 BOXES = [
     ("\\boxed{5}", "5"),
@@ -44,6 +46,14 @@ READINGS = [  # text, answers, marker; text of the answer, and whether it is sur
     ("<think>\\boxed{1}</think> so \\boxed{2}", "box", "", ("2", True)),
     ("<think>\\boxed{1}</think> so 2", "box", "", None),
     ("<think>\\boxed{1}</think> so 2", "any", "", ("so 2", False)),
+    ("<think> surely \\boxed{1}", "box", "", None),  # never closed
+    ("<think> surely 1", "any", "", None),
+    ("\\boxed{2} <think> or \\boxed{1}", "box", "", ("2", True)),
+    ("<think>a</think>\\boxed{2}<think>\\boxed{1}", "box", "", ("2", True)),
+    ("\\boxed{1}", "box", "", ("1", True)),  # cut off where the prompt had opened it: nobody can tell
+    ("<think>A: 1</think> so 2", "any", "A:", None),
+    ("<think>A: 1</think> A: 2", "any", "A:", ("2", True)),
+    ("[THINK]\\boxed{1}[/THINK]", "box", "", ("1", True)),  # not this recipe's marks
     ("<answer>3</answer>", "box", "", None),
     ("<answer>1</answer> <answer> 3 </answer> <answer>4", "any", "", ("3", True)),
     ("<answer>3</answer> <answer></answer> 7", "any", "", None),
@@ -233,3 +243,19 @@ def test_numeric_verdicts_with_tolerance_in_texts_and_without_a_number():
     assert anywhere(Response("the side is \\sqrt{2}", "2")) == Judgement(False)
     assert anywhere(Response("5", "blue")) == Judgement(False, error_class="gold_not_numeric")
     assert NumericVerifier(marker="A:")(Response("A: 60%", "60")).passed
+
+
+def test_the_recipe_s_own_marks_end_the_reasoning():
+    marks = ("[THINK]", "[/THINK]")
+    for text, answer in (
+        ("[THINK]\\boxed{1}[/THINK] so \\boxed{2}", "2"),
+        ("\\boxed{1}[/THINK] so \\boxed{2}", "2"),
+        ("[THINK]\\boxed{1}", None),
+        ("\\boxed{1}</think>", "1"),
+    ):
+        found = read_answer(text, "box", "", thinking=marks)
+        assert (found and found.text) == answer, text
+        for kind in ("math", "exact", "numeric"):
+            verifier = make_verifier(Verifier(kind=kind), thinking=marks)
+            judged = verifier.prepare(Response(text, "2"))
+            assert isinstance(judged, Judgement) and judged.passed == (answer == "2"), (kind, text)

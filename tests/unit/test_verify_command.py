@@ -48,6 +48,14 @@ def fresh_random():
 # ---- what comes out -------------------------------------------------------------------------------------------------
 
 
+def test_the_marks_of_reasoning_are_an_option(tmp_path):
+    texts = ("[THINK]\\boxed{7}[/THINK]\\boxed{8}", "\\boxed{8}[THINK]\\boxed{7}", "[THINK]\\boxed{7}")
+    path = file_of(tmp_path, *({"prediction": text, "gold": "7"} for text in texts))
+    assert [row["passed"] for row in objects_of(path)[0]] == [False, True, True]
+    rows, _ = objects_of(path, "--thinking", "[THINK]", "[/THINK]")
+    assert [row["answer"] for row in rows] == ["8", "8", ""]
+
+
 def test_an_object_for_every_row_in_order_and_the_summary(tmp_path):
     rows = [
         {"id": "a", "prediction": "so \\boxed{7}", "gold": "7", "expected": True},
