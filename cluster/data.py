@@ -123,7 +123,7 @@ def fitting(
     kept = [prompt for prompt in prompts if len(prompt.token_ids) + new_tokens <= context]
     if len(kept) == len(prompts) or (kept and data.too_long == "drop"):
         return kept
-    rule = f"prompt and response fit the {who}'s context of {context} tokens"
+    rule = f"prompt and response fit the context of {context} tokens of the {who}"
     longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
     length = len(longest.token_ids)
     found = f"prompt {longest.prompt_id} of {path}: {length} + {new_tokens} new tokens = {length + new_tokens}"

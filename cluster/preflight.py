@@ -11,11 +11,11 @@ from ..models.checkpoint import check_weights
 from ..models.contexts import fields_of
 from ..models.loading import (
     check_architecture,
-    check_positions,
     context_length,
     load_config,
     load_tokenizer,
     tokenizer_hash,
+    varying_frequencies,
 )
 from ..models.lora import check_targets
 from ..models.vllm_support import check_vllm_architecture
@@ -65,12 +65,12 @@ def check_inputs(config: Config, compositions: Sequence[Composition]) -> Inputs:
         check_skills(config.skills)
     if config.student.lora:
         check_targets(config.student.model, config.student.lora)
-    contexts = {"student": context_length(load_config(config.student.model))}
-    tokenizers = {"student": tokenizer}
+    contexts, tokenizers = dict([context_of("student", config.student.model)]), {"student": tokenizer}
     for name, model in scorers.items():
         tokenizers[name] = _check_same_tokenizer(config.student.model, tokenizer, name, model)
         room = 1 if name in local and local[name].engine == "vllm" else 0  # for the token that vLLM adds to a prompt
-        contexts[f"teacher {name}"] = context_length(load_config(model)) - room
+        who, context = context_of(f"teacher {name}", model)
+        contexts[who] = context - room
     servers = {name: _probe(t, tokenizer, compositions) for name, t in config.named_teachers.items() if t.urls}
     contexts |= {f"teacher {name}": limits.context for name, limits in servers.items()}
     for name, teacher in local.items():
@@ -83,8 +83,6 @@ def check_inputs(config: Config, compositions: Sequence[Composition]) -> Inputs:
     longest = longest_of(train, config.rollout.max_new_tokens)
     for prompts in filter(None, held_out):
         longest = max(longest, longest_of(prompts, evaluation.max_new_tokens or config.rollout.max_new_tokens))
-    for model in {config.student.model, *scorers.values()}:
-        check_positions(model, longest)
     _check_shown(config, compositions, train)
     sets = [(train, config.data.path), (held_out[0], evaluation.path), (held_out[1], evaluation.ood_path)]
     notes += check_chat(config, compositions, tokenizers, sets)
@@ -169,6 +167,14 @@ def _check_shown(config: Config, compositions: Iterable[Composition], prompts: S
             if not getattr(prompt, field).strip():
                 found = f"row {prompt.prompt_id} of {config.data.path} has none"
                 raise DataError(f"the method shows each row's {field}", found, f"name its field with {SHOWN[field]}=…")
+
+
+def context_of(who: str, model: str) -> tuple[str, int]:
+    """`who`, with what else bounds its context than its positions, and the context in tokens."""
+    config = load_config(model)
+    varying = varying_frequencies(config)
+    why = f" (rope_type={varying[0]}: beyond it, frequencies would depend on the batch)" if varying else ""
+    return who + why, context_length(config)
 
 
 def longest_of(prompts: Sequence[Prompt], new_tokens: int) -> int:

@@ -6,7 +6,7 @@ from rich.table import Table
 
 from ..contracts.config import Config
 from ..models.checkpoint import check_weights
-from ..models.loading import check_architecture, check_positions, context_length, load_config, load_tokenizer
+from ..models.loading import check_architecture, load_tokenizer
 from ..models.vllm_support import check_vllm_architecture
 from .chat_checks import check_prompts, check_template
 from .data import eval_data, fitting, load_prompts
@@ -14,7 +14,7 @@ from .evaluation import ProblemSet, evaluate
 from .interrupt import Interrupt
 from .metrics import EvalRow
 from .pool import need_of, parts_of
-from .preflight import longest_of
+from .preflight import context_of
 from .room import check_room
 from .run import eval_plan
 from .runtime import cluster, say
@@ -35,8 +35,7 @@ def evaluate_model(config: Config, address: str | None) -> EvalRow:
         check_template(model, tokenizer, data.chat_template_kwargs)
         loaded = load_prompts(data, data.path, data.split, tokenizer, config.eval.problems, **needs)
         answers = config.eval.max_new_tokens or config.rollout.max_new_tokens
-        prompts = fitting(loaded, answers, {"model": context_length(load_config(model))}, data.path, data)
-        check_positions(model, longest_of(prompts, answers))
+        prompts = fitting(loaded, answers, dict([context_of("model", model)]), data.path, data)
         check_prompts(model, tokenizer, data.chat_template_kwargs, prompts, data.path)
         with cluster(address):
             check_room([need_of("rollout", config.rollout), need_of("verifier", config.verifier)])

@@ -3,6 +3,7 @@
 transformers itself says what it would load: it is given tensors of the stored names and shapes without their contents.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -62,7 +63,7 @@ def _some(keys: set[str]) -> str:
 def _quiet() -> Iterator[None]:
     """transformers' own report of what it finds would repeat ours."""
     before = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
+    transformers_logging.set_verbosity(logging.CRITICAL)
     try:
         yield
     finally:

@@ -161,18 +161,6 @@ def varying_frequencies(config: Any) -> tuple[str, int] | None:
     return min(limits, key=lambda limit: limit[1], default=None)
 
 
-def check_positions(name: str, longest: int) -> None:
-    """Refuse `longest` tokens where the frequencies of the model would depend on its batch. Raises ModelError."""
-    varying = varying_frequencies(load_config(name))
-    if varying and longest > varying[1]:
-        kind, limit = varying
-        raise ModelError(
-            f"with rope_type={kind} prompt and response stay within the {limit} tokens of the model's original length",
-            f"{name}: up to {longest} tokens; a longer one gets other frequencies, and so do all beside it in a batch",
-            "lower rollout.max_new_tokens, shorten the prompts, or use a model with one set of frequencies",
-        )
-
-
 def load_causal_lm(name: str, dtype: str = "fp32", attention: str = "sdpa", device: str = "cpu") -> PreTrainedModel:
     """A causal language model, in evaluation mode. `attention`: "sdpa", or "packed" for packed batches."""
     config, folder = load_config(name), locate_model(name)

@@ -64,7 +64,10 @@ CASES = {
     "a model of its own code": (["student.model=MODELS/code"], "never run"),
     "a quantised teacher": (["teacher.model=MODELS/quantised"], "quantization_config of awq"),
     "weights of another depth": (["teacher.model=MODELS/shallow"], "Qwen3ForCausalLM has no model.layers.1"),
-    "LongRoPE beyond its length": (["teacher.model=MODELS/long", "rollout.max_new_tokens=20"], "within the 12 tokens"),
+    "LongRoPE beyond its length": (
+        ["teacher.model=MODELS/long", "rollout.max_new_tokens=20"],
+        "(rope_type=longrope:",
+    ),
     "missing dataset": (["data.path=/absent.jsonl"], "/absent.jsonl: no such file"),
     "missing evaluation set": (["eval.path=/absent.jsonl"], "/absent.jsonl: no such file"),
     "empty dataset": (["data.path=TMP/empty.jsonl"], "empty"),

@@ -39,7 +39,7 @@ def test_a_template_that_cannot_be_used_says_why(template, message, tmp_path):
     tokenizer.chat_template = template
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"prompt": "3 + 4 =", "answer": "7"}) + "\n")
-    with pytest.raises(ModelError, match=rf"(?s)row 0 of .*rows\.jsonl.*{message}"):
+    with pytest.raises(ModelError, match=rf"(?s)rows\.jsonl line 1.*{message}"):
         load_prompts(Data(path=str(rows)), str(rows), "train", tokenizer)
 
 

@@ -121,7 +121,7 @@ def test_a_prompt_longer_than_a_context_is_named_or_left_out(tmp_path: Path) -> 
     prompts, refuse, drop = load(path), Data(path=path), Data(path=path, too_long="drop")
     contexts = {"student": 100, "teacher t": 60}
     assert fitting(prompts, 10, contexts, "d", refuse) == fitting(prompts, 10, contexts, "d", drop) == prompts
-    with pytest.raises(DataError, match="teacher t's context of 60") as error:
+    with pytest.raises(DataError, match="context of 60 tokens of the teacher t") as error:
         fitting(prompts, 11, contexts, "d", refuse)
     assert "prompt i50 of d: 50 + 11 new tokens = 61; 1 of 3 rows" in error.value.found
     assert "data.too_long=drop" in error.value.remedy
