@@ -10,23 +10,28 @@ from ..contracts.config import Config, Teacher
 from ..models.loading import eos_ids, load_tokenizer
 from .methods import compose_stages
 from .methods.composition import Composition
-from .preflight import Inputs, check_inputs, context_length, needs_of
+from .preflight import Inputs, context_length, needs_of
 from .progress import plain
+from .resuming import begin
 from .run_folder import RunFolder
+from .services import judges
 
 
 def check(config: Config, resume: bool, console: Console) -> bool:
     """Print one screen of what would run; True. Raises an InputError where a run would."""
+
+    def note(text: str) -> None:
+        console.out(plain(text), highlight=False)
+
     compositions = compose_stages(config)
     folder = RunFolder(Path(config.output_dir).absolute())
-    folder.check(config, resume)
-    inputs = check_inputs(config, compositions)
-    checkpoint = folder.latest_checkpoint() if resume else None
+    with folder.claimed(config, resume, note):
+        inputs, checkpoint = begin(config, compositions, folder, resume, note)
     begins = f"goes on after step {checkpoint[1]['step']}" if checkpoint else "starts anew"
     lines = [("run folder", f"{folder.path}: {begins}"), *_lines(config, compositions, inputs)]
     for label, text in lines:
-        console.out(f"{plain(label):<14}{plain(text)}", highlight=False)
-    console.out("Nothing is wrong that can be seen without Ray.", highlight=False)
+        note(f"{label:<16}{text}")
+    note("Nothing is wrong that can be seen without Ray.")
     return True
 
 
@@ -50,11 +55,11 @@ def _lines(config: Config, compositions: Sequence[Composition], inputs: Inputs) 
         if prompts:
             often = f"every {evaluation.every} steps" if evaluation.every else "before and after"
             yield "evaluation", f"{path}: {len(prompts):,} problems × {evaluation.samples}, {often}"
-    yield "verifier", config.verifier.kind
+    yield "verifier", config.verifier.kind if judges(config, compositions) else "nothing is judged"
     yield "responses end", _ends(config.student.model)
     needs = needs_of(config, compositions)
     for need in needs:
-        yield f"  {need.pool}"[:13], f"{need.replicas} × {_resources(need.each)}"
+        yield f"  {need.pool}", f"{need.replicas} × {_resources(need.each)}"
     yield "  in all", _resources({key: sum(n.replicas * n.each.get(key, 0) for n in needs) for key in ("CPU", "GPU")})
     every = f" and every {config.checkpoint.every} steps" if config.checkpoint.every else ""
     yield "checkpoints", f"every {config.checkpoint.minutes:g} minutes{every}, the newest {config.checkpoint.keep} kept"

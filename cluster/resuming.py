@@ -1,12 +1,39 @@
-"""`--resume auto`: one command starts a run, goes on with it and, once it is finished, leaves it alone."""
+"""What a run begins with: its inputs and, where it goes on, its checkpoint.
+
+`--resume auto` starts a run, goes on with it and, once it is finished, leaves it alone.
+"""
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..contracts.config import Config
 from ..contracts.errors import RunFolderError
 from ..contracts.recipe import load_config
-from .run_folder import RunFolder
+from .identity import compare, identity_of
+from .methods.composition import Composition
+from .preflight import Inputs, check_inputs
+from .run_folder import Checkpoint, RunFolder
+
+
+def begin(
+    config: Config, compositions: Sequence[Composition], folder: RunFolder, resume: bool, note: Callable[[str], None]
+) -> tuple[Inputs, Checkpoint | None]:
+    """All that the run reads, checked; `note` hears what a person should know of it. Raises an InputError."""
+    inputs = check_inputs(config, compositions)
+    checkpoint = folder.latest_checkpoint() if resume else None
+    folder.identity = identity_of(config, inputs)
+    for said in compare(folder.recorded(checkpoint), folder.identity) if resume else []:
+        note(said)
+    for reason, count in inputs.left_out.items():
+        note(f"{count} rows left out of the data: {reason}")
+    for said in inputs.notes:
+        note(said)
+    for name, limits in inputs.servers.items():
+        note(f"{name}: {limits}")
+    if checkpoint:
+        note(f"resuming after step {checkpoint[1]['step']} from {checkpoint[0]}")
+    return inputs, checkpoint
 
 
 def holds_run(config: Config) -> bool:
@@ -29,9 +56,11 @@ def finished_after(config: Config) -> int:
     RunFolder(folder).check(config, resume=True)
     try:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        interrupted, steps = bool(summary["interrupted"]), int(summary["steps"])
     except FileNotFoundError:  # it is written last, and goes when a run goes on
         return 0
-    except (OSError, ValueError) as error:
-        raise RunFolderError("a run's summary.json can be read", f"{folder}: {error}", "remove it") from error
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        found = f"{folder}/summary.json: {type(error).__name__}: {error}"
+        raise RunFolderError("a run's summary.json is as it was written", found, "remove it") from error
     more = config.total_steps > load_config(folder / "config.yaml").total_steps
-    return 0 if summary["interrupted"] or more else summary["steps"]
+    return 0 if interrupted or more else steps

@@ -23,7 +23,6 @@ from ..contracts.records import Prompt, Sampling
 from .driver import Driver, standing
 from .evaluation import EvalPlan, ProblemSet, evaluate
 from .flow import Flow, Services
-from .identity import compare, identity_of
 from .interrupt import Interrupt
 from .learner_group import LearnerGroup
 from .methods import compose_stages, own_module
@@ -31,10 +30,11 @@ from .methods.composition import Composition
 from .metrics import MetricsLog
 from .model_card import write_model_card
 from .pool import Pool
-from .preflight import Inputs, check_inputs, needs_of
+from .preflight import Inputs, needs_of
 from .progress import Progress, final_table
 from .recording import Recorder
 from .report import write_report
+from .resuming import begin
 from .room import check_room
 from .run_folder import Checkpoint, RunFolder
 from .runtime import cluster
@@ -95,25 +95,13 @@ def train(config: Config, resume: bool, address: str | None, console: Console) -
         compositions = compose_stages(config)
         stack.enter_context(folder.claimed(config, resume, progress.note))
         stack.enter_context(folder.room_for("the run"))
-        inputs = check_inputs(config, compositions)
-        checkpoint = folder.latest_checkpoint() if resume else None
-        folder.identity = identity_of(config, inputs)
-        for note in compare(folder.recorded(checkpoint), folder.identity) if resume else []:
-            progress.note(note)
+        inputs, checkpoint = begin(config, compositions, folder, resume, progress.note)
         if checkpoint:
             tally.resume(checkpoint[1]["tally"])
         startup.phase("ray", "joining Ray" if address else "starting Ray")
         _take_own_code_along(config)
         stack.enter_context(cluster(address, progress.note))
         check_room(needs_of(config, compositions))
-        for reason, count in inputs.left_out.items():
-            progress.note(f"{count} rows left out of the data: {reason}")
-        for note in inputs.notes:
-            progress.note(note)
-        for name, limits in inputs.servers.items():
-            progress.note(f"{name}: {limits}")
-        if checkpoint:
-            progress.note(f"resuming after step {checkpoint[1]['step']} from {checkpoint[0]}")
         prompts = ray.put(encode(Prompt, inputs.train))
         run = Run(
             config=config,

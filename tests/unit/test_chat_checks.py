@@ -47,7 +47,7 @@ def test_the_row_that_a_template_refuses_is_named(tmp_path):
     tokenizer = tokenizer_of("{% if 'z' in messages[-1].content %}{{ raise_exception('no z') }}{% endif %}" + CHATML)
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": text, "answer": "7"}) + "\n" for text in ("a", "b", "z")))
-    with pytest.raises(ModelError, match=r"row 2 of .*no z"):
+    with pytest.raises(ModelError, match=r"rows.jsonl line 3.*no z"):
         load_prompts(Data(path=str(rows)), str(rows), "train", tokenizer)
 
 

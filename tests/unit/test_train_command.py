@@ -89,11 +89,12 @@ def test_check_says_what_would_run_and_writes_nothing(recipe: Path, tmp_path: Pa
     before = everything(tmp_path)
     result = train(recipe, "--check", f"output_dir={tmp_path}/run", "checkpoint.every=2", "checkpoint.minutes=7")
     assert result.exit_code == 0, result.output
-    said = {line[:14].strip(): line[14:] for line in result.stdout.splitlines()}
+    said = {line[:16].strip(): line[16:] for line in result.stdout.splitlines()}
     assert said["run folder"] == f"{tmp_path}/run: starts anew"
     assert said["method"] == "opd, 4 steps"
     assert said["student"].startswith(f"{recipe.parent}/student: fp32, transformers")
-    assert said["teacher"].endswith("sampled")
+    assert f"teacher         {recipe.parent}/teacher: fp32, transformers, sampled\n" in result.stdout
+    assert said["teacher"] == "1 × 0.2 CPU, 0 GPU"  # its pool, further down
     assert "8 rows, the longest prompt " in said["data"]
     assert said["responses end"].startswith("at <eos> (")
     assert said["rollout"] == "3 × 0.2 CPU, 0 GPU"
