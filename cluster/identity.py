@@ -30,7 +30,7 @@ Identity = dict[str, dict[str, Any]]  # what is read → digest, place, and of d
 
 WHOLE_BYTES = 2 * 2**30
 BLOCK = 4096
-MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.py", "additional_chat_templates/*")
+MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "additional_chat_templates/*")
 PACKAGE = "tutorloop"  # its own code is known by its version
 BANK = "skill bank"
 EVALUATION = ("evaluation data", "out-of-distribution data")
