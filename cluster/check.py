@@ -7,10 +7,10 @@ from typing import Any
 from rich.console import Console
 
 from ..contracts.config import Config, Teacher
-from ..models.loading import eos_ids, load_tokenizer
+from ..models.loading import context_length, eos_ids, load_config, load_tokenizer
 from .methods import compose_stages
 from .methods.composition import Composition
-from .preflight import Inputs, context_length, needs_of
+from .preflight import Inputs, needs_of
 from .progress import plain
 from .resuming import begin
 from .run_folder import RunFolder
@@ -49,7 +49,7 @@ def _lines(config: Config, compositions: Sequence[Composition], inputs: Inputs) 
     if config.reference:
         yield "reference", f"{config.reference.model}: {config.reference.dtype}"
     longest = max(len(prompt.token_ids) for prompt in inputs.train)
-    room = context_length(config.student.model)
+    room = context_length(load_config(config.student.model))
     yield "data", f"{data.path}: {len(inputs.train):,} rows, the longest prompt {longest:,} tokens of {room:,}"
     for path, prompts in ((evaluation.path, inputs.in_distribution), (evaluation.ood_path, inputs.out_of_distribution)):
         if prompts:
