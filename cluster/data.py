@@ -110,7 +110,7 @@ def _solution(row: Row, data: Data, said: str, thinking: tuple[str, str]) -> str
         solution = row.text(field, "data.solution_field")
     if solution.strip() and said.strip() and solution.strip() != said.strip():
         found = f"the assistant's message at the end of `{data.prompt_field}`, and another text in `{field}`"
-        raise row.refused("a row has one solution", found, "set data.solution_field= to take the messages'")
+        raise row.refused("a row has one solution", found, "data.solution_field=none takes the messages'")
     return solution if solution.strip() else said
 
 

@@ -115,8 +115,8 @@ class Row:
             raise self.refused("a number in a text field is written exactly and without an exponent", found, remedy)
         found, remedy = f"`{field}` is a {kind_of(value)}", "write it as text"
         if key in OPTIONAL:
-            remedy += f", or set {key}= where none is needed"
-        if isinstance(value, dict):
+            remedy += f", or set {key}=none where none is needed"
+        if isinstance(value, dict) and not field.endswith("]"):
             names = [str(name) for name, one in value.items() if isinstance(one, str | int | float)] or ["…"]
             found = f"`{field}` is a struct with keys {', '.join(map(str, value))}"
             name = next((n for n in ("ground_truth", "answer", "content", "text") if n in names), names[0])
