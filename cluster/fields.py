@@ -16,8 +16,15 @@ from ..contracts.json_files import kind_of, written_number
 ROLES = ("system", "user", "assistant")
 SHAREGPT = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 LIKELY = {  # what other datasets call a field
-    "data.prompt_field": ("messages", "conversations", "problem", "question", "instruction", "query"),
-    "data.answer_field": ("reward_model.ground_truth", "extra_info.answer", "final_answer", "ground_truth", "gold"),
+    "data.prompt_field": ("prompt", "messages", "conversations", "problem", "question", "instruction", "query"),
+    "data.answer_field": (
+        "answer",
+        "reward_model.ground_truth",
+        "extra_info.answer",
+        "final_answer",
+        "ground_truth",
+        "gold",
+    ),
 }
 
 OPTIONAL = ("data.answer_field", "data.solution_field")
@@ -59,12 +66,17 @@ class Row:
 
     def missing(self, field: str, key: str) -> DataError:
         """The error of a row without a value in a field that it needs."""
+        rule, value = f"every row needs a value in `{field}`", self.get(field)
+        if field in self.values or value is not None:
+            return DataError(
+                rule, f"{self.place}: it is {'null' if value is None else 'empty'}", "fill it, or drop the row"
+            )
         found = f"{self.place} has keys {sorted(map(str, self.values))}"
         head = field.partition(".")[0]
         if field != head and isinstance(self.values.get(head), str):
             found += f", and `{head}` is text: JSON in a text is not read"
         likely = next((name for name in LIKELY.get(key, ()) if self.get(name)), "…")
-        return DataError(f"every row needs a value in `{field}`", found, f"name the field with {key}={likely}")
+        return DataError(rule, found, f"name the field with {key}={likely}")
 
     def whole(self, text: str, field: str) -> str:
         """The text, if it can be encoded: half a character (a lone surrogate) cannot. Raises DataError."""

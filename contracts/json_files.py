@@ -140,13 +140,19 @@ def _parsed(raw: bytes, place: str, rule: str, remedy: str, error: type[InputErr
         refuse("nested too deep")
     except json.JSONDecodeError as found:
         refuse(f"{found}: {text.strip()[:SHOWN]!a}")
-    except ValueError as found:  # a key twice, or an integer of more digits than Python reads
-        refuse(str(found).partition(";")[0])
+    except _Twice as found:
+        refuse(str(found))
+    except ValueError as found:  # an integer of more digits than Python reads
+        refuse(str(found).partition(";")[0], "write it as text")
+
+
+class _Twice(ValueError):
+    """A key of an object."""
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     read = dict(pairs)
     if len(read) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!a} stands twice in one object")
+        raise _Twice(f"the key {next(key for key in keys if keys.count(key) > 1)!a} stands twice in one object")
     return read
