@@ -195,3 +195,9 @@ def test_an_export_names_neither_the_students_files_nor_its_code(tmp_path):
         assert torch.equal(model.get_output_embeddings().weight, before.get_tensor("lm_head.weight"))
     first, last = generation_config(str(folder)), generation_config(str(tmp_path / "final"))
     assert first and last and first.eos_token_id == last.eos_token_id
+
+
+def test_buffers_that_transformers_itself_leaves_out_are_let_through(student):
+    """Older checkpoints of Llama and others hold their angles."""
+    weights_of(student, model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(16))
+    check(student)
