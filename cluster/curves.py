@@ -27,6 +27,7 @@ def plots_of(steps: Rows, evals: Rows) -> Iterable[tuple[str, str, list[Panel]]]
     stages = {name: ("seconds", name) for name in keys_of(steps, "seconds") if name not in ("total", *BETWEEN_STEPS)}
     views = {a: {name: ("learner", f"skill_{a}_{name}") for name in STANCES} for a in ("right", "wrong")}
     speed, busy = ({name: ("pools", name, key) for name in pools} for key in ("tokens_per_second", "busy_fraction"))
+    speed = {name: place for name, place in speed.items() if np.nansum(_values(steps, place))}  # a verifier has none
 
     def panel(unit: str, places: dict[str, Place], share: bool = False, bars: bool = False) -> Panel:
         most = MOST_BARS if bars else MOST_POINTS

@@ -197,7 +197,7 @@ def _sample(line: Mapping[str, Any]) -> Text:
 
 def sample_facts(line: Mapping[str, Any]) -> str:
     """What became of a recorded rollout, on one line."""
-    facts = [f"step {line['step']}", line.get("model") or line["source"]]
+    facts = [f"step {line['step']}", line["source"]]
     if line.get("abstained"):
         facts.append(f"not judged: {line.get('error_class')}")
     elif "passed" in line:

@@ -28,6 +28,7 @@ def lines_of(wanted: Wanted, prompts: pa.RecordBatch, rollouts: pa.RecordBatch, 
     for row, prompt, known in wanted:
         of_prompt = {name: prompts.column(name)[prompt].as_py() for name in OF_PROMPT}
         line = {**known, **_rollout(rollouts, row, of_prompt)}
+        line["source"] = known.get("model", line["source"])  # an evaluation asks one model, whoever that is
         if verdicts is not None:
             line |= _verdict(verdicts, row)
         lines.append(json.dumps(line, allow_nan=False) + "\n")

@@ -127,9 +127,11 @@ def test_the_newest_that_passed_and_failed_and_one_of_an_evaluation_are_shown(tm
     passed, failed, evaluated = shown_samples(tmp_path)
     assert (passed["step"], passed["passed"], failed["step"], failed["passed"]) == (29, True, 29, False)
     assert (evaluated["kind"], evaluated["response"]) == ("eval", "e")
+    written(tmp_path, rng, ["t"], [29], "eval", model="teacher")
+    assert shown_samples(tmp_path)[-1]["source"] == "teacher"
     assert "student · did not pass · answer e" in sample_facts(evaluated)
     text = (tmp_path / ROLLOUTS_FILE).read_text()
-    assert newest_sample(text) == evaluated and newest_sample("") is None
+    assert newest_sample(text) == shown_samples(tmp_path)[-1] and newest_sample("") is None
 
 
 def test_long_lines_are_read_from_the_end_whole(tmp_path):
