@@ -129,7 +129,11 @@ class Row:
         if key in OPTIONAL:
             remedy += f", or set {key}=none where none is needed"
         if isinstance(value, dict) and not field.endswith("]"):
-            names = [str(name) for name, one in value.items() if isinstance(one, str | int | float)] or ["…"]
+            names = [
+                str(name)
+                for name, one in value.items()
+                if isinstance(one, str | int | float) or (one and is_messages(one))
+            ] or ["…"]
             found = f"`{field}` is a struct with keys {', '.join(map(str, value))}"
             name = next((n for n in ("ground_truth", "answer", "content", "text") if n in names), names[0])
             remedy = f"name the one that is meant: {key}={field}.{name}"

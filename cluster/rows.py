@@ -28,6 +28,14 @@ SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")  # what 
 def read_rows(path: str, name: str = "", split: str = "train") -> Rows:
     """Rows of a dataset, each with its place; `name` and `split` are of a hub dataset, `split` of a folder too. Raises
     DataError."""
+    try:
+        return _found(path, name, split)
+    except (OSError, RuntimeError) as error:  # a name that no disk takes, a folder that may not be read, ~nobody
+        found = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise DataError(KINDS, f"{path}: {found}", "check the path") from error
+
+
+def _found(path: str, name: str, split: str) -> Rows:
     if path.startswith("lab:"):
         try:
             return _read_file(lab.data_path(path.removeprefix("lab:")))

@@ -260,6 +260,14 @@ def test_absent_files_are_not_sought_on_the_hub(path: str) -> None:
     assert "hub`" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "path", ["x" * 300, "~nobody_here/x.jsonl", "a\x00b.jsonl", "/", "/dev/null", "/proc/self/mem"]
+)
+def test_paths_that_nothing_can_be_read_from(path: str) -> None:
+    with pytest.raises(DataError, match=r"data\.path"):
+        values(path)
+
+
 def test_messages_name_the_place_in_each_kind(tmp_path: Path) -> None:
     bad = [{"prompt": "x", "answer": "1"}, {"prompt": "y", "answer": {"a": "1"}}]
     folder = tmp_path / "s"

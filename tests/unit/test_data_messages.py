@@ -119,3 +119,11 @@ def test_messages_that_no_template_takes_are_refused(load: Any, turns: Any, foun
 def test_an_empty_last_user_turn_is_no_prompt(load: Any) -> None:
     with pytest.raises(DataError, match="every row needs a value in `prompt`"):
         load({"prompt": [user(" ")], "answer": "1"})
+
+
+def test_messages_within_a_struct_are_named(load: Any) -> None:
+    row = {"prompt": {"tools": [], "messages": [user("x")]}, "answer": "1"}
+    with pytest.raises(DataError) as error:
+        load(row)
+    assert error.value.remedy.endswith("data.prompt_field=prompt.messages")
+    assert load(row, prompt_field="prompt.messages")[0].text == "x"
