@@ -209,7 +209,7 @@ def _check_contexts(
         data = config.data
         own = (data.chat_template_kwargs, config.templates, data.prompt_suffix, config.thinking)
         try:
-            Prompter(tokenizers[name], *own).ids(context, prompt, checked=True, **words)
+            Prompter(tokenizers[name], *own, checked=True).ids(context, prompt, **words)
         except ModelError as error:
             raise ModelError(error.rule, f"{context}, shown to the {name}: {error.found}", error.remedy) from error
 

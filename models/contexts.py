@@ -85,7 +85,8 @@ def _template(context: str, own: Mapping[str, str]) -> str:
 class Prompter:
     """Builds the ids of a prompt in a context, for one model's tokenizer. Raises ConfigError for bad templates.
 
-    `suffix`: the recipe's own words at the end of every problem; `thinking`: the marks of what a peer is shown without.
+    `suffix`: the recipe's own words at the end of every problem; `thinking`: the marks of what a peer is shown without;
+    `checked`: the chat template must show every turn.
     """
 
     def __init__(
@@ -95,9 +96,12 @@ class Prompter:
         templates: Mapping[str, str] | None = None,
         suffix: str = "",
         thinking: Marks = THINKING,
+        *,
+        checked: bool = False,
     ) -> None:
         self.tokenizer, self.template_kwargs = tokenizer, dict(template_kwargs or {})
         self.templates, self.suffix, self.thinking = dict(templates or {}), suffix, thinking
+        self.checked = checked
         check_templates(self.templates)
 
     def ids(
@@ -111,11 +115,10 @@ class Prompter:
         skill: str = "",
         mistake: str = "",
         title: str = "",
-        checked: bool = False,
     ) -> np.ndarray | None:
         """int32 `[P]`, chat template and generation prompt applied; None where a field that it needs is empty.
 
-        The turns before the problem stay before it. `checked`: the template must show every turn. Raises ModelError.
+        The turns before the problem stay before it. Raises ModelError.
         """
         if context == PLAIN:
             return prompt.token_ids
@@ -136,7 +139,7 @@ class Prompter:
         if text is None:
             return None
         turns = [*before, {"role": "user", "content": text}]
-        return prompt_ids(self.tokenizer, turns, self.template_kwargs, checked=checked)
+        return prompt_ids(self.tokenizer, turns, self.template_kwargs, checked=self.checked)
 
 
 def fill(template: str, values: Mapping[str, str]) -> str | None:
