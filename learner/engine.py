@@ -15,8 +15,6 @@ from torch import nn
 
 from ..contracts.config import Learner
 
-PROBE = 2  # words
-
 
 class SittingAdamW(torch.optim.AdamW):
     """AdamW that can sit an update out: DeepSpeed then clears its gradients, and weights and moments stay."""
@@ -130,8 +128,8 @@ def weights_are_finite(engine: Any) -> bool:
 
 
 @torch.no_grad()
-def forward_is_finite(engine: Any) -> bool:
-    """Of a few words: finite weights can be too large to be multiplied with each other. All ranks must call it."""
-    ids = torch.arange(PROBE, device=engine.device)
-    sound = engine(ids, ids[:1] + PROBE, ids, lambda hidden, head: (hidden @ head.T).isfinite().all())
-    return bool(sound)
+def forward_is_finite(engine: Any, token_ids: torch.Tensor, lengths: torch.Tensor) -> bool:
+    """Of packed sequences, each read at its last token: finite weights can be too large to be multiplied with each
+    other. All ranks must call it."""
+    last = lengths.cumsum(0) - 1
+    return bool(engine(token_ids, lengths, last, lambda hidden, head: (hidden @ head.T).isfinite().all()))

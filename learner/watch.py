@@ -17,6 +17,7 @@ class Watch:
     """One update on this rank. Losses come term by term, in the order of the micro-batches' trained tokens."""
 
     def __init__(self) -> None:
+        self.read: list[tuple[Tensor, Tensor]] = []  # token ids and lengths of each micro-batch
         self._moves: list[Tensor] = []
         self._unsound: dict[str, list[Tensor]] = {}
 

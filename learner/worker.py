@@ -47,6 +47,7 @@ class LearnerWorker:
 
     whole = True  # the weights are those of a step's end, and finite
     version = 0  # of the weights, where a step has made them
+    proof: tuple[torch.Tensor, ...] = ()  # token ids and lengths of a micro-batch that the weights must read
     unproven: frozenset[str] = frozenset()  # teachers whose head has not been compared with what they say
     longest = 0
 
@@ -224,6 +225,7 @@ class LearnerWorker:
         for i, selection in enumerate(selections):
             batch = collate(selection, self.terms, self.device, share)
             objective = Objective(self.terms, batch, divisors, self.heads, self.correction, sums, watch)
+            watch.read.append((batch.token_ids, batch.lengths))
             self.engine.set_gradient_accumulation_boundary(i == len(selections) - 1)
             loss = self.engine(
                 batch.token_ids,
@@ -233,6 +235,7 @@ class LearnerWorker:
             )
             # DeepSpeed averages gradients over ranks; the loss is a sum over them.
             self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
+        self.proof = watch.read[0]
         return watch
 
     def _moves(self, watch: Watch, selections: list[Selection], place: tuple[int, int, int]) -> bool:
@@ -240,7 +243,10 @@ class LearnerWorker:
         moves, *unsound = self._over_ranks(watch.flags(term.key for term in self.terms))
         if any(unsound):
             names = [f"loss_{term.key}" for term, count in zip(self.terms, unsound, strict=True) if count]
-            rollouts = self._of_all(watch.rollouts(selections))
+            own = watch.rollouts(selections)
+            held = (any(e.rollout.rollout_id in own for e in selection.examples) for selection in selections)
+            self.proof = next((read for read, bad in zip(watch.read, held, strict=True) if bad), self.proof)
+            rollouts = self._of_all(own)
             raise self._stopped(f"{', '.join(names)} is not finite", place, rollouts)
         return moves > 0
 
@@ -307,7 +313,7 @@ class LearnerWorker:
         if not self.whole:
             found = "a step that failed has changed the weights"
             raise LearnerError("a checkpoint holds the weights of a step's end", found, "continue with --resume")
-        if self._over_ranks([float(not forward_is_finite(self.engine))])[0]:
+        if self._over_ranks([float(bool(self.proof) and not forward_is_finite(self.engine, *self.proof))])[0]:
             raise not_finite("logits of the weights, before they are saved", self.version - 1)
         self.engine.save_checkpoint(folder, tag="learner", exclude_frozen_parameters=True)
 

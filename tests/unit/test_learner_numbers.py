@@ -143,18 +143,19 @@ def test_weights_inside_a_step_that_failed_are_never_saved(late, tmp_path):
         learner.save(str(tmp_path))
 
 
-def test_weights_too_large_to_multiply_take_no_good_checkpoints_place(tmp_path):
-    """Each is finite, and the first forward is not."""
+@pytest.mark.parametrize("seen", ["before the save", "by the next loss"])
+def test_weights_too_large_to_multiply_take_no_good_checkpoints_place(seen, tmp_path):
+    """Each is finite, and the forward of what the step trained on is not; or that of one rollout of the next step."""
     world = World()
     learner = OneProcess(world.student(), PG)
-    huge = [torch.full_like(p, 1e30) for p in learner.engine.module.parameters()]
-
-    def step():
-        for p, value in zip(learner.engine.module.parameters(), huge, strict=True):
-            p.data.copy_(value)
-
-    learner.engine.optimizer.step = step
-    assert np.isfinite(learner.learn([taught(world, "r")], version=6).loss)
+    rows = [taught(world, "r")]
+    words = rows[0].rollout.token_ids.astype(np.int64)
+    embedding = learner.engine.module.embedding
+    learner.engine.optimizer.step = lambda: embedding.data.index_fill_(0, torch.from_numpy(words), torch.finfo().max)
+    assert np.isfinite(learner.learn(rows, version=6).loss)
+    if seen == "by the next loss":
+        with pytest.raises(NotFinite, match="step 8, update 1 of 1: loss_policy_gradient is not finite"):
+            learner.learn(rows, [[[], [0]]], version=7)
     with pytest.raises(NotFinite, match="step 7: logits of the weights, before they are saved"):
         learner.save(str(tmp_path))
 
