@@ -34,7 +34,7 @@ quickstart: setup
 test: setup lint test-unit types test-packaging test-vllm test-ray
 
 test-unit: setup
-	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m pytest tests/unit -n 2
 
 test-ray: setup
 	$(BIN)/python -m pytest tests/ray

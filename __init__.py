@@ -8,4 +8,4 @@ prompts → rollout pool ─┬→ teacher pool  ─┐                        �
                            verifier_service/
 """
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
