@@ -18,7 +18,7 @@ import numpy as np
 
 from ..contracts.errors import ModelError
 from ..contracts.sections import THINKING
-from .thinking import Marks, last_of, marks_in, split, without_thinking
+from .thinking import Marks, last_of, marks_in, split
 
 Turns = Sequence[Mapping[str, str]]
 
@@ -69,10 +69,11 @@ def generation_prompt(tokenizer: Any, turns: Turns, template_kwargs: Mapping[str
 
 def check_shown(tokenizer: Any, turns: Turns, template_kwargs: Mapping[str, Any], rendered: str) -> None:
     """Raises ModelError for a turn whose words the template left out. What it does to spaces is its own affair."""
+    pairs = marks_in(template_of(tokenizer, template_kwargs))
     words = [turn["content"].strip() for turn in turns]
     for i, turn in enumerate(turns):
-        for pair in marks_in(template_of(tokenizer, template_kwargs)) if turn["role"] == "assistant" else ():
-            words[i] = without_thinking(words[i], pair)
+        if turn["role"] == "assistant" and words[i] not in rendered:  # templates leave reasoning out
+            words[i] = split(words[i], pairs)[2].strip()
     for turn, text in zip(turns, words, strict=True):
         if not text or rendered.count(text) >= sum(other.count(text) for other in words):
             continue
@@ -178,7 +179,8 @@ def shown_turns(
     template = template_of(tokenizer, template_kwargs)
     if not template:
         return [*turns, {"role": "user", "content": text}]
-    marks = [mark for pair in marks_in(template, THINKING) for mark in pair]
+    named = "".join(sorted(control_names(tokenizer, template)))
+    marks = [mark for pair in marks_in(template + named) for mark in pair]
 
     def words(turn: Mapping[str, str]) -> str:
         keep = marks if turn["role"] == "assistant" else ()

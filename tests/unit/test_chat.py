@@ -158,6 +158,19 @@ def test_turns_stand_before_the_problem_in_every_context(name):
     assert tokenizer.decode(response).endswith("7<|im_end|>")
 
 
+def test_an_assistant_s_turn_may_lose_its_reasoning_alone():
+    said = {"role": "assistant", "content": "<think>sum</think>4 it is"}
+    wordy = {"role": "assistant", "content": "Well <think>sum</think>4"}
+    for name, turn in (("drops", said), ("q3", said), ("chatml", said), ("chatml", wordy)):
+        ids = tokenize_prompt(tokenizer_of(name), "3 + 4 =", {}, turns=[HISTORY[1], turn])
+        text = tokenizer_of(name).decode(ids)
+        assert turn["content"].rpartition(">")[2] in text and ("sum" in text) == (name != "drops")
+    special = tokenizer_of("chatml", ("[THINK]", "[/THINK]"), special=True)  # its template names no marks
+    turn = {"role": "assistant", "content": "[THINK]sum[/THINK]4"}
+    ids = tokenize_prompt(special, "3 + 4 =", {}, turns=[HISTORY[1], turn]).tolist()
+    assert [ids.count(special.convert_tokens_to_ids(mark)) for mark in ("[THINK]", "[/THINK]")] == [1, 1]
+
+
 def test_turns_that_a_template_leaves_out_are_refused():
     without_system = "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.content }}{% endfor %}"
     only_last = "<|im_start|>{{ messages[-1]['content'] }}"
