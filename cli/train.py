@@ -58,7 +58,11 @@ def train(
     ] = False,
     resume: Annotated[
         Resume,
-        typer.Option(metavar="[auto]", help="Continue the run in output_dir; auto: or start it, if it is not there."),
+        typer.Option(
+            metavar="[auto]",
+            show_default=False,
+            help="Continue the run in output_dir; auto: or start it, and leave it alone once it is finished.",
+        ),
     ] = Resume.NO,
     address: Annotated[str | None, typer.Option(help="A running Ray cluster (default: a private local one).")] = None,
 ) -> bool:

@@ -38,7 +38,11 @@ def apply(tree: dict[str, Any], override: str) -> None:
             node = above[parent if isinstance(above, dict) else int(parent)] = {}
     kind = below(kind, leaf)
     _inside(node, leaf, ".".join(parents), key)
-    node[leaf if isinstance(node, dict) else int(leaf)] = _value(override, text, kind)
+    value = _value(override, text, kind)
+    if value is None and isinstance(node, dict):
+        node.pop(leaf, None)
+    else:
+        node[leaf if isinstance(node, dict) else int(leaf)] = value
 
 
 def _inside(node: Any, part: str, place: str, key: str) -> Any:

@@ -100,9 +100,9 @@ def _unusable(value: Any) -> str:
 
 
 def _given(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the keys that hold nothing: `key:` and `key=` mean the default."""
-    kept = {key: _given(value) if isinstance(value, dict) else value for key, value in tree.items()}
-    return {key: value for key, value in kept.items() if value is not None}
+    """Without the keys that hold nothing: `key:` means the default. What a chat template is given is the template's."""
+    inside = {k: _given(v) if isinstance(v, dict) and k != "chat_template_kwargs" else v for k, v in tree.items()}
+    return {key: value for key, value in inside.items() if value is not None}
 
 
 WRITTEN = {  # types of faults: how what is wanted is written

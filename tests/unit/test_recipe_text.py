@@ -85,6 +85,7 @@ def written(folder: Path, text: str | bytes) -> Path:
         ("teacher.urls=", ()),
         ("data.chat_template_kwargs.enable_thinking=off", False),
         ("data.chat_template_kwargs={top: 1e-6, on: x}", {"top": 1e-6, "on": "x"}),
+        ("data.chat_template_kwargs={a: null}", {"a": None}),
         ("learner.betas=[0.9, 0.99]", (0.9, 0.99)),
         ("thinking=[<a>, </a>]", ("<a>", "</a>")),
     ],
