@@ -151,7 +151,7 @@ def test_a_student_that_is_its_own_teacher_has_no_divergence_unless_shifted_by_a
     teachers = {"big": tiny(1), "small": tiny(1)}
     pairs = [pair for i in range(9) if not (pair := example(rng, teachers, f"r{i}"))[1].error_class]
     late = [(rollout, shifted(scores)) for rollout, scores in pairs]
-    metric = "reverse_kl_k3" if TERMS[name].signal == "sampled" else "reverse_kl"
+    metric = {"sampled": "reverse_kl_k3", "topk": "topk_reverse_kl"}.get(TERMS[name].signal, "reverse_kl")
     found = []
     for case in (pairs, late):
         student = PackedStudent(tiny(1, attention="packed"))
