@@ -165,6 +165,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             raise RunFolderError("every line of metrics.jsonl is a JSON row", f"{path}:{number}: {error}") from error
         if not isinstance(row, dict) or row.get("kind") not in ("step", "eval") or not isinstance(row.get("step"), int):
             raise RunFolderError("a row of metrics.jsonl has a kind and a step", f"{path}:{number}: {line[:80]!r}")
+        if "version" in row:  # 0.4.0 counted steps from 0, and the version from 1
+            row["step"] = row.pop("version")
         rows.append(row)
     return rows
 

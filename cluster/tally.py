@@ -54,13 +54,13 @@ class Tally:
         return {**counters, **plain, "before": self.wall_seconds, "evals": evals, "alarms": asdict(self.alarms)}
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint's counts."""
+        """Go on from a checkpoint's counts. Of 0.4.0's, busy time starts anew: it was counted otherwise."""
         for name in COUNTERS:
-            setattr(self, name, Counter(state[name]))
+            setattr(self, name, Counter(state[name] if "available" in state or name not in BUSY else {}))
         for name in (*PLAIN, "before"):
             setattr(self, name, state[name])
         self.evals = [EvalRow(**row) for row in state["evals"]]
-        self.alarms = Alarms(**state["alarms"])
+        self.alarms = Alarms(**state.get("alarms", {}))
 
     @contextmanager
     def paused(self, flow: Flow) -> Iterator[None]:
@@ -276,5 +276,6 @@ def group_shares(shards: Sequence[Shard]) -> dict[str, float]:
 INSTANT = 1e-9  # seconds
 TOKENS = ("generated", "teacher_generated", "given", "scored", "trained")
 TOKENS_OF = {"rollout": "generated", "teacher_rollout": "teacher_generated"}  # by pool; the teachers' are scored
-COUNTERS = ("tokens", "dropped", "failed", "pool_tokens", "busy", "available", "present")
+BUSY = ("busy", "available", "present")
+COUNTERS = ("tokens", "dropped", "failed", "pool_tokens", *BUSY)
 PLAIN = ("staleness_sum", "staleness_rows", "staleness_max", "training_seconds")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from contextlib import closing
 from dataclasses import asdict
 
 import pytest
@@ -234,3 +235,11 @@ def test_reading_rows_loads_neither_torch_nor_ray(tmp_path):
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_rows_of_0_4_0_count_their_steps_as_ours_do(tmp_path):
+    rows = [{"kind": "step", "step": step, "version": step + 1} for step in range(3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with closing(MetricsLog(tmp_path, "127.0.0.1", 0)) as log:
+        log.truncate_after(2)
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2]
