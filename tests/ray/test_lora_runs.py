@@ -96,8 +96,9 @@ def make_pairs(teacher: str, seed: int) -> list[list[tuple[Rollout, TeacherScore
                 logprobs=np.full(response, -math.log(300), np.float32),
                 loss_mask=random.random(response) < 0.85,
             )
-            zeros = np.zeros(response, np.float32)
-            scores = TeacherScores(rollout_id=name, teacher_id="teacher", logprobs=zeros, hidden=hidden.numpy())
+            said = model.lm_head(hidden).log_softmax(-1)[torch.arange(response), torch.from_numpy(ids[prompt:]).long()]
+            own = {"logprobs": said.numpy(), "hidden": hidden.numpy()}
+            scores = TeacherScores(rollout_id=name, teacher_id="teacher", **own)
             steps[-1].append((rollout, scores))
     return steps
 
