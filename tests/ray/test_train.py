@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import ray
+from chat_templates import Q3
 from ray import cloudpickle
 from rich.console import Console
 from safetensors.torch import load_file
@@ -220,7 +221,9 @@ def test_gsm8k_with_a_qwen3_checkpoint_from_disk(tmp_path: Path, address: str) -
         pytest.skip(f"the shared data is not there: {problems}")
     names = {name: str(tmp_path / name) for name in ("student", "teacher")}
     for seed, folder in enumerate(names.values()):
-        AutoTokenizer.from_pretrained(ROOT / "lab" / "models" / "teacher").save_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(ROOT / "lab" / "models" / "teacher")
+        tokenizer.chat_template = Q3  # reads enable_thinking, as the recipe has it
+        tokenizer.save_pretrained(folder)
         tiny_model("qwen3", vocab=512, hidden=32, context=1024, seed=seed).save_pretrained(folder)
     local = [
         "data.name=",
