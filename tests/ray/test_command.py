@@ -140,7 +140,7 @@ def test_of_two_starts_at_once_one_runs(models: Path, tmp_path: Path) -> None:
     last = Command(models, folder, f"steps={len(winner.steps()) + 4}", "--resume")
     code, out, err = last.end()
     assert code == 0 and "taking over" in out, out + err
-    assert [row["step"] for row in last.steps()] == list(range(len(last.steps())))
+    assert [row["step"] for row in last.steps()] == list(range(1, len(last.steps()) + 1))
 
 
 def test_interrupted_twice_ends_at_once_and_leaves_nothing(models: Path, tmp_path: Path) -> None:
