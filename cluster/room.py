@@ -70,10 +70,6 @@ def wait_for_actors(who: str, each: Mapping[str, float], actors: Sequence[Any], 
     _wait(f"{who} ({{}} of {len(actors)} replicas)", each, unplaced, tell)
 
 
-def _placed(record: Any) -> bool:
-    return record is not None and (bool(record.address.worker_id) or record.state == ActorState.DEAD)
-
-
 def wait_for_groups(who: str, each: Mapping[str, float], groups: Sequence[PlacementGroup], tell: Tell) -> None:
     """The same for placement groups."""
 

@@ -163,9 +163,12 @@ def test_a_holder_touches_its_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(claim, "BEAT_SECONDS", 0.01)
     held = Claim.take(tmp_path / "run", lambda _: None)
     os.utime(tmp_path / "run" / "claim-1", (0, 0))
-    while (tmp_path / "run" / "claim-1").stat().st_mtime == 0:
+    for _ in range(3000):
+        if touched := (tmp_path / "run" / "claim-1").stat().st_mtime:
+            break
         time.sleep(0.01)
     held.release()
+    assert touched > 0
 
 
 def test_one_that_stood_still_hears_that_it_was_followed(tmp_path: Path) -> None:
