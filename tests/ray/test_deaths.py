@@ -128,6 +128,8 @@ def test_what_no_single_machine_can_hold_is_refused(joined: None) -> None:
     check_room([need_of("rollout", config.Pool(replicas=2, num_cpus=2))])
     with pytest.raises(ResourceError, match=r"rollout asks for 3 CPU; the largest machine has 2 CPU"):
         check_room([need_of("rollout", config.Pool(replicas=1, num_cpus=3))])
+    with pytest.raises(ResourceError, match=r"rollout asks for 4 CPU; the largest machine has 2 CPU"):
+        check_room([need_of("rollout", config.Rollout(engine="vllm", tensor_parallel=4, num_cpus=1))])
     with pytest.raises(ResourceError, match=r"rollout 2 × 2 \+ verifier 1 × 1 = 5; the cluster has 4"):
         check_room(
             [need_of("rollout", config.Pool(replicas=2, num_cpus=2)), need_of("verifier", config.Pool(num_cpus=1))]

@@ -15,11 +15,8 @@ import pytest
 from rich.console import Console
 from tiny import tiny_qwen3
 
-from tutorloop.actors.worker import RolloutWorker
-from tutorloop.cluster import pool, run
-from tutorloop.cluster.runtime import cluster
-from tutorloop.contracts.config import Rollout
-from tutorloop.contracts.errors import ConfigError, ResourceError, RolloutError
+from tutorloop.cluster import run
+from tutorloop.contracts.errors import ConfigError, ResourceError
 from tutorloop.contracts.recipe import load_config
 
 ROOT = Path(__file__).parents[2]
@@ -115,23 +112,6 @@ def test_a_student_split_in_two(tmp_path, address):
     ways = ("object_store", "broadcast")
     stored, sent = (train("quickstart", tmp_path / way, address, *overrides, f"rollout.transfer={way}") for way in ways)
     same_at_first(stored, sent)
-
-
-def test_a_split_replica_that_fits_on_no_node_is_refused(monkeypatch):
-    from ray.cluster_utils import Cluster
-
-    monkeypatch.setattr(pool, "PLACE_SECONDS", 3)
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
-    try:
-        nodes.add_node(num_cpus=4)
-        with cluster(nodes.address):
-            wide = Rollout(engine="vllm", tensor_parallel=3, num_cpus=2)
-            replicas = pool.Pool("rollout", RolloutWorker, wide, RolloutError, at_once=4, engine="fake", model="none")
-            with pytest.raises(ResourceError, match="fits on one node"):
-                replicas.ready()
-            replicas.close()
-    finally:
-        nodes.shutdown()
 
 
 @pytest.mark.parametrize("engine", ["transformers", "vllm"])
