@@ -184,7 +184,7 @@ def test_a_death_that_is_not_the_learners_saves_first(
         run.train(recipe(tmp_path), False, address, Console(file=(tmp_path / "shown").open("w")))
     thread.join()
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    steps = [row["step"] + 1 for row in map(json.loads, lines) if row["kind"] == "step"]
+    steps = [row["step"] for row in map(json.loads, lines) if row["kind"] == "step"]
     saved = [folder.name for folder in (tmp_path / "run" / "checkpoints").glob("step-*")]
     said = str(caught.value)
     if actor == "LearnerWorker":
