@@ -74,13 +74,18 @@ class Response:
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """A verifier's decision: correct, incorrect, or abstained, and then `error_class` says why."""
+    """A verifier's decision: correct, incorrect, or abstained, and then `error_class` says why.
+
+    `fault`: that reason lies in the response alone (it cannot be read, is too large, exceeds its budget), which is
+    incorrect for it unless the recipe says otherwise (verifier.response_fault), and never a neutral verdict to be had.
+    """
 
     passed: bool
     answer: str = ""  # canonical, "" where none was found
     score: float = math.nan  # the reward; by default 1 where passed, else 0
     error_class: str = ""
     parts: tuple[tuple[str, float], ...] = ()  # of a composite reward: each part's own score
+    fault: bool = False
 
     def __post_init__(self) -> None:
         if math.isnan(self.score):
