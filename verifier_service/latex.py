@@ -18,23 +18,28 @@ from latex2sympy2_extended.antlr_parser import PSParser
 from latex2sympy2_extended.latex2sympy2 import _Latex2Sympy
 from latex2sympy2_extended.math_normalization import normalize_latex
 from math_verify import ExprExtractionConfig, LatexExtractionConfig
-from math_verify.grader import should_treat_as_complex
+from math_verify.grader import should_treat_as_complex, unwrap_fcs
 from math_verify.parser import get_extraction_regexes, get_last_eq
-from sympy import Basic, MatrixBase, nan, zoo
+from sympy import And, Basic, Eq, Expr, Intersection, MatrixBase, Pow, Rational, Set, Union, nan, zoo
+from sympy.core.relational import Relational
 
 CONFIG = LatexExtractionConfig(boxed_match_priority=-1)
 NORMALIZATION = replace(CONFIG.normalization_config, boxed="none")
 ROOT = re.compile(r"\\?\bsqrt\s*\(([^()]*)\)")
 UPRIGHT = re.compile(r"\\mathrm\s*\{\s*([a-z])\s*\}|\\text\s*\{\s*([ei])\s*\}")
 LIST_WORD = re.compile(r"(?<=[0-9)}])(?:or|and)(?=[0-9A-Z(\\-])")  # a word that nobody set apart
+MANY_LINES = re.compile(r"matrix|\{(?:cases|array|aligned|align)\}")
 ESCAPED = re.compile(r"\\\\(?=[a-zA-Z])")
 DOTS = re.compile(r"\\(?:[lcd]?dots\w*|vdots)|\.\.\.|…")
+JUNCTION = re.compile(r"\s*(\\text\{ ?(?:or|and) ?\}|\\(?:lor|vee|land|wedge)(?![A-Za-z])|\b(?:or|and)\b)\s*")
+AND = ("and", r"\land", r"\wedge", r"\text{and}", r"\text{ and }")
+COMPARED = re.compile(r"[<>]|\\(?:le|ge|lt|gt|ne)(?![A-Za-z])")
+BUILDER = re.compile(r"\\\{\s*([a-z])\s*(?:\\in\s*\\mathbb\{R\}\s*)?(?::|\\mid(?![a-z])|\|)\s*(.*)\\\}", re.DOTALL)
+CONJUGATE = re.compile(r"\\(?:overline|bar)\s*\{([-+0-9a-z. ]*i[-+0-9. ]*)\}")
+I_ALONE = re.compile(r"(?<![a-z])i(?![a-z])")
+MOST_PARTS = 8
 SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 SCALE = re.compile(rf"(?:\\text|\\mbox|\\mathrm)\s*\{{\s*({'|'.join(SCALES)})\b|\b({'|'.join(SCALES)})\s*$")
-SIGNS = str.maketrans(
-    {"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": r"\div ", "≤": r"\le ", "≥": r"\ge ", "π": r"\pi "}
-    | {"∞": r"\infty ", "°": r"^\circ ", "\u00a0": " ", "∪": r"\cup "}
-)
 BROKEN_INLINE = re.compile(r"(?<!\$)\$[ \t]*\n[^$]*\n[ \t]*\$(?!\$)|\\\([ \t]*\n[^\\]*\n[ \t]*\\\)")  # a line ends it
 
 for name in ("math_verify.utils", "math_verify.parser", "math_verify.grader"):
@@ -74,20 +79,22 @@ class _Reader(_Latex2Sympy):
 
 def normalised(latex: str) -> str:
     """math-verify's spelling of a formula, with its mistakes in `\\sqrt(2)` and `\\mathrm{e}` kept out."""
-    if "matrix" not in latex:
+    if not MANY_LINES.search(latex):
         latex = ESCAPED.sub(r"\\", latex)
     latex = SCALE.sub(lambda match: rf"\cdot 10^{{{SCALES[match[1] or match[2]]}}}\text{{", latex)
-    latex = ROOT.sub(r"\\sqrt{\1}", latex.translate(SIGNS)).replace("**", "^")
+    latex = ROOT.sub(r"\\sqrt{\1}", latex).replace("**", "^")
     latex = LIST_WORD.sub(", ", latex)
     return normalize_latex(UPRIGHT.sub(lambda match: match[1] or match[2], latex), NORMALIZATION)
 
 
 @lru_cache(maxsize=256)  # golds come again with each response of their group
 def read_formula(latex: str) -> Basic | MatrixBase | None:
-    """The value of a formula; None where it could not be read to its end."""
+    """The value of a formula; None where it could not be read to its end. Roots of odd degree are real ones."""
     if DOTS.search(latex):
         return None
-    text = normalised(latex)
+    if solutions := _read_solutions(latex):
+        return solutions
+    text = normalised(CONJUGATE.sub(lambda match: f"({I_ALONE.sub('(-i)', match[1])})", latex))
     for part in dict.fromkeys((text, get_last_eq(text))):
         try:
             value = _Reader(is_real=not should_treat_as_complex(part)).parse(part)
@@ -97,8 +104,42 @@ def read_formula(latex: str) -> Basic | MatrixBase | None:
             continue
         if not isinstance(value, (Basic, MatrixBase)) or value.has(nan, zoo):
             return None
-        return value
+        return value.replace(_is_odd_root, _real_root) if isinstance(value, Expr) and value.has(Pow) else value
     return None
+
+
+def _is_odd_root(value: Basic) -> bool:
+    """A cube root, or another odd one, of a negative number: the parser has the complex one."""
+    if not isinstance(value, Pow) or not isinstance(value.exp, Rational) or value.exp.p != 1 or value.exp.q % 2 == 0:
+        return False
+    base = value.base.doit() if value.base.is_number else None
+    return bool(base is not None and base.is_extended_real and base.is_negative)
+
+
+def _real_root(value: Any) -> Basic:
+    return -((-value.base) ** value.exp)
+
+
+def _read_solutions(latex: str) -> Set | None:
+    r"""The numbers that `x<1 \text{ or } x>3` or `\{x : x>2\}` speaks of; None of what is neither."""
+    builder = BUILDER.fullmatch(latex.strip())
+    if builder:
+        latex = builder[2]
+    parts = JUNCTION.split(latex)[::2]
+    if (len(parts) == 1 and not builder) or len(parts) > MOST_PARTS or not all(map(COMPARED.search, parts)):
+        return None
+    joined = {"and" if junction.strip() in AND else "or" for junction in JUNCTION.findall(latex)}
+    read = [read_formula(part.strip()) for part in parts]
+    if len(joined) > 1 or not all(isinstance(one, Relational | And) for one in read):
+        return None
+    letters = set[Basic]().union(*(one.free_symbols for one in read if one is not None))
+    if len(letters) != 1 or any(isinstance(one, Eq) for one in read):
+        return None
+    try:
+        sets = [unwrap_fcs(one).as_set() for one in read]  # pyright: ignore
+        return (Intersection if joined == {"and"} else Union)(*sets)
+    except Exception:  # sympy cannot
+        return None
 
 
 def search(text: str) -> str:

@@ -7,19 +7,31 @@ is one value, boxes joined to it by no more than commas, `and`, `or` are one lis
 """
 
 import re
+from collections.abc import Iterator
 from fractions import Fraction
+from functools import lru_cache
 from typing import Literal
 
 from ..contracts.protocols import Judgement, Response
 from ..contracts.sections import THINKING
-from .answers import gold_answer, plain_number, read_answer, values, without_dollars
+from .answers import gold_answer, read_answer, values, without_dollars
+from .forms import ambiguous, characters, spelled
 from .math_guard import too_large
+from .quantities import TAKES_BACK, Quantity, read_quantity
 
-LOOSE = re.compile(r"\\(?:left|right|displaystyle)(?![A-Za-z])|\\[,;!: ]|\\?\$|(?<![0-9A-Za-z])\s+|\s+(?![0-9A-Za-z])")
-SAME = (("\\dfrac", "\\frac"), ("\\tfrac", "\\frac"), ("\\leq", "\\le"), ("\\geq", "\\ge"), ("{,}", ","))
+SHOWN = re.compile(r"\\text\{[^{}]*\}|\\[A-Za-z]+|\\.|[0-9]+|\S", re.DOTALL)
+PLAIN = re.compile(r"\s*(-?)(?:([0-9]{1,15})|([0-9]{1,3}(?:,[0-9]{3}){1,4})|([0-9]{1,15}\.[0-9]{1,15}))\s*")
+OPTION = re.compile(r"\(?\s*(?:\\text\{)?\s*\(?([A-J])\)?\s*\}?\s*\)?\.?")
+CHOSEN = re.compile(
+    r"(?:\\text\{)?\s*(?:(?P<bracket>\()\s*)?(?P<letter>[A-J])(?(bracket)\s*\)|\s*[).:])\s*\}?\s*(?=[^\s=])(?P<rest>.+)"
+)
+SAID = re.compile(r"\\text\{([^{}]*)\}")
+BUILT = re.compile(r":|\\mid|\|")
+LINKS = frozenset(("or", "and", ""))
 WORDS = re.compile(r"(?:\\(?:text|textbf|mathrm|mbox)\s*\{([A-Za-z][A-Za-z ]+)\.?\}|([A-Za-z]{3,}))\.?")
 BASED = re.compile(r"\(?([0-9A-Za-z]+)\)?_(?:\{([0-9]{1,2})\}|([0-9]))")
-DECIMAL = re.compile(r"[-+]?[0-9,]*\.([0-9]+)")
+E_NOTATION = re.compile(r"(?<![A-Za-z0-9_\\.])([0-9]+(?:\.[0-9]+)?|\.[0-9]+)[eE]([-+]?[0-9]{1,3})(?![A-Za-z0-9])")
+MOST_ZEROS = 30
 SIGNIFICANT = 6  # digits of a decimal that stands for a fraction which has no end
 IN_BRACES = re.compile(r"\\(?:text|mbox|mathrm|operatorname|textbf|begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+")
 PROSE = re.compile(
@@ -51,7 +63,7 @@ class MathVerifier:
         gold = gold_answer(response.gold)
         if not gold:
             return Judgement(False, error_class="no_gold")
-        several = values(gold) > 1 and plain_number(gold) is None
+        several = values(gold) > 1 and read_quantity(gold, gold=True) is None
         found = read_answer(response.text, self.answers, self.marker, several=several, thinking=self.thinking)
         if found is None:
             return Judgement(False)
@@ -74,7 +86,7 @@ class MathVerifier:
 
         answer, gold = found.text, prepared.gold
         if not found.sure:
-            answer = gold_answer(search(answer))
+            answer = gold_answer(search(_written_out(characters(answer))))
         if "$" in gold or "\\(" in gold or "\\[" in gold:
             gold = gold_answer(search(gold)) or gold
         if not answer:
@@ -82,15 +94,25 @@ class MathVerifier:
         return _decide_quickly(answer, gold) or _decide(answer, gold)
 
 
+# ---- without sympy --------------------------------------------------------------------------------------------------
+
+
 def _decide_quickly(answer: str, gold: str) -> Judgement | None:
     """What needs no sympy."""
-    answer = without_dollars(answer)
-    number, wanted = plain_number(answer), plain_number(gold)
-    written = str(wanted) if wanted is not None else _same(gold)
+    left, right = PLAIN.fullmatch(answer), PLAIN.fullmatch(gold)
+    if left and right:
+        number, wanted = _plain(left), _plain(right)
+        return Judgement(number == wanted, str(number))
+    answer, gold = spelled(without_dollars(answer)), _spelled_gold(gold)
+    wanted = _gold_quantity(gold)
+    answer = _chosen(answer, gold)
+    number = read_quantity(answer, gold=wanted is None)
+    written = str(wanted.value) if wanted is not None else _same(gold)
     if number is not None and wanted is not None:
-        if number == wanted or _rounded(answer, number, wanted) or _rounded(gold, wanted, number):
+        value = number.in_unit_of(wanted)
+        if value is not None and (value == wanted.value or _rounded(number, wanted) or _rounded(wanted, number)):
             return Judgement(True, written)
-        return Judgement(False, str(number))
+        return Judgement(False, _shown(number, wanted))
     if _same(answer) == _same(gold):
         return Judgement(True, written)
     for pattern, read in ((WORDS, _word), (BASED, _based)):
@@ -98,30 +120,120 @@ def _decide_quickly(answer: str, gold: str) -> Judgement | None:
         if left and right:
             passed = read(left) == read(right)
             return Judgement(passed, written if passed else _same(answer))
-    if too_large(answer) or too_large(gold):
-        return Judgement(False, str(number) if number is not None else _same(answer), error_class="too_large")
+    if ambiguous(answer) or ambiguous(gold) or _takes_back(answer):
+        return Judgement(False, _same(answer))
+    if too_large(gold):
+        return Judgement(False, error_class="gold_too_large")
+    if too_large(answer):
+        return Judgement(False, str(number.value) if number else _same(answer), error_class="too_large", fault=True)
     return None
+
+
+def _plain(match: re.Match[str]) -> Fraction:
+    sign, whole, grouped, decimal = match.groups()
+    value = Fraction(whole or decimal or grouped.replace(",", ""))
+    return -value if sign else value
+
+
+@lru_cache(maxsize=256)  # golds come again with each response of their group
+def _spelled_gold(gold: str) -> str:
+    return spelled(gold)
+
+
+@lru_cache(maxsize=256)
+def _gold_quantity(gold: str) -> Quantity | None:
+    return read_quantity(gold, gold=True)
+
+
+def _shown(number: Quantity, wanted: Quantity) -> str:
+    """A wrong number as an answer; with its unit, where that is what is wrong."""
+    unit = f" {' '.join(sorted(number.unit.words))}" if number.unit and number.value == wanted.value else ""
+    return f"{number.value}{unit}"
+
+
+def _chosen(answer: str, gold: str) -> str:
+    """Of `(B) 12` the letter, where the gold is one, and else the rest."""
+    wanted, found = OPTION.fullmatch(gold), CHOSEN.fullmatch(answer)
+    if wanted and (alone := found or OPTION.fullmatch(answer)):
+        return gold if (alone["letter"] if alone is found else alone[1]) == wanted[1] else answer
+    if wanted or not found or CHOSEN.fullmatch(gold):
+        return answer
+    return spelled(found["rest"])
+
+
+def _takes_back(answer: str) -> bool:
+    """Whether words within a formula change what it says: `4 \\text{ (or 5)}`, `4 \\text{ is wrong}`."""
+    words = [said[1] for said in SAID.finditer(answer)]
+    if not words or SAID.fullmatch(answer):
+        return False
+    return any(
+        said.strip(" ,;.").lower() not in LINKS
+        and (re.search(r"[0-9]", said) or TAKES_BACK & set(re.findall(r"[a-z]+", said.lower().replace("'", ""))))
+        for said in words
+    )
+
+
+def _written_out(text: str) -> str:
+    """Numbers such as 1e6 with their zeros, which what searches an answer in words does not know."""
+
+    def zeros(match: re.Match[str]) -> str:
+        value = Fraction(match[1]) * Fraction(10) ** int(match[2])
+        return f"{value.numerator}" if value.denominator == 1 else f"{float(value):.{MOST_ZEROS}f}".rstrip("0")
+
+    return E_NOTATION.sub(lambda match: zeros(match) if abs(int(match[2])) <= MOST_ZEROS else match[0], text)
+
+
+# ---- by sympy -------------------------------------------------------------------------------------------------------
 
 
 def _decide(answer: str, gold: str) -> Judgement:
     """By sympy."""
-    from .latex import normalised, read_formula
+    from .latex import read_formula
     from .math_equal import equal, exact_number
 
-    wanted, value = read_formula(gold), read_formula(answer)
+    answer, gold = spelled(without_dollars(answer)), _spelled_gold(gold)
+    answer = _chosen(answer, gold)
+    wanted, value = read_formula(gold), read_formula(ordered_as(gold, answer))
     if wanted is None or value is None:
-        passed = _same(normalised(answer)).casefold() == _same(normalised(gold)).casefold()
+        passed = _same(answer).casefold() == _same(gold).casefold()
     else:
-        passed = equal(wanted, value)
+        passed = not other_brackets(gold, answer) and equal(wanted, value)
     if passed:
-        number = plain_number(gold)
-        return Judgement(True, str(number) if number is not None else _same(gold))
-    number = plain_number(answer)
-    exact = exact_number(value) if number is None else number
+        number = _gold_quantity(gold)
+        return Judgement(True, str(number.value) if number is not None else _same(gold))
+    number = read_quantity(answer)
+    exact = exact_number(value) if number is None else number.value
     try:
         return Judgement(False, str(exact if exact is not None else value if value is not None else _same(answer)))
     except ValueError:  # an integer too long for Python to print
         return Judgement(False, _same(answer))
+
+
+def brackets(text: str) -> str:
+    """What a text as a whole stands in: `{` a set, `(` or `[` a tuple or an interval, "" nothing."""
+    text = text.strip()
+    if text.startswith("\\{") and text.endswith("\\}") and "\\}" not in text[:-2]:
+        return "" if BUILT.search(text) else "{"
+    if text[:1] in ("(", "[") and text[-1:] in (")", "]"):
+        depth = 0
+        for at, sign in enumerate(text):
+            depth += (sign in "([") - (sign in ")]")
+            if not depth:
+                return text[0] if at == len(text) - 1 and "," in text else ""
+    return ""
+
+
+def other_brackets(gold: str, answer: str) -> bool:
+    """A set is no tuple and no interval."""
+    kinds = {brackets(gold), brackets(answer)}
+    return "{" in kinds and bool(kinds & {"(", "["})
+
+
+def ordered_as(gold: str, answer: str) -> str:
+    """A list without brackets as a tuple, where the gold is one: its order counts."""
+    if brackets(gold) == "(" and not brackets(answer) and values(answer) == values(gold[1:-1]) > 1:
+        return f"({answer})"
+    return answer
 
 
 def _is_formula(text: str) -> bool:
@@ -134,20 +246,31 @@ def _is_formula(text: str) -> bool:
 
 
 def _same(latex: str) -> str:
-    """A formula without what does not show: spaces, sizes of brackets and fractions, dollars, a full stop."""
-    for long, short in SAME:
-        latex = latex.replace(long, short)
-    return LOOSE.sub("", latex.strip()).rstrip(".")
+    """A formula by its signs alone, without the spaces between them; digits that stood apart stay apart."""
+    return "".join(_signs(latex.strip().rstrip(".")))
 
 
-def _rounded(decimal: str, rounded: Fraction, value: Fraction) -> bool:
+def _signs(latex: str) -> Iterator[str]:
+    end, last = 0, ""
+    for match in SHOWN.finditer(latex):
+        sign = match[0]
+        if sign in ("$", "\\$"):
+            continue
+        if sign.startswith("\\text{"):
+            sign = rf"\text{{{' '.join(sign[6:-1].split())}}}"
+        apart = match.start() > end and last[-1:].isdigit() and sign[0].isdigit()
+        command = last.startswith("\\") and last[-1:].isalpha() and sign[0].isalpha()
+        yield f" {sign}" if apart or command else sign
+        end, last = match.end(), sign
+
+
+def _rounded(decimal: Quantity, other: Quantity) -> bool:
     """Whether a decimal of at least SIGNIFICANT digits is all that it shows of a value whose decimals have no end."""
-    match = DECIMAL.fullmatch(decimal.strip())
-    if not match or 10**400 % value.denominator == 0:
+    value = other.in_unit_of(decimal)
+    if decimal.places < 0 or value is None or 10**400 % value.denominator == 0:
         return False
-    places = len(match[1])
-    digits = len(str(abs(int(rounded * 10**places))))
-    return digits >= SIGNIFICANT and abs(rounded - value) < Fraction(1, 10**places)
+    digits = len(str(abs(int(decimal.value * 10**decimal.places))))
+    return digits >= SIGNIFICANT and abs(decimal.value - value) < Fraction(1, 10**decimal.places)
 
 
 def _word(match: re.Match[str]) -> str:

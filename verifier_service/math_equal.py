@@ -22,11 +22,13 @@ from math_verify.grader import (
     unwrap_fcs,
 )
 from sympy import (
+    Abs,
     Basic,
     Eq,
     Expr,
     FiniteSet,
     Float,
+    I,
     Interval,
     Limit,
     MatrixBase,
@@ -56,7 +58,8 @@ Formula = Any  # a sympy Basic or matrix: their types say too little of their me
 
 def equal(gold: Formula, answer: Formula) -> bool:
     """Whether a response's formula has the gold's value. May hang; raises what math-verify raises."""
-    answer = _renamed(gold, _as_set(gold, answer))
+    gold, answer = _imaginary(gold), _imaginary(answer)
+    answer = _renamed(gold, answer)
     verdict = _verdict(gold, answer)
     return verify(gold, answer, timeout_seconds=None, raise_on_error=True) if verdict is None else verdict
 
@@ -69,11 +72,14 @@ def exact_number(value: object) -> Rational | None:
     return value if isinstance(value, Rational) else None
 
 
-def _as_set(gold: Formula, answer: Formula) -> Formula:
-    """Of `x in S` the S, where the gold says the same in signs: `x >= 5`."""
-    if isinstance(gold, (Relational, And)) and isinstance(answer, Eq) and isinstance(answer.rhs, Set):
-        return answer.rhs if not is_equation(gold) and gold.free_symbols == {answer.lhs} else answer
-    return answer
+def _imaginary(value: Formula) -> Formula:
+    """With `i` as the imaginary unit, where it is no index."""
+    named = [letter for letter in value.free_symbols if letter.name == "i"] if hasattr(value, "free_symbols") else []
+    return (
+        value.xreplace(dict.fromkeys(named, I))
+        if named and isinstance(value, (Expr, Set, Tuple, MatrixBase))
+        else value
+    )
 
 
 def _renamed(gold: Formula, answer: Formula) -> Formula:
@@ -89,7 +95,9 @@ def _verdict(gold: Formula, answer: Formula) -> bool | None:
     """Yes or no where that is sure, else None."""
     if gold == answer:
         return True
-    gold, answer = _sides(gold, answer)
+    gold, answer = _sides(*_solutions(gold, answer))
+    if gold == answer:
+        return True
     if isinstance(gold, And) and isinstance(answer, And):
         return _in_order(_relations(gold), _relations(answer))
     if isinstance(gold, Relational) and isinstance(answer, Relational):
@@ -106,6 +114,49 @@ def _verdict(gold: Formula, answer: Formula) -> bool | None:
     if isinstance(gold, Expr) and isinstance(answer, Expr):
         return _same_value(gold, answer)
     return None
+
+
+def _solutions(gold: Formula, answer: Formula) -> tuple[Formula, Formula]:
+    """Both as the sets of numbers that they speak of, where one is such a set or both are inequalities in one letter.
+
+    An inequality must be a solution, the letter alone against numbers: `x^2<4` is an exercise, and not yet `(-2,2)`.
+    """
+    left, right = _spoken_of(gold), _spoken_of(answer)
+    if left is None or right is None or isinstance(left, FiniteSet) or isinstance(right, FiniteSet):
+        return gold, answer
+    kinds = [isinstance(value, (Relational, And)) and not isinstance(value, Eq) for value in (gold, answer)]
+    if all(kinds) and len(gold.free_symbols | answer.free_symbols) > 1:
+        return gold, answer
+    return left, right
+
+
+def _spoken_of(value: Formula) -> Set | None:
+    """A set, the S of `x in S`, or the solutions that an inequality spells out; None of anything else."""
+    if isinstance(value, Set):
+        return value
+    if isinstance(value, Eq):
+        return value.rhs if isinstance(value.rhs, Set) and isinstance(value.lhs, Symbol) else None
+    if not isinstance(value, (Relational, And)) or isinstance(value, Ne) or len(value.free_symbols) != 1:
+        return None
+    relations = value.args if isinstance(value, And) else (value,)
+    if not all(isinstance(one, Relational) and not isinstance(one, (Eq, Ne)) and _is_solved(one) for one in relations):
+        return None
+    try:
+        return _numbers(value)
+    except Exception:  # sympy cannot
+        return None
+
+
+def _is_solved(relation: Relational) -> bool:
+    """The letter, or the absolute value of something linear in it, against a number."""
+    sides = [side for side in relation.args if side.free_symbols]
+    if len(sides) != 1:
+        return False
+    inner: Any = sides[0].args[0] if isinstance(sides[0], Abs) else sides[0]
+    (letter,) = inner.free_symbols
+    return inner == letter or (
+        isinstance(sides[0], Abs) and bool(inner.is_polynomial(letter)) and inner.diff(letter).is_number
+    )
 
 
 def _sides(gold: Formula, answer: Formula) -> tuple[Formula, Formula]:

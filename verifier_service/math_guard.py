@@ -21,6 +21,7 @@ DEEPEST = 40  # parts in one another
 TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|[0-9][0-9,]*(?:\.[0-9]*)?|\.[0-9]+|\*\*|[a-zA-Z]|\S", re.DOTALL)
 OPENING = {"(": ")", "[": "]", "{": "}"}
 LOOSE = re.compile(r"\\(?:left|right|big|Big|bigg|Bigg|displaystyle|[,;!: ])|~")
+DIGITS = frozenset("0123456789.")
 LOG_E = math.log10(math.e)
 HUGE = 1e300
 
@@ -128,7 +129,7 @@ class _Walk:
     def of_token(self, token: str) -> Part:
         if token in OPENING:
             return self.bracketed(token)
-        if token[0].isdigit() or token[0] == ".":
+        if token[0] in DIGITS:
             return self.number(token), False, 1
         if token == "e":
             return LOG_E, False, 1
@@ -165,7 +166,7 @@ class _Walk:
         digits = token.replace(",", "").partition(".")[0].lstrip("0")
         if len(digits) > 15:
             return float(len(digits))
-        return math.log10(int(digits) + (not token.isdigit())) if digits else 0.0
+        return math.log10(int(digits) + (not token.isdecimal())) if digits else 0.0
 
     def bounded(self) -> Part:
         """A sum or product: its bounds are no powers."""

@@ -198,11 +198,12 @@ HARMLESS = [
 
 
 @pytest.mark.parametrize("box", HOSTILE)
-def test_what_would_explode_abstains_before_sympy_sees_it(box):
+def test_what_would_explode_is_the_fault_of_whose_it_is_before_sympy_sees_it(box):
     for judgement in (MathVerifier().prepare(Response(f"\\boxed{{{box}}}", "x+1")), boxed(box, "x+1")):
         assert isinstance(judgement, Judgement)
-        assert not judgement.passed and judgement.error_class == "too_large"
-    assert MathVerifier().prepare(Response("\\boxed{x+1}", box)).error_class == "too_large"
+        assert not judgement.passed and judgement.error_class == "too_large" and judgement.fault
+    of_gold = MathVerifier().prepare(Response("\\boxed{x+1}", box))
+    assert of_gold.error_class == "gold_too_large" and not of_gold.fault
     assert boxed(box, box).passed  # the same text needs no evaluation
 
 

@@ -1,0 +1,364 @@
+r"""One way of writing for the many ways in which models write an answer. No sympy; linear in the text.
+
+Response and gold both pass through here before anything is compared, so what is said here holds for both. Nothing is
+dropped that could change a value: a mark that means nothing (bold, colours, spaces, zero-width characters) goes; what
+means something is written in LaTeX (`x²` is `x^{2}`, `½` is `\frac{1}{2}`, `1e3` is `1\times 10^{3}`); and what reads
+two ways stays as it is and is told by `ambiguous`.
+"""
+
+import html
+import math
+import re
+import unicodedata
+from fractions import Fraction
+
+LONGEST = 2_000  # characters; longer ones are no answer, and stay as they are
+
+# ---- characters -----------------------------------------------------------------------------------------------------
+
+INVISIBLE = "\u200b\u200c\u200d\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2060\u2061\u2062\u2063\u2066\u2067\u2068\u2069\ufeff\u00ad\ufe0e\ufe0f"
+SPACES = "\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000"
+SIGNS = {
+    **dict.fromkeys("−–‐‑‒﹣", "-"),
+    **dict.fromkeys("×✕⨯", r"\times "),
+    **dict.fromkeys("·⋅∙•", r"\cdot "),
+    **dict.fromkeys("÷∕⁄", "/"),
+    **dict.fromkeys("≤⩽≦", r"\le "),
+    **dict.fromkeys("≥⩾≧", r"\ge "),
+    **{"≠": r"\ne ", "≈": r"\approx ", "±": r"\pm ", "∓": r"\mp ", "∞": r"\infty ", "°": r"^\circ ", "º": r"^\circ "},
+    **{"∈": r"\in ", "∪": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset ", "∖": r"\setminus ", "→": r"\to "},
+    **{"ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}"},
+    **{
+        "⌊": r"\lfloor ",
+        "⌋": r"\rfloor ",
+        "⌈": r"\lceil ",
+        "⌉": r"\rceil ",
+        "∣": r"\mid ",
+        "∨": r"\lor ",
+        "∧": r"\land ",
+    },
+    **{"…": r"\ldots ", "⋯": r"\ldots ", "∑": r"\sum ", "∏": r"\prod ", "∫": r"\int ", "∠": r"\angle "},
+    **dict.fromkeys("′’ʹ", "'"),
+    **{"″": "''", "‰": r"\permille ", "％": "%", "⟨": r"\langle ", "⟩": r"\rangle "},
+    **dict(zip("，．：；（）［］｛｝＋－＝＜＞／＊", ",.:;()[]{}+-=<>/*", strict=True)),
+    **{
+        letter: f"\\{name} "
+        for letter, name in zip(
+            "αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩ",
+            "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon phi chi psi "
+            "omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega".split(),
+            strict=True,
+        )
+    },
+    **{"ϕ": r"\phi ", "ϵ": r"\epsilon ", "ℓ": r"\ell "},
+}
+TABLE = str.maketrans({**dict.fromkeys(INVISIBLE, ""), **dict.fromkeys(SPACES, " "), **SIGNS})
+RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ", "0123456789+-()ni")
+LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₐₑₒₓₙᵢⱼₖₘ", "0123456789+-()aeoxnijkm")
+RAISED_RUN = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ]+")
+LOWERED_RUN = re.compile("[₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₐₑₒₓₙᵢⱼₖₘ]+")
+ROOTS = {"√": r"\sqrt", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]"}
+ROOT = re.compile(r"([√∛∜])\s*(?:\{([^{}]*)\}|\(([^()]*)\)|([0-9]+(?:\.[0-9]+)?|[A-Za-z]))")
+
+
+def _fraction(match: re.Match[str]) -> str:
+    over, _, under = unicodedata.normalize("NFKC", match[0]).partition("\u2044")
+    return rf"\frac{{{over}}}{{{under}}}"
+
+
+VULGAR = re.compile("[¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞↉]")
+
+
+def characters(text: str) -> str:
+    """Signs of Unicode as LaTeX, and digits of any script as 0-9. What is ASCII stays as it is."""
+    if text.isascii():
+        return text
+    text = RAISED_RUN.sub(lambda match: f"^{{{match[0].translate(RAISED)}}}", text)
+    text = LOWERED_RUN.sub(lambda match: f"_{{{match[0].translate(LOWERED)}}}", text)
+    text = VULGAR.sub(_fraction, text)
+    text = ROOT.sub(lambda match: f"{ROOTS[match[1]]}{{{match[2] or match[3] or match[4] or ''}}}", text)
+    text = text.translate(TABLE)
+    if not text.isascii():
+        text = "".join(str(unicodedata.decimal(sign)) if sign.isdecimal() else sign for sign in text)
+    return text
+
+
+# ---- markup ---------------------------------------------------------------------------------------------------------
+
+ENTITY = re.compile(r"&(?:[a-z]{2,8}|#[0-9]{1,6}|#x[0-9a-f]{1,5});")
+TAGS = "b|i|u|em|strong|code|span|font|mark|p|div|center|small|big|tt|math|mn"
+TAG = re.compile(rf"<({TAGS})(?:\s+[a-z-]+=(?:\"[^\"<>]*\"|'[^'<>]*'))*\s*>([^<>]*)</\1\s*>", re.IGNORECASE)
+RAISED_TAG = re.compile(r"<(sup|sub)>([^<>]*)</\1>", re.IGNORECASE)
+BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)
+AROUND = re.compile(
+    r"(?s)```[a-z]*\n(.*)\n?```|(\*\*|__|``?|\*|~~)(?=\S)((?:(?!\2).)*)(?<=\S)\2(\.?)|[\"'“”](.*)[\"'“”]"
+)
+JSON = re.compile(r'\{\s*"(?:final[_ ])?(?:answer|result|value)"\s*:\s*("?)([^"{}]*)\1\s*\}', re.IGNORECASE)
+STYLED = re.compile(
+    r"\\(?:mathbf|mathrm|mathsf|mathit|mathtt|mathnormal|boldsymbol|bm|pmb|boxed|fbox|ensuremath|underline|emph|textbf"
+    r"|textit|textsf|texttt|textrm|textup|textnormal|mbox|hbox|text|operatorname\*?|bold|uline)\s*\{([^{}]*)\}"
+)
+COLOURED = re.compile(r"\\(?:textcolor|colorbox|color)\s*(?:\[[a-zA-Z]*\])?\{[^{}]*\}\s*")
+NO_MEANING = re.compile(
+    r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|mathstrut|strut|hfill|noindent|centering|left|right|middle"
+    r"|[bB]ig{1,2}[lrm]?|tiny|scriptsize|footnotesize|small|normalsize|large|Large|LARGE|huge|Huge"
+    r"|bf|it|rm|sf|tt|sl|em|bfseries|itshape|rmfamily|mathopen|mathclose)(?![A-Za-z])\s?"
+    r"|\\(?:hspace|vspace|hskip|kern|phantom|hphantom|vphantom|tag|label)\*?\s*\{[^{}]*\}|\\!\s*|\\/"
+)
+SPACED = re.compile(r"(?<!\\)\\(?:(?:quad|qquad|enspace|thinspace|enskip|space)(?![A-Za-z])|[,;: >])|~")
+SHORT = (
+    ("\\dfrac", "\\frac"),
+    ("\\tfrac", "\\frac"),
+    ("\\cfrac", "\\frac"),
+    ("\\dbinom", "\\binom"),
+    ("\\leqslant", "\\le"),
+)
+SHORT += (
+    ("\\geqslant", "\\ge"),
+    ("\\leq", "\\le"),
+    ("\\geq", "\\ge"),
+    ("\\neq", "\\ne"),
+    ("{,}", ","),
+    ("\\degree", "^\\circ"),
+)
+SHORT += (("\\lbrace", "\\{"), ("\\rbrace", "\\}"), ("\\lvert", "|"), ("\\rvert", "|"), ("\\vert", "|"), ("\\%", "%"))
+SHORT += (
+    ("\\varnothing", "\\emptyset"),
+    ("\\dots", "\\ldots"),
+    ("\\cdots", "\\ldots"),
+    ("^{\\circ}", "^\\circ"),
+    ("\\colon", ":"),
+)
+BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s+(?=[^\s{])")
+LEAD_IN = re.compile(
+    r"(?:(?:so|thus|hence|therefore),?\s+)?(?:the\s+)?(?:(?:final|correct)\s+)?(?:answer|result|solution|value)"
+    r"(?:\s+(?:is|equals|=)(?:\s*:)?|\s*[:=])\s*",
+    re.IGNORECASE,
+)
+LETTERS = re.compile(r"[A-Za-z]")
+CONNECTIVE = re.compile(r"[\s,;]*\b(or|and|OR|AND)\b[\s,;]*")
+TEXT = re.compile(r"\\text\{([^{}]*)\}")
+
+
+def _unstyled(match: re.Match[str]) -> str:
+    """A styled group without its style; words stay words, as `\\text{…}`."""
+    inner = match[1]
+    command = match[0][1:].split("{", 1)[0].strip().rstrip("*")
+    words = command in (
+        "text",
+        "mbox",
+        "hbox",
+        "textrm",
+        "textbf",
+        "textit",
+        "textsf",
+        "texttt",
+        "textup",
+        "textnormal",
+        "emph",
+    )
+    if command == "operatorname" or (command == "mathrm" and len(inner.strip()) > 1 and LETTERS.search(inner)):
+        return rf"\{inner.strip()} " if inner.strip() in FUNCTIONS else rf"\text{{{inner}}}"
+    if not words or not LETTERS.search(inner):
+        return f" {inner}" if inner[:1].isspace() else inner
+    if len(inner.strip()) == 1:
+        return rf"\text{{{inner}}}" if inner.strip() not in "ei" else inner.strip()
+    return rf"\text{{{inner}}}"
+
+
+FUNCTIONS = frozenset(
+    "sin cos tan cot sec csc log ln exp arcsin arccos arctan sinh cosh tanh gcd lcm min max det".split()
+)
+
+
+def markup(text: str) -> str:
+    """What shows a value, without what only dresses it."""
+    text = text.strip()
+    if "&" in text:
+        text = ENTITY.sub(lambda match: characters(html.unescape(match[0])), text)
+    if "<" in text and ">" in text:
+        text = RAISED_TAG.sub(lambda match: f"{'^' if match[1].lower() == 'sup' else '_'}{{{match[2]}}}", text)
+        text = BREAK.sub(" ", text)
+        for _ in range(3):  # in one another
+            text = TAG.sub(lambda match: match[2], text).strip()
+    if (found := JSON.fullmatch(text)) or (found := JSON.fullmatch(f"{{{text}}}")):
+        text = found[2].strip()
+    for _ in range(3):
+        found = AROUND.fullmatch(text)
+        inner = next((group for group in (found[1], found[3], found[5]) if group is not None), None) if found else None
+        if inner is None or not inner.strip():
+            break
+        text = inner.strip()
+    if "\\" not in text:
+        return LEAD_IN.sub("", text, count=1) if LEAD_IN.match(text) else text
+    text = BARE_BOX.sub("", text)
+    for long, short in SHORT:
+        text = re.sub(rf"{re.escape(long)}(?![A-Za-z])", lambda _, short=short: short, text) if long in text else text
+    for _ in range(3):
+        text = STYLED.sub(_unstyled, COLOURED.sub("", text))
+    text = SPACED.sub(" ", NO_MEANING.sub("", text)).strip()
+    text = re.sub(r"\s+", " ", text)
+    if match := re.match(r"\\text\{([^{}]*)\}\s*", text):
+        lead = LEAD_IN.fullmatch(match[1].strip() + " ") or LEAD_IN.fullmatch(match[1])
+        if lead:
+            text = text[match.end() :]
+        elif LEAD_IN.match(match[1]):
+            text = rf"\text{{{LEAD_IN.sub('', match[1], count=1)}}}{text[match.end() :]}"
+    return LEAD_IN.sub("", text, count=1) if LEAD_IN.match(text) else text
+
+
+# ---- numbers --------------------------------------------------------------------------------------------------------
+
+SPACED_GROUPS = re.compile(r"(?<![0-9.,])(?<![0-9] )([0-9]{1,3})((?: [0-9]{3})+)(?![0-9])(?! [0-9])")
+EXPONENT = re.compile(r"(?<![A-Za-z0-9_\\.])([0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE]([-+]?[0-9]{1,4})(?![A-Za-z0-9.])")
+BARRED = re.compile(
+    r"(?<![0-9])([0-9]*)\.([0-9]*)(?:\\(?:overline|bar|dot|overset\{\.\})\{([0-9]+)\}|\(([0-9]+)\)"
+    r"|\\dot\{([0-9])\}([0-9]*)\\dot\{([0-9])\}|\\(?:overline|bar|dot) ?([0-9]))(?![0-9])"
+)
+TWO_DOTS = re.compile(r"(?<![0-9])([0-9]*)\.([0-9]*)\\dot\{?([0-9])\}?([0-9]*)\\dot\{?([0-9])\}?(?![0-9])")
+GOING_ON = re.compile(r"(?<![0-9])([0-9]+)\.([0-9]+) ?(?:\\ldots|\.\.\.|\\overline\{\.\.\.\})\s*\Z")
+REPEATS = re.compile(r"([0-9]*?)(?:([0-9])\2{2,}|([0-9]{2,8}?)\3+)([0-9]*)")
+FACTORIAL_POWER = re.compile(r"(?<![A-Za-z0-9])([0-9]+|[A-Za-z])!\s*\^")
+PRODUCT = re.compile(r"(?<=[0-9)])\s*(?=\()")
+BEFORE_PRODUCT = re.compile(r"[_\\][A-Za-z0-9]*\Z|[A-Za-z]\Z")
+BMOD = re.compile(r"(?<![0-9A-Za-z^_}])(-?[0-9]{1,40})\s*(?:\\bmod|\\mod|\\text\{ ?mod ?\})\s*([0-9]{1,20})(?![0-9^])")
+OF_INTEGERS = re.compile(r"(?:\\(gcd|lcm)|\\text\{(gcd|lcm|GCD|LCM)\}) ?\(([0-9, ]{1,200})\)")
+CLOCK = re.compile(r"(?<![0-9:])([0-9]{1,2}):([0-9]{2})\s*(?:\\text\{)?\s*([aApP])\.?\s*[mM]\.?\s*\}?")
+PERMILLE = re.compile(r"([0-9.]+)\s*\\permille ?")
+TRIG = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
+DEGREES = re.compile(r"([0-9]+(?:\.[0-9]+)?|\\[a-z]+|[a-z])\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ)(?![A-Za-z])")
+
+
+def repeating(whole: str, before: str, block: str) -> Fraction:
+    """`whole.before` and then `block` for ever."""
+    start = Fraction(int((whole or "0") + before), 10 ** len(before))
+    return start + Fraction(int(block), (10 ** len(block) - 1) * 10 ** len(before))
+
+
+def _as_fraction(value: Fraction) -> str:
+    return rf"\frac{{{value.numerator}}}{{{value.denominator}}}" if value.denominator > 1 else str(value.numerator)
+
+
+def _barred(match: re.Match[str]) -> str:
+    block = match[3] or match[4] or match[8] or f"{match[5]}{match[6] or ''}{match[7]}"
+    return _as_fraction(repeating(match[1], match[2], block))
+
+
+def _going_on(match: re.Match[str]) -> str:
+    """Digits that repeat to their end: one at least three times, several at least twice. Others are unknown."""
+    whole = match[2]
+    for size in range(1, len(whole) // 2 + 1):
+        block = whole[-size:]
+        times = 1
+        while whole.endswith(block * (times + 1)):
+            times += 1
+        if times >= (3 if size == 1 else 2):
+            return _as_fraction(repeating(match[1], whole[: len(whole) - size * times], block))
+    return match[0]
+
+
+def numbers(text: str) -> str:
+    """Numbers, and signs between them, as the parser of formulas reads them right."""
+    if not any(sign.isdigit() for sign in text):
+        return text
+    text = SPACED_GROUPS.sub(lambda match: match[1] + match[2].replace(" ", ""), text)
+    text = EXPONENT.sub(lambda match: rf"{match[1]}\times 10^{{{int(match[2])}}}", text)
+    if "." in text:
+        text = TWO_DOTS.sub(lambda m: _as_fraction(repeating(m[1], m[2], f"{m[3]}{m[4]}{m[5]}")), text)
+        text = GOING_ON.sub(_going_on, BARRED.sub(_barred, text))
+    if "\\permille" in text:
+        text = PERMILLE.sub(lambda match: rf"\frac{{{match[1]}}}{{1000}}", text)
+    if ":" in text:
+        text = CLOCK.sub(lambda match: rf"\text{{{int(match[1])}:{match[2]}{match[3].upper()}M}}", text)
+    if "!" in text:
+        text = FACTORIAL_POWER.sub(r"(\1!)^", text)
+    if "mod" in text:
+        text = BMOD.sub(lambda match: str(int(match[1]) % int(match[2])) if int(match[2]) else match[0], text)
+    if "(" in text:
+        text = _products(OF_INTEGERS.sub(_of_integers, text))
+    if "circ" in text and TRIG.search(text):
+        text = DEGREES.sub(r"(\1\\cdot \\frac{\\pi}{180})", text)
+    return text
+
+
+def _of_integers(match: re.Match[str]) -> str:
+    parts = match[3].replace(" ", "").split(",")
+    if not all(parts):
+        return match[0]
+    function = math.gcd if (match[1] or match[2]).lower() == "gcd" else math.lcm
+    return str(function(*map(int, parts)))
+
+
+def _products(text: str) -> str:
+    r"""`2(3)` and `(2)(3)` as products: the parser would add them. Not the arguments of functions, nor pairs."""
+    parts, start = [], 0
+    for match in PRODUCT.finditer(text):
+        head = text[: match.start()][-24:]
+        digits = re.search(r"[0-9.]+\Z", head)
+        before = head[: digits.start()] if digits else head
+        if digits and re.search(r"[_A-Za-z\\]\Z|_\{\Z|\\[A-Za-z]+ ?\^ ?\Z", before):
+            continue
+        inner = text[match.end() + 1 :].partition(")")[0]
+        if "," in inner or (not digits and "," in head.rpartition("(")[2]):
+            continue
+        parts += [text[start : match.start()], r"\cdot "]
+        start = match.end()
+    return "".join([*parts, text[start:]])
+
+
+# ---- the whole ------------------------------------------------------------------------------------------------------
+
+
+def spelled(text: str) -> str:
+    r"""An answer or a gold in one spelling. What is longer than LONGEST stays as it is."""
+    if len(text) > LONGEST:
+        return text
+    text = markup(characters(text))
+    text = _unwrapped(text)
+    text = numbers(text)
+    if text.startswith("{") and text.endswith("}") and _closes(text, "{}") == len(text) - 1:
+        inner = text[1:-1].strip()
+        text = rf"\{{{inner}\}}" if "," in inner else inner
+    return text.strip().rstrip(".").rstrip() if not text.rstrip().endswith(("...", "\\.")) else text.strip()
+
+
+def _closes(text: str, pair: str) -> int:
+    """Where the bracket that a text begins with is closed; -1 where it is not."""
+    depth = 0
+    for at, sign in enumerate(text):
+        depth += (sign == pair[0]) - (sign == pair[1])
+        if not depth:
+            return at
+    return -1
+
+
+def _unwrapped(text: str) -> str:
+    """Without brackets around the whole of it, where they hold one value."""
+    text = text.strip()
+    for _ in range(3):
+        bare = text[:-1] if text.endswith(").") else text
+        if not (bare.startswith("(") and _closes(bare, "()") == len(bare) - 1):
+            break
+        inner = bare[1:-1].strip()
+        if not inner or re.search(r"[,;]|\\(?:text|pm|mid)|\.\.", inner) or re.fullmatch(r"[A-Za-z]", inner):
+            break
+        text = inner
+    return text
+
+
+SIDE_BY_SIDE = re.compile(r"[0-9)]\s+(?=[0-9.])|[0-9]\s*(?:'|\^\\circ)\s*[0-9]")
+MIXED = re.compile(r"(?<![0-9.,/} ])(?<![0-9/}] )([0-9]+) ([0-9]+) ?/ ?([0-9]+)(?![0-9])")
+LOWERED_NUMBER = re.compile(r"(?<![A-Za-z0-9\\_}])(?<!log)(?<!\\)[0-9]+\)?\s*_")
+FUNCTION_BASE = re.compile(
+    r"\\(?:log|lg)\s*_?(?:\{[^{}]*\}|[0-9])|\\(?:frac|binom|sqrt|begin|end)(?![A-Za-z])(?: ?[0-9]{1,2})?"
+)
+COMMAND_DIGITS = re.compile(r"\\[A-Za-z]+ ?[0-9] [0-9]")
+
+
+def ambiguous(text: str) -> str:
+    r"""Why a formula reads two ways, "" where it does not: numbers side by side, or with something below them."""
+    bare = FUNCTION_BASE.sub("#", text)
+    bare = re.sub(r"\\begin\{[a-z]*matrix\}.*\\end\{[a-z]*matrix\}|&|\\\\", "#", bare)
+    if SIDE_BY_SIDE.search(MIXED.sub("1", bare)):
+        return "numbers side by side"
+    return "a number with a subscript" if LOWERED_NUMBER.search(bare) else ""
