@@ -129,6 +129,13 @@ SHORT += (
     ("^{\\circ}", "^\\circ"),
     ("\\colon", ":"),
 )
+AHEAD = re.compile(r"\s*(?:=|\\therefore|\\implies|\\Rightarrow|\\Longrightarrow|\\to)(?![A-Za-z=])\s*")
+PERCENT = re.compile(
+    r"\s*\\text\{\s*(?:percent|pct|per cent)\s*\}|(?<=[0-9])\s*(?:percent|per cent|pct)\b", re.IGNORECASE
+)
+NAMED = re.compile(
+    r"\\text\{[^{}]*\}|(?<![\\A-Za-z])(sqrt|pi|theta|alpha|beta|infinity|infty|sin|cos|tan|ln|log|frac(?=\{))(?![A-Za-z])"
+)
 BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s+(?=[^\s{])")
 LEAD_IN = re.compile(
     r"(?:(?:so|thus|hence|therefore),?\s+)?(?:the\s+)?(?:(?:final|correct)\s+)?(?:answer|result|solution|value)"
@@ -189,7 +196,11 @@ def markup(text: str) -> str:
         if inner is None or not inner.strip():
             break
         text = inner.strip()
+    text = text.replace("~", " ").replace("...", "\\ldots ")
+    if ahead := AHEAD.match(text):
+        text = text[ahead.end() :]
     if "\\" not in text:
+        text = " ".join(text.split())
         return LEAD_IN.sub("", text, count=1) if LEAD_IN.match(text) else text
     text = BARE_BOX.sub("", text)
     for long, short in SHORT:
@@ -197,7 +208,7 @@ def markup(text: str) -> str:
     for _ in range(3):
         text = STYLED.sub(_unstyled, COLOURED.sub("", text))
     text = SPACED.sub(" ", NO_MEANING.sub("", text)).strip()
-    text = re.sub(r"\s+", " ", text)
+    text = re.sub(r"\{ *\}|\s+", " ", text)
     if match := re.match(r"\\text\{([^{}]*)\}\s*", text):
         lead = LEAD_IN.fullmatch(match[1].strip() + " ") or LEAD_IN.fullmatch(match[1])
         if lead:
@@ -269,7 +280,7 @@ def numbers(text: str) -> str:
     if "\\permille" in text:
         text = PERMILLE.sub(lambda match: rf"\frac{{{match[1]}}}{{1000}}", text)
     if ":" in text:
-        text = CLOCK.sub(lambda match: rf"\text{{{int(match[1])}:{match[2]}{match[3].upper()}M}}", text)
+        text = text if TEXT.fullmatch(text) else CLOCK.sub(lambda match: rf"\text{{{int(match[1])}:{match[2]}{match[3].upper()}M}}", text)
     if "!" in text:
         text = FACTORIAL_POWER.sub(r"(\1!)^", text)
     if "mod" in text:
@@ -313,13 +324,22 @@ def spelled(text: str) -> str:
     r"""An answer or a gold in one spelling. What is longer than LONGEST stays as it is."""
     if len(text) > LONGEST:
         return text
-    text = markup(characters(text))
-    text = _unwrapped(text)
+    text = _unwrapped(markup(characters(text)))
+    if text.isalpha() and text.isascii():
+        return text
+    text = NAMED.sub(_named, PERCENT.sub("%", text))
     text = numbers(text)
     if text.startswith("{") and text.endswith("}") and _closes(text, "{}") == len(text) - 1:
         inner = text[1:-1].strip()
         text = rf"\{{{inner}\}}" if "," in inner else inner
     return text.strip().rstrip(".").rstrip() if not text.rstrip().endswith(("...", "\\.")) else text.strip()
+
+
+def _named(match: re.Match[str]) -> str:
+    """A function or letter that its name alone says; words stay words."""
+    if not match[1]:
+        return match[0]
+    return "\\infty " if match[1] == "infinity" else f"\\{match[1]}{'' if match[1] in ('sqrt', 'frac') else ' '}"
 
 
 def _closes(text: str, pair: str) -> int:
@@ -335,6 +355,8 @@ def _closes(text: str, pair: str) -> int:
 def _unwrapped(text: str) -> str:
     """Without brackets around the whole of it, where they hold one value."""
     text = text.strip()
+    if (words := TEXT.fullmatch(text)) and re.search(r"[0-9]", words[1]) and not CLOCK.search(words[1]):
+        text = LEAD_IN.sub("", words[1].strip(), count=1)
     for _ in range(3):
         bare = text[:-1] if text.endswith(").") else text
         if not (bare.startswith("(") and _closes(bare, "()") == len(bare) - 1):

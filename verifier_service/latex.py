@@ -24,7 +24,7 @@ from sympy import And, Basic, Eq, Expr, Intersection, MatrixBase, Pow, Rational,
 from sympy.core.relational import Relational
 
 CONFIG = LatexExtractionConfig(boxed_match_priority=-1)
-NORMALIZATION = replace(CONFIG.normalization_config, boxed="none")
+NORMALIZATION = replace(CONFIG.normalization_config, boxed="none", units=False)  # quantities.py knows them
 ROOT = re.compile(r"\\?\bsqrt\s*\(([^()]*)\)")
 UPRIGHT = re.compile(r"\\mathrm\s*\{\s*([a-z])\s*\}|\\text\s*\{\s*([ei])\s*\}")
 LIST_WORD = re.compile(r"(?<=[0-9)}])(?:or|and)(?=[0-9A-Z(\\-])")  # a word that nobody set apart

@@ -17,7 +17,7 @@ from ..contracts.sections import THINKING
 from .answers import gold_answer, read_answer, values, without_dollars
 from .forms import ambiguous, characters, spelled
 from .math_guard import too_large
-from .quantities import TAKES_BACK, Quantity, read_quantity
+from .quantities import TAKES_BACK, Quantity, part_unit, read_quantity, same_unit
 
 SHOWN = re.compile(r"\\text\{[^{}]*\}|\\[A-Za-z]+|\\.|[0-9]+|\S", re.DOTALL)
 PLAIN = re.compile(r"\s*(-?)(?:([0-9]{1,15})|([0-9]{1,3}(?:,[0-9]{3}){1,4})|([0-9]{1,15}\.[0-9]{1,15}))\s*")
@@ -26,6 +26,8 @@ CHOSEN = re.compile(
     r"(?:\\text\{)?\s*(?:(?P<bracket>\()\s*)?(?P<letter>[A-J])(?(bracket)\s*\)|\s*[).:])\s*\}?\s*(?=[^\s=])(?P<rest>.+)"
 )
 SAID = re.compile(r"\\text\{([^{}]*)\}")
+WORDS_BEHIND = re.compile(r"(?<=\S)\s*\\text\{[^{}]*\}\Z")  # of a gold: its author's remark
+COMPARED = re.compile(r"[<>]|\\(?:le|ge|lt|gt|ne)(?![A-Za-z])")
 BUILT = re.compile(r":|\\mid|\|")
 LINKS = frozenset(("or", "and", ""))
 WORDS = re.compile(r"(?:\\(?:text|textbf|mathrm|mbox)\s*\{([A-Za-z][A-Za-z ]+)\.?\}|([A-Za-z]{3,}))\.?")
@@ -122,6 +124,8 @@ def _decide_quickly(answer: str, gold: str) -> Judgement | None:
             return Judgement(passed, written if passed else _same(answer))
     if ambiguous(answer) or ambiguous(gold) or _takes_back(answer):
         return Judgement(False, _same(answer))
+    if not same_unit(part_unit(answer)[1], part_unit(gold)[1]):
+        return Judgement(False, _same(answer))
     if too_large(gold):
         return Judgement(False, error_class="gold_too_large")
     if too_large(answer):
@@ -193,6 +197,7 @@ def _decide(answer: str, gold: str) -> Judgement:
 
     answer, gold = spelled(without_dollars(answer)), _spelled_gold(gold)
     answer = _chosen(answer, gold)
+    answer, gold = part_unit(answer)[0], WORDS_BEHIND.sub("", part_unit(gold)[0])
     wanted, value = read_formula(gold), read_formula(ordered_as(gold, answer))
     if wanted is None or value is None:
         passed = _same(answer).casefold() == _same(gold).casefold()
@@ -231,7 +236,12 @@ def other_brackets(gold: str, answer: str) -> bool:
 
 def ordered_as(gold: str, answer: str) -> str:
     """A list without brackets as a tuple, where the gold is one: its order counts."""
-    if brackets(gold) == "(" and not brackets(answer) and values(answer) == values(gold[1:-1]) > 1:
+    if (
+        brackets(gold) == "("
+        and not brackets(answer)
+        and not COMPARED.search(answer)
+        and values(answer) == values(gold[1:-1]) > 1
+    ):
         return f"({answer})"
     return answer
 

@@ -50,6 +50,7 @@ NOTHING = 1e-60  # so small that it may be what is left of 0
 DIGITS = 30
 PROPORTIONAL = 1e-25  # share of a ratio
 SAME_DECIMAL = 5e-6  # of decimals: what math-verify's six places leave of a third
+NEARLY = 0.01  # of an equation between numbers: what rounding leaves
 BOUNDED = (Sum, Product, Limit)
 POSITIVE, SIGNED = 2, 2  # random points; at those of any sign, a root's or a logarithm's branch may differ
 
@@ -95,6 +96,8 @@ def _verdict(gold: Formula, answer: Formula) -> bool | None:
     """Yes or no where that is sure, else None."""
     if gold == answer:
         return True
+    if isinstance(answer, Eq) and _is_false(answer):
+        return False
     gold, answer = _sides(*_solutions(gold, answer))
     if gold == answer:
         return True
@@ -116,11 +119,27 @@ def _verdict(gold: Formula, answer: Formula) -> bool | None:
     return None
 
 
+def _is_false(equation: Eq) -> bool:
+    """Whether it says of two numbers that they are one, where they are not, nor nearly."""
+    sides = equation.args
+    if not all(isinstance(side, Expr) and side.is_number for side in sides):
+        return False
+    left, right = (side.evalf(DIGITS) for side in sides)
+    return bool(abs(left - right) > NEARLY * max(abs(left), abs(right)))
+
+
 def _solutions(gold: Formula, answer: Formula) -> tuple[Formula, Formula]:
     """Both as the sets of numbers that they speak of, where one is such a set or both are inequalities in one letter.
 
     An inequality must be a solution, the letter alone against numbers: `x^2<4` is an exercise, and not yet `(-2,2)`.
     """
+    if (
+        isinstance(gold, (Relational, And))
+        and isinstance(answer, Ne)
+        or isinstance(gold, Ne)
+        and isinstance(answer, Ne)
+    ):
+        return gold, answer
     left, right = _spoken_of(gold), _spoken_of(answer)
     if left is None or right is None or isinstance(left, FiniteSet) or isinstance(right, FiniteSet):
         return gold, answer
@@ -136,10 +155,10 @@ def _spoken_of(value: Formula) -> Set | None:
         return value
     if isinstance(value, Eq):
         return value.rhs if isinstance(value.rhs, Set) and isinstance(value.lhs, Symbol) else None
-    if not isinstance(value, (Relational, And)) or isinstance(value, Ne) or len(value.free_symbols) != 1:
+    if not isinstance(value, (Relational, And)) or len(value.free_symbols) != 1:
         return None
     relations = value.args if isinstance(value, And) else (value,)
-    if not all(isinstance(one, Relational) and not isinstance(one, (Eq, Ne)) and _is_solved(one) for one in relations):
+    if not all(isinstance(one, Relational) and not isinstance(one, Eq) and _is_solved(one) for one in relations):
         return None
     try:
         return _numbers(value)
@@ -230,6 +249,9 @@ def _same_relation(gold: Relational, answer: Relational) -> bool | None:
     values = [_at(point, left, right) for point in _points(left, right)]
     if any(None in pair for pair in values):
         return type(gold) is type(answer) and bool(simplify(_difference(left, right)) == 0)
+    empty = [all(abs(pair[side]) <= NOTHING for pair in values) for side in (0, 1)]
+    if any(empty):  # 0 = 0 says nothing
+        return all(empty) and type(gold) is type(answer)
     ratios = [a / b for a, b in values if b]
     if len(ratios) == len(values) and all(abs(r - ratios[0]) <= PROPORTIONAL * abs(r) for r in ratios):
         same_sign = type(gold) is type(answer)

@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import islice
 
 LONGEST_NUMBER = 400  # characters; longer ones are left to the verifier that can be killed
 HIGHEST_POWER = 400  # of ten
@@ -91,6 +92,8 @@ UNIT_TOKEN = re.compile(
     r"\\text\s*\{(?P<text>[^{}]*)\}|(?P<word>[A-Za-z]+)\.?|\^\s*(?:\{\s*(?P<power>-?[0-9])\s*\}|(?P<power1>[0-9]))"
     r"|(?P<degree>\^\s*(?:\{\s*\\circ\s*\}|\\circ))\s*(?P<scale>[CF](?![A-Za-z]))?|(?P<sign>/|\\cdot|\*|-|\\\$|\$|€|£|¥|₹)|(?P<space>[\s.,]+)"
 )
+BEHIND = re.compile(r"(?<=[0-9A-Za-z})\]])(?: ?(?=\\text\{)| (?=[A-Za-z]{2}))")
+KNOWN_WORD = re.compile(r" [A-Za-z]{2,}")
 WORD = re.compile(r"(?P<word>[A-Za-z]+)\.?|(?P<sign>/|\^\s*\{?(?P<power>-?[0-9])\}?)|[\s.,-]+")
 NOTHING: Mapping[str, int] = {}
 
@@ -142,7 +145,7 @@ def read_quantity(text: str, *, gold: bool = False) -> Quantity | None:
     rest = part["rest"]
     if scale := SCALE.match(rest):
         value *= SCALES[scale[1].lower()]
-        rest = (rf"\text{{{scale['open']}" if scale["open"] else "") + rest[scale.end() :]
+        rest = (rf"\text{{{scale['open']}" if (scale["open"] or "").strip("} ") else "") + rest[scale.end() :]
         places = -1
     unit = read_unit(rest, gold=gold) if rest.strip(" .") else None
     if rest.strip(" .") and unit is None:
@@ -208,6 +211,24 @@ def _minutes(degrees: Fraction, rest: str) -> Quantity | None:
         return None
     size = degrees + Fraction(int(match[1]), 60) + Fraction(int(match[2] or 0), 3600)
     return Quantity(size, Unit(frozenset(["degree"]), {"degree": 1}, Fraction(1)))
+
+
+def part_unit(text: str) -> tuple[str, Unit | None]:
+    r"""A formula and the unit behind it: `25\pi \text{ cm}^2`. What is not set apart must be a known one: `25\pi cm`."""
+    for match in islice(BEHIND.finditer(text), MOST_WORDS + 1):
+        formula, rest = text[: match.start()], text[match.start() :]
+        if not formula.strip() or (not rest.lstrip().startswith("\\") and not KNOWN_WORD.match(rest)):
+            continue
+        unit = read_unit(rest, gold=True)
+        if unit is not None and ("\\text" in rest or unit.measured is not None):
+            return formula.rstrip(), unit
+    return text, None
+
+
+def same_unit(left: Unit | None, right: Unit | None) -> bool:
+    """Whether values with them can be compared as they stand."""
+    one = Quantity(Fraction(1), left).in_unit_of(Quantity(Fraction(1), right))
+    return one == 1
 
 
 def read_unit(text: str, *, gold: bool = False) -> Unit | None:
