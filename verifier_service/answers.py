@@ -9,7 +9,6 @@ the text, to be searched. What is read again reads the same: a verifier's prepar
 
 import re
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Literal
 
 from ..contracts.sections import THINKING
@@ -20,16 +19,8 @@ ANYTHING = re.compile(r".*+", re.DOTALL)
 SEPARATED = re.compile(r"[,;]|and|or")
 TAGS = re.compile(r"<(/?)answer>")
 DOLLARS = re.compile(r"\$\$?|\\[\[\]()]")
-NUMBER = re.compile(r"([+-]?)\s*((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]*)?)(?:\s*/\s*([0-9]+))?")
-FRACTION = re.compile(
-    r"([+-]?)\s*([0-9]*)\s*\\[dtc]?frac\s*(?:\{\s*([+-]?)\s*([0-9]+)\s*\}|\s([0-9])|([0-9]))\s*"
-    r"(?:\{\s*([0-9]+)\s*\}|([0-9]))"
-)
-UNIT = re.compile(r"\s*\\(?:text|mbox|textrm)\s*\{\s*([A-Za-z ]*)\.?\s*\}(?:\^\{?[23]\}?)?\Z")
-NO_UNITS = {"hundred", "thousand", "million", "billion", "trillion", "dozen", "percent", "not", "is", "wrong"}
 MOST_JOINED = 100  # boxes of one list
 LONGEST_JOINT = 70  # characters between two boxes of one list, as math-verify has it
-LONGEST_NUMBER = 400  # characters; longer ones are left to the verifier that can be killed
 
 Box = tuple[int, int, int]  # begin, content's begin, content's end or -1: unterminated
 
@@ -160,33 +151,3 @@ def without_dollars(text: str) -> str:
     if signs and len(signs) % 2 == 0 and not re.sub(r"and|or|[\s,;.]", "", outside) and "\\$" not in inner:
         return DOLLARS.sub(" ", inner).strip().rstrip(".,")
     return text
-
-
-def plain_number(text: str) -> Fraction | None:
-    r"""Exact value of an integer, a decimal, a/b, `\frac{a}{b}` or a mixed number, with dollars, spaces or a unit in
-    words around it, thousands as `,` or `{,}`; None where the text is anything else."""
-    if len(text) > LONGEST_NUMBER:
-        return None
-    text = text.replace("\\$", "$").replace("{,}", ",").strip().strip("$").strip()
-    unit = UNIT.search(text)
-    if unit and unit[1].strip() and not NO_UNITS & set(unit[1].split()):
-        text = text[: unit.start()]
-    if "frac" in text:
-        return _fraction(text)
-    match = NUMBER.fullmatch(text)
-    if not match or not any(c.isdigit() for c in match[2]) or (match[3] and ("." in match[2] or not int(match[3]))):
-        return None
-    value = Fraction(match[2].replace(",", "")) / int(match[3] or 1)
-    return -value if match[1] == "-" else value
-
-
-def _fraction(text: str) -> Fraction | None:
-    match = FRACTION.fullmatch(text)
-    if not match:
-        return None
-    sign, whole, inner, *parts = match.groups()
-    over, under = (int(next(filter(None, group), "0")) for group in (parts[:3], parts[3:]))
-    if not under or (whole and (inner or over >= under)):
-        return None
-    value = int(whole or 0) + Fraction(over, under)
-    return -value if (sign == "-") != (inner == "-") else value

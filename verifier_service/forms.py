@@ -196,7 +196,7 @@ def markup(text: str) -> str:
         if inner is None or not inner.strip():
             break
         text = inner.strip()
-    text = text.replace("~", " ").replace("...", "\\ldots ")
+    text = text.replace("~", " ").replace("...", "\\ldots ").replace("{,}", ",")
     if ahead := AHEAD.match(text):
         text = text[ahead.end() :]
     if "\\" not in text:
@@ -280,7 +280,11 @@ def numbers(text: str) -> str:
     if "\\permille" in text:
         text = PERMILLE.sub(lambda match: rf"\frac{{{match[1]}}}{{1000}}", text)
     if ":" in text:
-        text = text if TEXT.fullmatch(text) else CLOCK.sub(lambda match: rf"\text{{{int(match[1])}:{match[2]}{match[3].upper()}M}}", text)
+        text = (
+            text
+            if TEXT.fullmatch(text)
+            else CLOCK.sub(lambda match: rf"\text{{{int(match[1])}:{match[2]}{match[3].upper()}M}}", text)
+        )
     if "!" in text:
         text = FACTORIAL_POWER.sub(r"(\1!)^", text)
     if "mod" in text:

@@ -20,7 +20,7 @@ from .math_guard import too_large
 from .quantities import TAKES_BACK, Quantity, part_unit, read_quantity, same_unit
 
 SHOWN = re.compile(r"\\text\{[^{}]*\}|\\[A-Za-z]+|\\.|[0-9]+|\S", re.DOTALL)
-PLAIN = re.compile(r"\s*(-?)(?:([0-9]{1,15})|([0-9]{1,3}(?:,[0-9]{3}){1,4})|([0-9]{1,15}\.[0-9]{1,15}))\s*")
+PLAIN = re.compile(r"\s*(-?)(?:\\?\$)?(?:([0-9]{1,15})|([1-9][0-9]{0,2}(?:,[0-9]{3}){1,4})|([0-9]{1,15}\.[0-9]{1,15}))\s*")
 OPTION = re.compile(r"\(?\s*(?:\\text\{)?\s*\(?([A-J])\)?\s*\}?\s*\)?\.?")
 CHOSEN = re.compile(
     r"(?:\\text\{)?\s*(?:(?P<bracket>\()\s*)?(?P<letter>[A-J])(?(bracket)\s*\)|\s*[).:])\s*\}?\s*(?=[^\s=])(?P<rest>.+)"
@@ -111,8 +111,7 @@ def _decide_quickly(answer: str, gold: str) -> Judgement | None:
     number = read_quantity(answer, gold=wanted is None)
     written = str(wanted.value) if wanted is not None else _same(gold)
     if number is not None and wanted is not None:
-        value = number.in_unit_of(wanted)
-        if value is not None and (value == wanted.value or _rounded(number, wanted) or _rounded(wanted, number)):
+        if wanted.value in number.seen_as(wanted) or _rounded(number, wanted) or _rounded(wanted, number):
             return Judgement(True, written)
         return Judgement(False, _shown(number, wanted))
     if _same(answer) == _same(gold):
@@ -133,9 +132,9 @@ def _decide_quickly(answer: str, gold: str) -> Judgement | None:
     return None
 
 
-def _plain(match: re.Match[str]) -> Fraction:
+def _plain(match: re.Match[str]) -> Fraction | int:
     sign, whole, grouped, decimal = match.groups()
-    value = Fraction(whole or decimal or grouped.replace(",", ""))
+    value = Fraction(decimal) if decimal else int(whole or grouped.replace(",", ""))
     return -value if sign else value
 
 

@@ -50,7 +50,6 @@ NOTHING = 1e-60  # so small that it may be what is left of 0
 DIGITS = 30
 PROPORTIONAL = 1e-25  # share of a ratio
 SAME_DECIMAL = 5e-6  # of decimals: what math-verify's six places leave of a third
-NEARLY = 0.01  # of an equation between numbers: what rounding leaves
 BOUNDED = (Sum, Product, Limit)
 POSITIVE, SIGNED = 2, 2  # random points; at those of any sign, a root's or a logarithm's branch may differ
 
@@ -96,8 +95,6 @@ def _verdict(gold: Formula, answer: Formula) -> bool | None:
     """Yes or no where that is sure, else None."""
     if gold == answer:
         return True
-    if isinstance(answer, Eq) and _is_false(answer):
-        return False
     gold, answer = _sides(*_solutions(gold, answer))
     if gold == answer:
         return True
@@ -117,15 +114,6 @@ def _verdict(gold: Formula, answer: Formula) -> bool | None:
     if isinstance(gold, Expr) and isinstance(answer, Expr):
         return _same_value(gold, answer)
     return None
-
-
-def _is_false(equation: Eq) -> bool:
-    """Whether it says of two numbers that they are one, where they are not, nor nearly."""
-    sides = equation.args
-    if not all(isinstance(side, Expr) and side.is_number for side in sides):
-        return False
-    left, right = (side.evalf(DIGITS) for side in sides)
-    return bool(abs(left - right) > NEARLY * max(abs(left), abs(right)))
 
 
 def _solutions(gold: Formula, answer: Formula) -> tuple[Formula, Formula]:

@@ -1,47 +1,32 @@
 r"""Equality of numbers as people write them: with units, thousands, currency, percent, powers of ten, fractions.
 
-Exact arithmetic on what a few regular expressions read, linear in the text: nothing here can hang. How a number reads:
-- `1,000.99`, `1.000,99`, `1 000.99`: of two kinds of signs the last is the decimal one. Alone, a full stop and a comma
-  are decimal, but for a comma (or several of either) before groups of three digits: `1,000` is a thousand.
-- `3/4`, `\frac{3}{4}` and `1 3/4`; `1.5e3`, `1.5 \times 10^{3}`; `2 million`.
-- What follows a number is its unit, which is not compared. `50%` is equal to 50 and to 1/2, `50%` to `50%` alone.
+Exact arithmetic on what quantities.py reads, linear in the text: nothing here can hang. Of `x = 5` the number is 5, and
+where the gold has a name too, it must be that. What holds several numbers (`3, 4`, `\pm 3`) is none.
 """
 
 import re
 from collections import deque
 from fractions import Fraction
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from ..contracts.protocols import Judgement, Response
 from ..contracts.sections import THINKING
-from .answers import LONGEST_NUMBER, gold_answer, read_answer
+from .answers import gold_answer, read_answer, without_dollars
+from .forms import characters, spelled
+from .quantities import CURRENCY, SCALES, TAKES_BACK, Quantity, read_quantity
 
-PLAIN = (
-    [(sign, "") for sign in ("\\! ", "\\!", "\\left", "\\right", "\\displaystyle", "**")]
-    + [
-        (sign, " ")
-        for sign in ("\\,", "\\;", "\\:", "\\ ", "~", "\u00a0", "\u202f", "\u2009", "\\text", "\\mbox", "\\mathrm")
-    ]
-    + [("{,}", ","), ("\\%", "%"), ("−", "-"), ("\\times", "×"), ("\\cdot", "×"), ("\\dfrac", "\\frac")]
-    + [("\\tfrac", "\\frac"), ("\\$", "$"), ("$", ""), ("percent", "%")]
-)
-SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 DIGITS = r"(?:[0-9]{1,3}(?:[,.' ][0-9]{3})++(?:[.,][0-9]++)?(?![0-9])|[0-9]++(?:[.,][0-9]++)?|\.[0-9]++)"
 NUMBER = re.compile(
-    rf"(?<![0-9A-Za-z_^])(?<!\^\{{)(?P<sign>[-+]\s?)?[€£¥₹]?(?:(?P<whole>[0-9]+)(?:\s(?=[0-9]+\s?/)|\s?(?=\\frac)))?"
-    rf"(?:\\frac\s*\{{(?P<over>-?[0-9]+)\}}\s*\{{(?P<under>[0-9]+)\}}|\\frac(?P<short>[0-9][0-9])"
-    rf"|(?P<digits>{DIGITS})(?:\s?/\s?(?P<down>[0-9]+)(?![.,]?[0-9]))?)"
-    rf"(?:[eE](?P<exponent>[-+]?[0-9]+)|\s*[×*]\s*10\s*\^\s*\{{?(?P<power>[-+]?[0-9]+)\}}?)?"
-    rf"(?:[\s{{]*(?P<scale>{'|'.join(SCALES)})\b)?(?P<percent>\s*%)?(?!\s*\^\s*\{{?[-0-9a-zA-Z])"
+    rf"(?<![0-9A-Za-z_^])(?<!\^\{{)(?:[-+]\s?)?{CURRENCY}?(?:[0-9]+(?:\s(?=[0-9]+\s?/)|\s?(?=\\frac)))?"
+    rf"(?:\\frac\s*\{{-?[0-9]+\}}\s*\{{[0-9]+\}}|\\frac[0-9][0-9]|{DIGITS}(?:\s?/\s?[0-9]+(?![.,]?[0-9]))?)"
+    rf"(?:[eE][-+]?[0-9]+|\s*(?:\\times|[×*])\s*10\s*\^\s*\{{?[-+]?[0-9]+\}}?)?"
+    rf"(?:\s*(?:{'|'.join(SCALES)})\b)?(?:\s*\\?%)?(?!\s*\^\s*\{{?[-0-9a-zA-Z])"
 )
-BEFORE = re.compile(r"[A-Za-z:({\s]*+")  # words, and
-AFTER = re.compile(r"(?:\^\{?(?:[23]|\s*\\circ\s*)\}?|\\circ|[^\W\d_]|[\s°²³€£¥₹/.,:;'){}*-])*+")  # a unit
-HIGHEST_POWER = 400  # of ten
+WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2}")
+BEFORE = re.compile(r"(?:\\text\{[A-Za-z :,]*\}|[A-Za-z:({\s])*+(?=[-+.0-9\\$€£¥₹])")  # words, and
 
 
-class Number(NamedTuple):
-    value: Fraction
-    percent: bool
+Named = tuple[str, Quantity]
 
 
 class NumericVerifier:
@@ -66,7 +51,9 @@ class NumericVerifier:
 
     def prepare(self, response: Response) -> Judgement:
         """Nothing here can hang."""
-        gold = only_number(gold_answer(response.gold)) or last_number(response.gold)
+        gold = only_number(gold_answer(response.gold))
+        if gold is None and WORD.search(response.gold):  # a solution in words
+            gold = last_number(response.gold)
         if gold is None:
             return Judgement(False, error_class="gold_not_numeric")
         found = read_answer(response.text, self.answers, self.marker, thinking=self.thinking)
@@ -75,65 +62,43 @@ class NumericVerifier:
         number = only_number(found.text) if found.sure else last_number(found.text)
         if number is None:
             return Judgement(False, found.text if found.sure else "")
-        return Judgement(self._equal(number, gold), str(number.value))
+        return Judgement(self._equal(number, gold), str(number[1].value))
 
     def __call__(self, response: Response) -> Judgement:
         return self.prepare(response)
 
-    def _equal(self, number: Number, gold: Number) -> bool:
-        spellings = [number.value]
-        if number.percent != gold.percent:
-            spellings.append(number.value * 100 if number.percent else number.value / 100)
-        return any(abs(value - gold.value) <= self.tolerance * abs(gold.value) for value in spellings)
+    def _equal(self, number: Named, gold: Named) -> bool:
+        if number[0] and gold[0] and number[0] != gold[0]:
+            return False
+        wanted = gold[1].value
+        return any(abs(value - wanted) <= self.tolerance * abs(wanted) for value in number[1].seen_as(gold[1]))
 
 
-def only_number(text: str) -> Number | None:
-    """The number of a text, or of what follows its last `=`, which has nothing else but words or a unit."""
-    text = _plain(text.rpartition("=")[2])
-    match = NUMBER.search(text)
-    if match and BEFORE.fullmatch(text, 0, match.start()) and AFTER.fullmatch(text, match.end()):
-        return _value(match)
-    return None
+def only_number(text: str) -> Named | None:
+    """The number of a text, and the name before its last `=`; None where it has anything else but words or a unit."""
+    text = spelled(without_dollars(text))
+    name, _, number = text.rpartition("=")
+    number = number.strip()
+    if read := read_quantity(number):
+        return _name(name), read
+    match = BEFORE.match(number)
+    if not match or TAKES_BACK & set(re.findall(r"[a-z]+", match[0].lower())):
+        return None
+    read = read_quantity(number[match.end() :].rstrip(") }"))
+    return (_name(name), read) if read else None
 
 
-def last_number(text: str) -> Number | None:
+def _name(text: str) -> str:
+    """What is before a number's `=`; "" where that is no letter with its index."""
+    name = text.rpartition("=")[2].strip()
+    return name if re.fullmatch(r"\\?[A-Za-z]+(?:_\{?[A-Za-z0-9]+\}?)?", name) else ""
+
+
+def last_number(text: str) -> Named | None:
     """The last number of a text."""
-    last = deque(NUMBER.finditer(text := _plain(text)), maxlen=1)
-    return _value(last[0]) if last and not text.endswith("sqrt{", 0, last[0].start()) else None
-
-
-def _plain(text: str) -> str:
-    for sign, plain in PLAIN:
-        text = text.replace(sign, plain)
-    return text
-
-
-def _value(match: re.Match[str]) -> Number | None:
-    """The number that was matched; None where it is too long, or divides by zero."""
-    if match.end() - match.start() > LONGEST_NUMBER:
+    text = characters(text)
+    last = deque(NUMBER.finditer(text), maxlen=1)
+    if not last or text.endswith("sqrt{", 0, last[0].start()):
         return None
-    part = match.groupdict()
-    over, under = part["over"] or part["digits"], part["under"] or part["down"] or "1"
-    if part["short"]:
-        over, under = part["short"]
-    power = int(part["exponent"] or part["power"] or 0) + SCALES.get(part["scale"], 0)
-    if not int(under) or abs(power) > HIGHEST_POWER:
-        return None
-    value = int(part["whole"] or 0) + (_decimal(over) if part["digits"] else Fraction(int(over))) / int(under)
-    value *= Fraction(10) ** power
-    if part["sign"] and part["sign"][0] == "-":
-        value = -value
-    return Number(value / 100 if part["percent"] else value, bool(part["percent"]))
-
-
-def _decimal(digits: str) -> Fraction:
-    digits = digits.replace(" ", "").replace("'", "")
-    commas, stops = digits.count(","), digits.count(".")
-    if commas and stops:
-        decimal = max(",.", key=digits.rfind)
-    elif stops == 1 or (commas == 1 and (len(digits) - digits.index(",") != 4 or digits.startswith("0"))):
-        decimal = "," if commas else "."
-    else:
-        decimal = ""
-    plain = "".join("." if sign == decimal else "" if sign in ",." else sign for sign in digits)
-    return Fraction(plain)
+    read = read_quantity(spelled(last[0][0]))
+    return ("", read) if read else None

@@ -4,6 +4,7 @@ How a number reads, once it is spelled (forms.py):
 - `1,000.99`, `1.000,99`, `12,34,567`, `1'000.99` and `1 000,99` by their groups. Alone, a full stop is decimal, and a
   comma stands before three digits for a thousand, and else for the decimal point, but in a gold: there it parts a list.
 - `3/4`, `\frac{3}{4}`, `1 3/4`; `1.5 \times 10^{3}`; `2 million`, `4 dozen`.
+- `50%` is 50 and 1/2; beside another percentage it is itself alone.
 - What follows is its unit: known ones (`cm`, `m/s`, `\text{dollars}`) with their size, other words (`people`) as words.
   A number without a unit may be one with any; of two units the values are compared where both measure the same, or are
   words that have one in common. Words that take something back (`or`, `not`, `wrong`) are no unit, and the whole is then
@@ -22,8 +23,8 @@ MOST_WORDS = 4  # of a unit
 
 GROUPED = re.compile(
     r"(?P<plain>[0-9]+\.?[0-9]*|\.[0-9]+)"
-    r"|(?P<english>[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]*)?|[0-9]{1,2}(?:,[0-9]{2})+,[0-9]{3}(?:\.[0-9]*)?)"
-    r"|(?P<european>[0-9]{1,3}(?:\.[0-9]{3})+,[0-9]+|[0-9]{1,3}(?:\.[0-9]{3}){2,})"
+    r"|(?P<english>[1-9][0-9]{0,2}(?:,[0-9]{3})+(?:\.[0-9]*)?|[1-9][0-9]?(?:,[0-9]{2})+,[0-9]{3}(?:\.[0-9]*)?)"
+    r"|(?P<european>[1-9][0-9]{0,2}(?:\.[0-9]{3})+,[0-9]+|[1-9][0-9]{0,2}(?:\.[0-9]{3}){2,})"
     r"|(?P<swiss>[0-9]{1,3}(?:'[0-9]{3})+(?:\.[0-9]*)?)"
     r"|(?P<comma>[0-9]+,[0-9]+)"
 )
@@ -113,6 +114,7 @@ class Quantity:
 
     value: Fraction
     unit: Unit | None = None
+    percent: bool = False
     places: int = field(default=-1, compare=False)
 
     def in_unit_of(self, other: "Quantity") -> Fraction | None:
@@ -123,6 +125,15 @@ class Quantity:
         if ours.measured is not None and theirs.measured is not None:
             return self.value * ours.size / theirs.size if ours.measured == theirs.measured else None
         return self.value if ours.words & theirs.words else None
+
+    def seen_as(self, other: "Quantity") -> list[Fraction]:
+        """Its values as one compares them with the other's: 50% is 50 and 1/2, beside 50% it is 50% alone."""
+        value = self.in_unit_of(other)
+        if value is None:
+            return []
+        if self.percent == other.percent:
+            return [value]
+        return [value, value / 100 if self.percent else value * 100]
 
 
 def read_quantity(text: str, *, gold: bool = False) -> Quantity | None:
@@ -147,6 +158,8 @@ def read_quantity(text: str, *, gold: bool = False) -> Quantity | None:
         value *= SCALES[scale[1].lower()]
         rest = (rf"\text{{{scale['open']}" if (scale["open"] or "").strip("} ") else "") + rest[scale.end() :]
         places = -1
+    if rest.strip() == "%":
+        return None if part["before"] else Quantity(value, None, percent=True)
     unit = read_unit(rest, gold=gold) if rest.strip(" .") else None
     if rest.strip(" .") and unit is None:
         return _minutes(value, rest) if places < 1 else None
@@ -155,7 +168,7 @@ def read_quantity(text: str, *, gold: bool = False) -> Quantity | None:
             return None
         name = CURRENCIES.get(part["before"], "dollar")
         unit = Unit(frozenset([name]), {name: 1}, Fraction(1))
-    return Quantity(value, unit, places)
+    return Quantity(value, unit, places=places)
 
 
 def _value(part: dict[str, str | None], gold: bool) -> tuple[Fraction, int] | None:

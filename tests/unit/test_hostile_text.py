@@ -128,6 +128,7 @@ def test_verifiers_judge_hostile_text_as_text(kind, hostile, silent, tmp_path):
     errors = {outcome.judgement.error_class for outcome in [*wrong, *as_gold]} - {
         "",
         "too_large",
+        "gold_too_large",
         "no_gold",
         "gold_not_numeric",
     }

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from tutorloop.contracts.protocols import Response
-from tutorloop.verifier_service.answers import plain_number
 from tutorloop.verifier_service.math import MathVerifier
 from tutorloop.verifier_service.numeric import NumericVerifier
 from tutorloop.verifier_service.pool import VerifierPool
+from tutorloop.verifier_service.quantities import read_quantity
 
 DATA = Path(os.environ.get("TUTORLOOP_SHARED_DATA", Path(__file__).parents[3] / "shared" / "data"))
 POLICY = {"policy_specific", "nondefault_config", "multilingual", "multiple_choice", "answer_tag", "conflicting_labels"}
@@ -79,19 +79,20 @@ def test_adversarial_inputs_always_return_and_never_pass(answers):
     passed = [row["id"] for row, judgement in pairs if judgement.passed and row["expected"] is False]
     failed = [row["id"] for row, judgement in pairs if not judgement.passed and row["expected"] and answers == "any"]
     assert not passed and not failed, (passed, failed)
-    abstained = Counter(judgement.error_class for judgement in judgements if judgement.error_class)
-    assert set(abstained) == {"too_large"}, abstained
+    reasons = Counter((judgement.error_class, judgement.fault) for judgement in judgements if judgement.error_class)
+    assert set(reasons) == {("too_large", True)}, reasons
 
 
 def test_gold_answers_of_gsm8k_verify_themselves_and_not_their_neighbours():
     golds = [row["answer"] for row in shared("problems/gsm8k_train.jsonl")]
-    assert all(plain_number(gold) is not None for gold in golds)
+    numbers = {gold: read_quantity(gold, gold=True) for gold in golds}
+    assert all(numbers.values())
     for verifier in (MathVerifier(), NumericVerifier()):
         own = [verifier.prepare(Response(f"so \\boxed{{{gold}}}", gold)) for gold in golds]
         assert all(judgement.passed for judgement in own)
         for gold, other in pairwise(golds):
             judgement = verifier.prepare(Response(f"so \\boxed{{{other}}}", gold))
-            assert judgement.passed == (plain_number(gold) == plain_number(other))
+            assert judgement.passed == (numbers[gold] == numbers[other])
 
 
 def test_gold_answers_of_math_verify_themselves_and_not_their_neighbours():
