@@ -12,6 +12,7 @@ import re
 import unicodedata
 from fractions import Fraction
 
+MOST_BRACES = 5  # around the whole of an answer
 LONGEST = 2_000  # characters; longer ones are no answer, and stay as they are
 
 # ---- characters -----------------------------------------------------------------------------------------------------
@@ -94,11 +95,13 @@ AROUND = re.compile(
     r"(?s)```[a-z]*\n(.*)\n?```|(\*\*|__|``?|\*|~~)(?=\S)((?:(?!\2).)*)(?<=\S)\2(\.?)|[\"'“”](.*)[\"'“”]"
 )
 JSON = re.compile(r'\{\s*"(?:final[_ ])?(?:answer|result|value)"\s*:\s*("?)([^"{}]*)\1\s*\}', re.IGNORECASE)
-STYLED = re.compile(
-    r"\\(?:mathbf|mathrm|mathsf|mathit|mathtt|mathnormal|boldsymbol|bm|pmb|boxed|fbox|ensuremath|underline|emph|textbf"
-    r"|textit|textsf|texttt|textrm|textup|textnormal|mbox|hbox|text|operatorname\*?|bold|uline)\s*\{([^{}]*)\}"
+STYLE = (
+    r"mathbf|mathrm|mathsf|mathit|mathtt|mathnormal|boldsymbol|bm|pmb|boxed|fbox|ensuremath|underline|emph|textbf|textit"
+    r"|textsf|texttt|textrm|textup|textnormal|mbox|hbox|text|bold|uline"
 )
-COLOURED = re.compile(r"\\(?:textcolor|colorbox|color)\s*(?:\[[a-zA-Z]*\])?\{[^{}]*\}\s*")
+BRACE = re.compile(rf"\\(?P<style>{STYLE})\s*\{{|\\[{{}}]|(?P<open>\{{)|\}}")
+STYLED = re.compile(rf"\\(?:{STYLE}|operatorname\*?)\s*\{{([^{{}}]*)\}}")
+COLOURED = re.compile(r"\\(?:(textcolor|colorbox)|color)\s*(?:\[[a-zA-Z]*\])?\{[^{}]*\}\s*((?(1)\{))")
 NO_MEANING = re.compile(
     r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|mathstrut|strut|hfill|noindent|centering|left|right|middle"
     r"|[bB]ig{1,2}[lrm]?|tiny|scriptsize|footnotesize|small|normalsize|large|Large|LARGE|huge|Huge"
@@ -128,6 +131,7 @@ SHORT += (
     ("\\cdots", "\\ldots"),
     ("^{\\circ}", "^\\circ"),
     ("\\colon", ":"),
+    ("\\div", "/"),
 )
 AHEAD = re.compile(r"\s*(?:=|\\therefore|\\implies|\\Rightarrow|\\Longrightarrow|\\to)(?![A-Za-z=])\s*")
 PERCENT = re.compile(
@@ -173,6 +177,23 @@ def _unstyled(match: re.Match[str]) -> str:
     return rf"\text{{{inner}}}"
 
 
+def _undressed(text: str) -> str:
+    """Without the styles around groups that hold groups."""
+    parts, stack, end = list[str](), list[int](), 0  # of each open brace its part
+    for match in BRACE.finditer(text):
+        parts.append(text[end : match.start()])
+        end = match.end()
+        if match[0] == "}" and stack:
+            parts.append("}" if parts[stack.pop()] else "")
+            continue
+        if stack and parts[stack[-1]].startswith("\\text"):
+            parts[stack[-1]] = ""
+        if match["style"] or match["open"]:
+            stack.append(len(parts))
+        parts.append("" if match["style"] and match["style"] != "text" else match[0])
+    return "".join([*parts, text[end:]])
+
+
 FUNCTIONS = frozenset(
     "sin cos tan cot sec csc log ln exp arcsin arccos arctan sinh cosh tanh gcd lcm min max det".split()
 )
@@ -206,7 +227,8 @@ def markup(text: str) -> str:
     for long, short in SHORT:
         text = re.sub(rf"{re.escape(long)}(?![A-Za-z])", lambda _, short=short: short, text) if long in text else text
     for _ in range(3):
-        text = STYLED.sub(_unstyled, COLOURED.sub("", text))
+        text = STYLED.sub(_unstyled, COLOURED.sub(lambda match: r"\bold{" if match[2] else "", text))
+    text = _undressed(text)
     text = SPACED.sub(" ", NO_MEANING.sub("", text)).strip()
     text = re.sub(r"\{ *\}|\s+", " ", text)
     if match := re.match(r"\\text\{([^{}]*)\}\s*", text):
@@ -221,6 +243,7 @@ def markup(text: str) -> str:
 # ---- numbers --------------------------------------------------------------------------------------------------------
 
 SPACED_GROUPS = re.compile(r"(?<![0-9.,])(?<![0-9] )([0-9]{1,3})((?: [0-9]{3})+)(?![0-9])(?! [0-9])")
+IN_GROUPS = re.compile(r"-?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]*)?")
 EXPONENT = re.compile(r"(?<![A-Za-z0-9_\\.])([0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE]([-+]?[0-9]{1,4})(?![A-Za-z0-9.])")
 BARRED = re.compile(
     r"(?<![0-9])([0-9]*)\.([0-9]*)(?:\\(?:overline|bar|dot|overset\{\.\})\{([0-9]+)\}|\(([0-9]+)\)"
@@ -333,9 +356,11 @@ def spelled(text: str) -> str:
         return text
     text = NAMED.sub(_named, PERCENT.sub("%", text))
     text = numbers(text)
-    if text.startswith("{") and text.endswith("}") and _closes(text, "{}") == len(text) - 1:
+    for _ in range(MOST_BRACES):
+        if not (text.startswith("{") and text.endswith("}") and _closes(text, "{}") == len(text) - 1):
+            break
         inner = text[1:-1].strip()
-        text = rf"\{{{inner}\}}" if "," in inner else inner
+        text = rf"\{{{inner}\}}" if "," in inner and not IN_GROUPS.fullmatch(inner) else inner
     return text.strip().rstrip(".").rstrip() if not text.rstrip().endswith(("...", "\\.")) else text.strip()
 
 

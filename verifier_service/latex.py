@@ -30,6 +30,7 @@ UPRIGHT = re.compile(r"\\mathrm\s*\{\s*([a-z])\s*\}|\\text\s*\{\s*([ei])\s*\}")
 LIST_WORD = re.compile(r"(?<=[0-9)}])(?:or|and)(?=[0-9A-Z(\\-])")  # a word that nobody set apart
 MANY_LINES = re.compile(r"matrix|\{(?:cases|array|aligned|align)\}")
 ESCAPED = re.compile(r"\\\\(?=[a-zA-Z])")
+PRIMED = re.compile(r"'(?![^{]*\})|\\prime")  # a derivative, feet, minutes: the parser leaves it out
 DOTS = re.compile(r"\\(?:[lcd]?dots\w*|vdots)|\.\.\.|…")
 JUNCTION = re.compile(r"\s*(\\text\{ ?(?:or|and) ?\}|\\(?:lor|vee|land|wedge)(?![A-Za-z])|\b(?:or|and)\b)\s*")
 AND = ("and", r"\land", r"\wedge", r"\text{and}", r"\text{ and }")
@@ -87,10 +88,15 @@ def normalised(latex: str) -> str:
     return normalize_latex(UPRIGHT.sub(lambda match: match[1] or match[2], latex), NORMALIZATION)
 
 
-@lru_cache(maxsize=256)  # golds come again with each response of their group
+@lru_cache(maxsize=256)  # golds come again with each response of their group; a response's must leave nothing behind
+def read_gold(latex: str) -> Basic | MatrixBase | None:
+    """The value of a gold's formula."""
+    return read_formula(latex)
+
+
 def read_formula(latex: str) -> Basic | MatrixBase | None:
     """The value of a formula; None where it could not be read to its end. Roots of odd degree are real ones."""
-    if DOTS.search(latex):
+    if DOTS.search(latex) or PRIMED.search(latex):
         return None
     if solutions := _read_solutions(latex):
         return solutions

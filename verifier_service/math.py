@@ -20,7 +20,9 @@ from .math_guard import too_large
 from .quantities import TAKES_BACK, Quantity, part_unit, read_quantity, same_unit
 
 SHOWN = re.compile(r"\\text\{[^{}]*\}|\\[A-Za-z]+|\\.|[0-9]+|\S", re.DOTALL)
-PLAIN = re.compile(r"\s*(-?)(?:\\?\$)?(?:([0-9]{1,15})|([1-9][0-9]{0,2}(?:,[0-9]{3}){1,4})|([0-9]{1,15}\.[0-9]{1,15}))\s*")
+PLAIN = re.compile(
+    r"\s*(-?)(?:\\?\$)?(?:([0-9]{1,15})|([1-9][0-9]{0,2}(?:,[0-9]{3}){1,4})|([0-9]{1,15}\.[0-9]{1,15}))\s*"
+)
 OPTION = re.compile(r"\(?\s*(?:\\text\{)?\s*\(?([A-J])\)?\s*\}?\s*\)?\.?")
 CHOSEN = re.compile(
     r"(?:\\text\{)?\s*(?:(?P<bracket>\()\s*)?(?P<letter>[A-J])(?(bracket)\s*\)|\s*[).:])\s*\}?\s*(?=[^\s=])(?P<rest>.+)"
@@ -191,13 +193,13 @@ def _written_out(text: str) -> str:
 
 def _decide(answer: str, gold: str) -> Judgement:
     """By sympy."""
-    from .latex import read_formula
+    from .latex import read_formula, read_gold
     from .math_equal import equal, exact_number
 
     answer, gold = spelled(without_dollars(answer)), _spelled_gold(gold)
     answer = _chosen(answer, gold)
     answer, gold = part_unit(answer)[0], WORDS_BEHIND.sub("", part_unit(gold)[0])
-    wanted, value = read_formula(gold), read_formula(ordered_as(gold, answer))
+    wanted, value = read_gold(gold), read_formula(ordered_as(gold, answer))
     if wanted is None or value is None:
         passed = _same(answer).casefold() == _same(gold).casefold()
     else:

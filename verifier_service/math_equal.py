@@ -66,10 +66,18 @@ def equal(gold: Formula, answer: Formula) -> bool:
 
 def exact_number(value: object) -> Rational | None:
     """The exact rational that an expression is, if it is one: decimals are not, they compare with rounding."""
-    if not isinstance(value, Basic) or not value.is_number or not value.is_rational or value.has(Float):
+    if not isinstance(value, Basic) or value.has(Float) or not _is_rational(value):
         return None
     value = value.doit()
     return value if isinstance(value, Rational) else None
+
+
+def _is_rational(value: Basic) -> bool:
+    """Whether sympy knows it; what raises where it is asked first is not known, then or later."""
+    try:
+        return bool(value.is_number and value.is_rational)
+    except (ArithmeticError, ValueError):
+        return False
 
 
 def _imaginary(value: Formula) -> Formula:
