@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -86,6 +86,7 @@ class Judgement:
     error_class: str = ""
     parts: tuple[tuple[str, float], ...] = ()  # of a composite reward: each part's own score
     fault: bool = False
+    rule: str = field(default="", compare=False)  # by which it was decided, for people
 
     def __post_init__(self) -> None:
         if math.isnan(self.score):

@@ -25,7 +25,10 @@ class ExactVerifier:
     def prepare(self, response: Response) -> Judgement:
         """Nothing here can hang."""
         found = read_answer(response.text, self.answers, self.marker, thinking=self.thinking)
-        return Judgement(found is not None and found.text == response.gold.strip(), found.text if found else "")
+        passed = found is not None and found.text == response.gold.strip()
+        return Judgement(
+            passed, found.text if found else "", rule="the same text" if found else "no answer where one is read"
+        )
 
     def __call__(self, response: Response) -> Judgement:
         return self.prepare(response)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from fractions import Fraction
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 from ..contracts.protocols import Judgement, Response
 from ..contracts.sections import THINKING
@@ -28,6 +28,8 @@ CHOSEN = re.compile(
     r"(?:\\text\{)?\s*(?:(?P<bracket>\()\s*)?(?P<letter>[A-J])(?(bracket)\s*\)|\s*[).:])\s*\}?\s*(?=[^\s=])(?P<rest>.+)"
 )
 SAID = re.compile(r"\\text\{([^{}]*)\}")
+KINDS = {"FiniteSet": "list or set", "Interval": "interval", "Set": "set of numbers", "Tuple": "tuple"}
+KINDS |= {"MatrixBase": "matrix", "Relational": "relation", "And": "relation", "Number": "number"}
 WORDS_BEHIND = re.compile(r"(?<=\S)\s*\\text\{[^{}]*\}\Z")  # of a gold: its author's remark
 COMPARED = re.compile(r"[<>]|\\(?:le|ge|lt|gt|ne)(?![A-Za-z])")
 BUILT = re.compile(r":|\\mid|\|")
@@ -36,6 +38,7 @@ WORDS = re.compile(r"(?:\\(?:text|textbf|mathrm|mbox)\s*\{([A-Za-z][A-Za-z ]+)\.
 BASED = re.compile(r"\(?([0-9A-Za-z]+)\)?_(?:\{([0-9]{1,2})\}|([0-9]))")
 E_NOTATION = re.compile(r"(?<![A-Za-z0-9_\\.])([0-9]+(?:\.[0-9]+)?|\.[0-9]+)[eE]([-+]?[0-9]{1,3})(?![A-Za-z0-9])")
 MOST_ZEROS = 30
+NO_ANSWER = "no answer where one is read"
 SIGNIFICANT = 6  # digits of a decimal that stands for a fraction which has no end
 IN_BRACES = re.compile(r"\\(?:text|mbox|mathrm|operatorname|textbf|begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+")
 PROSE = re.compile(
@@ -66,11 +69,11 @@ class MathVerifier:
         """
         gold = gold_answer(response.gold)
         if not gold:
-            return Judgement(False, error_class="no_gold")
+            return Judgement(False, error_class="no_gold", rule="no gold")
         several = values(gold) > 1 and read_quantity(gold, gold=True) is None
         found = read_answer(response.text, self.answers, self.marker, several=several, thinking=self.thinking)
         if found is None:
-            return Judgement(False)
+            return Judgement(False, rule=NO_ANSWER)
         if not found.sure and not _is_formula(found.text):
             return Response(found.text, gold)
         quick = _decide_quickly(found.text, gold)
@@ -85,7 +88,7 @@ class MathVerifier:
             return prepared
         found = read_answer(prepared.text, self.answers, self.marker, thinking=self.thinking)
         if found is None:  # the braces of a tagged answer need not match
-            return Judgement(False)
+            return Judgement(False, rule=NO_ANSWER)
         from .latex import search  # sympy: only here, in the process that can be killed
 
         answer, gold = found.text, prepared.gold
@@ -94,7 +97,7 @@ class MathVerifier:
         if "$" in gold or "\\(" in gold or "\\[" in gold:
             gold = gold_answer(search(gold)) or gold
         if not answer:
-            return Judgement(False)
+            return Judgement(False, rule=NO_ANSWER)
         return _decide_quickly(answer, gold) or _decide(answer, gold)
 
 
@@ -106,31 +109,36 @@ def _decide_quickly(answer: str, gold: str) -> Judgement | None:
     left, right = PLAIN.fullmatch(answer), PLAIN.fullmatch(gold)
     if left and right:
         number, wanted = _plain(left), _plain(right)
-        return Judgement(number == wanted, str(number))
-    answer, gold = spelled(without_dollars(answer)), _spelled_gold(gold)
+        return Judgement(number == wanted, str(number), rule="two numbers, exactly")
+    gold = _spelled_gold(gold)
+    answer = _chosen(spelled(without_dollars(answer)), gold)
     wanted = _gold_quantity(gold)
-    answer = _chosen(answer, gold)
     number = read_quantity(answer, gold=wanted is None)
     written = str(wanted.value) if wanted is not None else _same(gold)
     if number is not None and wanted is not None:
-        if wanted.value in number.seen_as(wanted) or _rounded(number, wanted) or _rounded(wanted, number):
-            return Judgement(True, written)
-        return Judgement(False, _shown(number, wanted))
+        passed = wanted.value in number.seen_as(wanted)
+        if passed or not (_rounded(number, wanted) or _rounded(wanted, number)):
+            rule = "two numbers, with the units that they have, exactly"
+            return Judgement(passed, written if passed else _shown(number, wanted), rule=rule)
+        return Judgement(True, written, rule=f"a decimal of {SIGNIFICANT} digits or more that shows the other")
     if _same(answer) == _same(gold):
-        return Judgement(True, written)
-    for pattern, read in ((WORDS, _word), (BASED, _based)):
+        return Judgement(True, written, rule="the same signs")
+    for pattern, read, rule in ((WORDS, _word, "two words"), (BASED, _based, "two numbers in a base")):
         left, right = pattern.fullmatch(answer), pattern.fullmatch(gold)
         if left and right:
             passed = read(left) == read(right)
-            return Judgement(passed, written if passed else _same(answer))
-    if ambiguous(answer) or ambiguous(gold) or _takes_back(answer):
-        return Judgement(False, _same(answer))
-    if not same_unit(part_unit(answer)[1], part_unit(gold)[1]):
-        return Judgement(False, _same(answer))
+            return Judgement(passed, written if passed else _same(answer), rule=rule)
+    unclear = ambiguous(answer) or ambiguous(gold) or _takes_back(answer)
+    if not unclear and not same_unit(part_unit(answer)[1], part_unit(gold)[1]):
+        unclear = "units of two different things"
+    if unclear:
+        return Judgement(False, _same(answer), rule=unclear)
     if too_large(gold):
-        return Judgement(False, error_class="gold_too_large")
+        return Judgement(False, error_class="gold_too_large", rule="the gold is too large to be evaluated")
     if too_large(answer):
-        return Judgement(False, str(number.value) if number else _same(answer), error_class="too_large", fault=True)
+        rule = "the answer is too large to be evaluated"
+        shown = str(number.value) if number else _same(answer)
+        return Judgement(False, shown, error_class="too_large", fault=True, rule=rule)
     return None
 
 
@@ -166,12 +174,12 @@ def _chosen(answer: str, gold: str) -> str:
     return spelled(found["rest"])
 
 
-def _takes_back(answer: str) -> bool:
-    """Whether words within a formula change what it says: `4 \\text{ (or 5)}`, `4 \\text{ is wrong}`."""
+def _takes_back(answer: str) -> str:
+    """How words within a formula change what it says, "" where they do not: `4 \\text{ (or 5)}`."""
     words = [said[1] for said in SAID.finditer(answer)]
     if not words or SAID.fullmatch(answer):
-        return False
-    return any(
+        return ""
+    return "words beside the answer that change it" * any(
         said.strip(" ,;.").lower() not in LINKS
         and (re.search(r"[0-9]", said) or TAKES_BACK & set(re.findall(r"[a-z]+", said.lower().replace("'", ""))))
         for said in words
@@ -196,23 +204,33 @@ def _decide(answer: str, gold: str) -> Judgement:
     from .latex import read_formula, read_gold
     from .math_equal import equal, exact_number
 
-    answer, gold = spelled(without_dollars(answer)), _spelled_gold(gold)
-    answer = _chosen(answer, gold)
-    answer, gold = part_unit(answer)[0], WORDS_BEHIND.sub("", part_unit(gold)[0])
-    wanted, value = read_gold(gold), read_formula(ordered_as(gold, answer))
+    gold = _spelled_gold(gold)
+    answer = _chosen(spelled(without_dollars(answer)), gold)
+    answer, bare = part_unit(answer)[0], WORDS_BEHIND.sub("", part_unit(gold)[0])
+    wanted, value = read_gold(bare), read_formula(ordered_as(bare, answer))
     if wanted is None or value is None:
-        passed = _same(answer).casefold() == _same(gold).casefold()
+        passed = _same(answer).casefold() == _same(bare).casefold()
+        rule = f"the {'gold' if wanted is None else 'answer'} is no formula that can be read: by their signs"
+    elif other_brackets(bare, answer):
+        passed, rule = False, "a set is no tuple and no interval"
     else:
-        passed = not other_brackets(gold, answer) and equal(wanted, value)
+        passed, rule = equal(wanted, value), f"a {_kind(value)} against a {_kind(wanted)}, by their values"
     if passed:
         number = _gold_quantity(gold)
-        return Judgement(True, str(number.value) if number is not None else _same(gold))
+        return Judgement(True, str(number.value) if number is not None else _same(gold), rule=rule)
     number = read_quantity(answer)
     exact = exact_number(value) if number is None else number.value
     try:
-        return Judgement(False, str(exact if exact is not None else value if value is not None else _same(answer)))
+        shown = str(exact if exact is not None else value if value is not None else _same(answer))
     except ValueError:  # an integer too long for Python to print
-        return Judgement(False, _same(answer))
+        shown = _same(answer)
+    return Judgement(False, shown, rule=rule)
+
+
+def _kind(value: Any) -> str:
+    """What a formula is, for people."""
+    name = next((part.__name__ for part in type(value).__mro__ if part.__name__ in KINDS), "")
+    return KINDS.get(name, "formula")
 
 
 def brackets(text: str) -> str:

@@ -55,14 +55,15 @@ class NumericVerifier:
         if gold is None and WORD.search(response.gold):  # a solution in words
             gold = last_number(response.gold)
         if gold is None:
-            return Judgement(False, error_class="gold_not_numeric")
+            return Judgement(False, error_class="gold_not_numeric", rule="the gold is no number")
         found = read_answer(response.text, self.answers, self.marker, thinking=self.thinking)
         if found is None:
-            return Judgement(False)
+            return Judgement(False, rule="no answer where one is read")
         number = only_number(found.text) if found.sure else last_number(found.text)
         if number is None:
-            return Judgement(False, found.text if found.sure else "")
-        return Judgement(self._equal(number, gold), str(number[1].value))
+            return Judgement(False, found.text if found.sure else "", rule="the answer is no number")
+        rule = "two numbers, with the units and names that they have"
+        return Judgement(self._equal(number, gold), str(number[1].value), rule=rule)
 
     def __call__(self, response: Response) -> Judgement:
         return self.prepare(response)
