@@ -46,6 +46,10 @@ def verify(
     memory: Annotated[float, typer.Option(help="GiB for a row.")] = 1.0,
     processes: Annotated[int, typer.Option(min=0, help="Rows judged side by side; 0: as many as CPUs.")] = 0,
     tolerance: Annotated[float, typer.Option(help="numeric: largest difference, as a share of the gold.")] = 0.0,
+    explain: Annotated[
+        bool,
+        typer.Option("--explain", help="For each row what was read, from where, and by which rule it was decided."),
+    ] = False,
     show: Annotated[int, typer.Option(min=0, help="Slowest rows and disagreements in the table.")] = 10,
 ) -> bool:
     """Score a file of predictions: correct, incorrect, or abstained and why."""
@@ -55,16 +59,21 @@ def verify(
 
     section = {"kind": kind, "answers": answers, "marker": marker, "tolerance": tolerance}
     config = _config({**section, "timeout_seconds": timeout, "memory_gib": memory}, overrides or [])
-    tally, start = Tally(show), time.monotonic()
+    lenient = config.response_fault == "abstain"
+    tally, start = Tally(show, lenient), time.monotonic()
     interrupted = False
     with closing(_Pools(config, thinking, processes or max(2, len(os.sched_getaffinity(0))))) as pools:
-        status = nullcontext() if as_json else Console(stderr=True).status("judging")
+        status = nullcontext() if as_json or explain else Console(stderr=True).status("judging")
         try:
             with status as shown:
                 for row, outcome in _judged(read_rows(file), pools):
                     tally.add(row, outcome)
                     if as_json:
-                        typer.echo(json.dumps(_object(row, outcome)))
+                        typer.echo(
+                            json.dumps({**_object(row, outcome, lenient), **_read(row, outcome, pools, explain)})
+                        )
+                    elif explain:
+                        _say(row, outcome, lenient, _read(row, outcome, pools, True))
                     elif shown and not tally.rows % 100:
                         shown.update(f"{tally.rows:,} rows")
         except KeyboardInterrupt:
@@ -104,12 +113,12 @@ class _Pools:
         from ..verifier_service.pool import VerifierPool
         from ..verifier_service.verifiers import make_verifier
 
-        marker = self.config.marker or marker
+        config = self.config_of(marker)
+        marker = config.marker
         if marker not in self._pools:
             if len(self._pools) > MOST_MARKERS:
                 rule = f"the rows of a file have at most {MOST_MARKERS} different answer_marker"
                 raise DataError(rule, f"more, {marker[:SHOWN]!a} among them", "give one with --marker")
-            config = self.config.model_copy(update={"marker": marker})
             verifier = make_verifier(config, api_key=_key(config), thinking=self.thinking)
             self._pools[marker] = VerifierPool(
                 verifier,
@@ -118,6 +127,10 @@ class _Pools:
                 processes=self.processes,
             )
         return self._pools[marker]
+
+    def config_of(self, marker: str) -> "Config":
+        """The section of a row with this marker of its own."""
+        return self.config.model_copy(update={"marker": self.config.marker or marker})
 
     def close(self) -> None:
         for pool in self._pools.values():
@@ -144,13 +157,43 @@ def _judged(rows: "Iterable[Row]", pools: _Pools) -> "Iterator[tuple[Row, Outcom
         yield row, outcome.result()
 
 
-def _object(row: "Row", outcome: "Outcome") -> dict[str, Any]:
+def _read(row: "Row", outcome: "Outcome", pools: _Pools, explained: bool) -> dict[str, str]:
+    """What was read, from where, and the rule; nothing where it is not asked for."""
+    if not explained:
+        return {}
+    from ..verifier_service.explain import explain
+
+    reading = explain(pools.config_of(row.marker), pools.thinking, row.response)
+    read = {"from": reading.place, "read": reading.answer, "gold_read": reading.gold}
+    return {**read, "rule": outcome.judgement.rule or outcome.judgement.error_class}
+
+
+def _say(row: "Row", outcome: "Outcome", lenient: bool, read: dict[str, str]) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    from ..verifier_service.rows import decision
+
+    error = outcome.judgement.error_class
+    decided = decision(outcome, lenient) + (f" ({error})" if error else "")
+    styles = {"passed": "green", "abstained": "yellow"}
+    text = Text.assemble(_text(row.row_id), "  ", (decided, styles.get(decided.partition(" ")[0], "red")))
+    if row.expected is not None:
+        text.append(f"  expected {'passed' if row.expected else 'incorrect'}", "dim")
+    for name, value in read.items():
+        text.append(f"\n  {name.replace('_', ' '):10}", "dim").append(_text(value))
+    Console().print(text)
+
+
+def _object(row: "Row", outcome: "Outcome", lenient: bool) -> dict[str, Any]:
+    from ..verifier_service.rows import decision
+
     judgement = outcome.judgement
     expected = {} if row.expected is None else {"expected": row.expected}
     return {
         "id": row.row_id,
         "passed": judgement.passed,
-        "abstained": bool(judgement.error_class),
+        "abstained": decision(outcome, lenient) == "abstained",
         "answer": judgement.answer,
         "error_class": judgement.error_class,
         "seconds": round(outcome.seconds, 6),
@@ -171,6 +214,9 @@ def _table(tally: "Tally") -> "RenderableType":
         parts.append(("against what was expected; an abstention agrees with nothing", _pairs(_agreement(figures))))
     if figures["errors"]:
         parts.append(("abstained because of", _pairs([(name, f"{n:,}") for name, n in figures["errors"].items()])))
+    if figures["faults"]:
+        named = [(name, f"{n:,}") for name, n in figures["faults"].items()]
+        parts.append(("incorrect because of the response itself", _pairs(named)))
     if figures["slowest"]:
         slowest = [(row["id"], f"{row['seconds']:.3f} s") for row in figures["slowest"]]
         parts.append(("slowest rows", _pairs(slowest)))
@@ -211,7 +257,8 @@ def _disagreements(tally: "Tally") -> "Table":
     for name in ("id", "expected", "decided", "answer", "gold"):
         table.add_column(name, overflow="fold")
     for row, outcome in tally.disagreements:
-        decided = outcome.judgement.error_class or decision(outcome)
+        error = outcome.judgement.error_class
+        decided = decision(outcome, tally.lenient) + (f": {error}" if error else "")
         texts = (row.row_id, row.expected, decided, outcome.judgement.answer, row.response.gold)
         table.add_row(*map(_text, texts))
     return table

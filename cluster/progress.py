@@ -201,7 +201,8 @@ def sample_facts(line: Mapping[str, Any]) -> str:
     if line.get("abstained"):
         facts.append(f"not judged: {line.get('error_class')}")
     elif "passed" in line:
-        facts.append("passed" if line["passed"] else "did not pass")
+        why = f" ({line['error_class']})" if line.get("error_class") else ""
+        facts.append("passed" if line["passed"] else f"did not pass{why}")
     facts += [f"answer {line['answer']}"] if line.get("answer") else []
     facts += [f"gold {line['golds'][0]}"] if line.get("golds") else []
     facts += [f"{len(line['token_ids']) - line['prompt_length']} tokens, ended by {line['finish_reason']}"]

@@ -90,6 +90,7 @@ class Prometheus:
         self._steps = summary("step_seconds", "Seconds of whole steps.")
         self._tokens = counter("tokens_total", "Tokens that a pool worked on.", "pool")
         self._abstained = counter("abstained_total", "Rollouts that the verifier did not judge.")
+        self._faults = counter("response_faults_total", "Responses incorrect by their own fault, by reason.", "reason")
         self._dropped = counter("dropped_total", "Rollouts that were dropped, by reason.", "reason")
         self._failed = counter("failed_total", "Calls and samples that failed, by pool and error.", "pool", "error")
         self.nonfinite = counter("nonfinite_values_total", "Figures that were NaN or infinite.")
@@ -124,6 +125,8 @@ class Prometheus:
         for kind, count in row.tokens.items():
             self._tokens.labels(TOKEN_POOLS[kind]).inc(count)
         self._abstained.inc(row.abstained or 0)
+        for reason, count in row.response_faults.items():
+            self._faults.labels(reason).inc(count)
         for reason, total in row.dropped.items():
             self._dropped.labels(reason).inc(self._new("dropped", reason, total))
         for place, total in row.failed.items():

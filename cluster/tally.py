@@ -226,14 +226,17 @@ def _judged_figures(shards: Sequence[Shard]) -> dict[str, Any]:
     rewards = [reward for receipt in judged for reward in receipt.rewards]
     abstained = sum(abstains for receipt in judged for abstains in receipt.abstained)
     parts: Counter[str] = Counter()
+    faults: Counter[str] = Counter()
     for receipt in judged:
         parts.update(receipt.parts)
+        faults.update(receipt.faults)
     counted = len(rewards) - abstained
     return {
         "reward": sum(rewards) / counted if counted else None,
         "reward_parts": {name: total / counted for name, total in parts.items()} if counted else {},
         "pass_rate": pass_rate(shards),
         "abstained": abstained if rewards else None,
+        "response_faults": dict(faults),
     }
 
 

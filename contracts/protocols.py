@@ -76,8 +76,9 @@ class Response:
 class Judgement:
     """A verifier's decision: correct, incorrect, or abstained, and then `error_class` says why.
 
-    `fault`: that reason lies in the response alone (it cannot be read, is too large, exceeds its budget), which is
-    incorrect for it unless the recipe says otherwise (verifier.response_fault), and never a neutral verdict to be had.
+    `fault`: it was killed or raised, or that reason lies in the response alone (not readable, too large, over its
+    budget), which is incorrect unless the recipe says otherwise (verifier.response_fault), so that no neutral
+    verdict is to be had.
     """
 
     passed: bool
@@ -108,6 +109,9 @@ class Verifier(Protocol):
     """
 
     needs_gold: bool  # a response without a gold answer abstains
+    harmless: (
+        str  # a response that no failure can be the fault of, to try golds with; "": failures are never responses'
+    )
     waits: bool  # it spends its time waiting for others, so that many run side by side
 
     def prepare(self, response: Response) -> Judgement | Response: ...
@@ -121,6 +125,6 @@ def judgement_of(verifier: Verifier, response: Response) -> Judgement:
         prepared = verifier.prepare(response)
         return prepared if isinstance(prepared, Judgement) else verifier(prepared)
     except MemoryError:
-        return Judgement(False, error_class="memory")
+        return Judgement(False, error_class="memory", fault=True)
     except Exception as error:
-        return Judgement(False, error_class=error_class_of(error))
+        return Judgement(False, error_class=error_class_of(error), fault=True)

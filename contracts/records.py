@@ -183,7 +183,8 @@ class TeacherScores:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What the verifier decided on one rollout: correct, incorrect, or abstained (why)."""
+    """What the verifier decided on one rollout: correct, incorrect (why, if the response could not be judged by its own
+    fault), or abstained (why)."""
 
     rollout_id: str
     score: float  # reward; 0 where abstained
@@ -191,7 +192,7 @@ class Verdict:
     answer: str = ""  # the parsed answer, canonical; "" where none was found
     path: str = ""  # a digest of the reasoning path: equal for two responses that take the same steps
     abstained: bool = False
-    error_class: str = ""  # timeout | memory | crash | quarantined | no_gold | an exception's name | …
+    error_class: str = ""  # timeout | memory | crash | too_large | gold_… | no_gold | an exception's name | …
     seconds: float = 0.0
 
     SCHEMA: ClassVar[pa.Schema] = pa.schema(
@@ -352,6 +353,9 @@ class Receipt:
     passed: tuple[bool, ...] = ()
     parts: dict[str, float] = field(default_factory=dict)  # the verifier's parts of the reward: Σ of their scores
     errors: dict[str, int] = field(default_factory=dict)  # error class → count
+    faults: dict[str, int] = field(
+        default_factory=dict
+    )  # the verifier's: incorrect by a fault of the response, by class
 
 
 # ---- weights --------------------------------------------------------------------------------------------------------

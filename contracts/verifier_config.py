@@ -53,8 +53,16 @@ class Verifier(Pool):
     )
     urls: tuple[str, ...] = Field(default=(), description="http: servers that judge, tried in turn")
     api_key_env: str = Field(default="", description="http: environment variable that holds the servers' key")
-    timeout_seconds: float = Field(default=5.0, gt=0, description="budget of a sample; beyond it, killed and abstained")
-    memory_gib: float = Field(default=1.0, gt=0, description="memory of a sample; beyond it, it abstains")
+    timeout_seconds: float = Field(
+        default=5.0,
+        gt=0,
+        description="budget of a sample: seconds of CPU time, ten times as long in all (http: seconds in all)",
+    )
+    memory_gib: float = Field(default=1.0, gt=0, description="budget of a sample's memory")
+    response_fault: Literal["incorrect", "abstain"] = Field(
+        default="incorrect",
+        description="what a response is that cannot be judged by its own fault: too large, over its budget",
+    )
     weight: float = Field(default=1.0, description="of the verifier's own score in the reward")
     rewards: tuple[Reward, ...] = Field(default=(), description="what else the reward is made of: kind, weight, …")
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import random
 import signal
 import stat
 import subprocess
@@ -33,7 +34,7 @@ def sockets():
 class Behaving:
     """Does what the gold says, as verifiers of other people's code do. `row` is a path, where one is needed."""
 
-    needs_gold, waits = True, False
+    needs_gold, waits, harmless = True, False, ""
 
     def __init__(self):
         self.leaked = []
@@ -134,6 +135,35 @@ class Behaving:
         (folder / response.text).touch()
         while len(list(folder.iterdir())) < number:
             time.sleep(0.01)
+
+
+class Blaming(Behaving):
+    """Does what the text says, where the gold is fine: a response can be at fault."""
+
+    harmless = "fine"
+
+    def __call__(self, response):
+        told = super().__call__(response)
+        what, _, number = response.text.partition(" ")
+        return getattr(self, what)(response, int(number or 0)) or told
+
+    def burn(self, response, number):
+        """So many milliseconds of a CPU."""
+        start = time.process_time()
+        while time.process_time() - start < number / 1000:
+            pass
+
+    def nap(self, response, number):
+        time.sleep(number / 1000)
+
+    def disturb(self, response, number):
+        """What an exception within mpmath may leave."""
+        import mpmath
+
+        before = (mpmath.mp.prec, sys.getrecursionlimit(), random.random())
+        mpmath.mp.prec = 500
+        sys.setrecursionlimit(5000)
+        return Judgement(True, str(before))
 
 
 class Waiting(Behaving):

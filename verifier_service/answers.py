@@ -63,6 +63,11 @@ def read_answer(
     return Found(text.strip(), sure=False) if text.strip() else None
 
 
+def harmless(marker: str) -> str:
+    """A response whose answer is 1."""
+    return f"{marker} 1" if marker else "\\boxed{1}"
+
+
 def last_box(text: str) -> str | None:
     r"""Content of the last `\boxed{…}` or `\fbox{…}`, braces balanced, spaces around it stripped.
 

@@ -9,13 +9,13 @@ from ..contracts.protocols import Judgement, Response, Verifier, error_class_of,
 class AnyGoldVerifier:
     """A response passes where it equals any of its golds, and that gold's judgement is its own.
 
-    Else it is incorrect, with the answer that was compared with the first gold; where no gold could be compared with
-    it, it abstains, with the first gold's reason.
+    Else it is incorrect, with the answer that was compared with the first gold, or by its own fault with the first;
+    where no gold could be compared with it, it abstains, with the first gold's reason.
     """
 
     def __init__(self, one: Verifier) -> None:
         self.one = one
-        self.needs_gold, self.waits = one.needs_gold, one.waits
+        self.needs_gold, self.waits, self.harmless = one.needs_gold, one.waits, one.harmless
 
     def prepare(self, response: Response) -> Judgement | Response:
         """Decided here if it passes by a gold that can be compared here, or if all of them can; else a process needs
@@ -31,7 +31,7 @@ class AnyGoldVerifier:
         try:
             return self.one.prepare(single)
         except Exception as error:  # of this gold alone
-            return Judgement(False, error_class=error_class_of(error))
+            return Judgement(False, error_class=error_class_of(error), fault=True)
 
     def __call__(self, response: Response) -> Judgement:
         if not response.other_golds:
@@ -52,7 +52,7 @@ def _singles(response: Response) -> Iterator[Response]:
 
 
 def _best(found: list[Judgement]) -> Judgement:
-    order = (_passed, lambda one: not one.error_class, lambda _: True)
+    order = (_passed, lambda one: not one.error_class, lambda one: one.fault, lambda _: True)
     return next(one for kind in order for one in found if kind(one))
 
 

@@ -1,6 +1,7 @@
 """A reward of several parts: weight · the verifier's score + Σ weight · a part's score.
 
-Whether a response passed, and its answer, are the verifier's alone. Where the verifier or a part abstains, all does.
+Whether a response passed, and its answer, are the verifier's alone. Where the verifier or a part abstains, all does;
+what is the response's own fault is incorrect, and has its parts.
 The parts are `format` (it matches a pattern, or holds exactly one complete box), `length` (the soft overlong
 punishment of DAPO, 2503.14476, equation 13) and reward functions.
 """
@@ -27,6 +28,8 @@ class CompositeVerifier:
     def __init__(self, main: Verifier, weight: float, parts: Sequence[tuple[Reward, Verifier | None]]) -> None:
         self.main, self.weight = main, weight
         self.needs_gold, self.waits = main.needs_gold, main.waits
+        functions = any(verifier for _, verifier in parts)
+        self.harmless = "" if functions else main.harmless  # what a function does is no response's fault
         names = part_names([reward for reward, _ in parts])
         patterns = [_compiled(reward.pattern) for reward, _ in parts]
         self._parts = list(zip(names, parts, patterns, strict=True))
@@ -36,7 +39,7 @@ class CompositeVerifier:
         judged = self.main.prepare(response)
         if isinstance(judged, Response):
             return response
-        if judged.error_class:
+        if judged.error_class and not judged.fault:
             return judged
         if any(verifier or pattern for _, (_, verifier), pattern in self._parts):
             return response
@@ -46,7 +49,7 @@ class CompositeVerifier:
         judged = self.main.prepare(response)
         if isinstance(judged, Response):
             judged = self.main(judged)
-        return judged if judged.error_class else self._sum(judged, response)
+        return judged if judged.error_class and not judged.fault else self._sum(judged, response)
 
     def _sum(self, judged: Judgement, response: Response) -> Judgement:
         score, parts = self.weight * judged.score, []
@@ -54,7 +57,8 @@ class CompositeVerifier:
             if verifier:
                 part = judgement_of(verifier, response)
                 if part.error_class:
-                    return replace(judged, passed=False, score=0.0, error_class=f"{name}:{part.error_class}")
+                    reason = f"{name}:{part.error_class}"
+                    return replace(judged, passed=False, score=0.0, error_class=reason, fault=False)
                 value = part.score
             elif reward.kind == "format":
                 value = float(bool(pattern.fullmatch(response.text)) if pattern else one_box(response.text))

@@ -4,7 +4,7 @@ from typing import Literal
 
 from ..contracts.protocols import Judgement, Response
 from ..contracts.sections import THINKING
-from .answers import read_answer
+from .answers import harmless, read_answer
 
 
 class ExactVerifier:
@@ -21,6 +21,7 @@ class ExactVerifier:
     ) -> None:
         self.answers: Literal["box", "any"] = answers
         self.marker, self.thinking = marker, thinking
+        self.harmless = harmless(marker)
 
     def prepare(self, response: Response) -> Judgement:
         """Nothing here can hang."""

@@ -15,6 +15,7 @@ import json
 import marshal
 import os
 import pickle
+import random
 import resource
 import select
 import signal
@@ -30,6 +31,8 @@ LENGTH = struct.Struct("<Q")
 FIELDS = attrgetter(*Response.__dataclass_fields__)
 ANSWER_CHARACTERS = 4096  # of an answer that leaves the process
 PR_SET_PDEATHSIG = 1
+FLOAT_BITS = 53  # mpmath's own precision
+RECURSION = sys.getrecursionlimit()
 WARM_UP = (  # spellings of x, y, z that take a parser through much of its grammar
     ("\\frac{x}{2}+\\sqrt{3}", "0.5x+3^{1/2}"),
     ("(x+1)(x-\\frac{1}{2})", "x^2+\\frac{x}{2}-\\frac{1}{2}"),
@@ -194,12 +197,23 @@ def _judge_all(connection: socket.socket, verifier: Verifier, memory_bytes: int)
         response = Response(*marshal.loads(stream.read(*LENGTH.unpack(header))))
         limit = _address_space(statm) + memory_bytes
         resource.setrlimit(resource.RLIMIT_AS, (limit if most == resource.RLIM_INFINITY else min(limit, most), most))
+        _as_new()
         judgement = _judge(verifier, response)
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
         last = judgement.error_class == "memory" or _address_space(statm) - warm > memory_bytes / 2
         connection.sendall(json.dumps([last, *_reply(judgement)]).encode() + b"\n")
         if last:
             return
+
+
+def _as_new() -> None:
+    """Undo what the sample before may have left in this process: a precision that an exception did not restore, a
+    random state, limits. Verdicts must not hang on it."""
+    if mpmath := sys.modules.get("mpmath"):
+        mpmath.mp.prec = FLOAT_BITS
+    random.seed(0)
+    sys.setrecursionlimit(RECURSION)
+    sys.set_int_max_str_digits(sys.int_info.default_max_str_digits)
 
 
 def _address_space(statm: int) -> int:
@@ -214,13 +228,14 @@ def _judge(verifier: Verifier, response: Response) -> Judgement:
         json.dumps(_reply(judgement))
         return judgement
     except MemoryError:
-        return Judgement(False, error_class="memory")
+        return Judgement(False, error_class="memory", fault=True)
     except BaseException as error:  # whatever a verifier raises, SystemExit too, is its verdict's error class
-        return Judgement(False, error_class=error_class_of(error))
+        return Judgement(False, error_class=error_class_of(error), fault=True)
 
 
 def _reply(judgement: Judgement) -> list[Any]:
     """What `Judgement(*reply)` makes again; numpy's numbers become Python's."""
     parts = [(str(name), float(score)) for name, score in judgement.parts]
     answer, error_class = str(judgement.answer)[:ANSWER_CHARACTERS], str(judgement.error_class)[:256]
-    return [bool(judgement.passed), answer, float(judgement.score), error_class, parts]
+    rule = str(judgement.rule)[:256]
+    return [bool(judgement.passed), answer, float(judgement.score), error_class, parts, bool(judgement.fault), rule]

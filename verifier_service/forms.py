@@ -17,7 +17,15 @@ LONGEST = 2_000  # characters; longer ones are no answer, and stay as they are
 
 # ---- characters -----------------------------------------------------------------------------------------------------
 
-INVISIBLE = "\u200b\u200c\u200d\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2060\u2061\u2062\u2063\u2066\u2067\u2068\u2069\ufeff\u00ad\ufe0e\ufe0f"
+INVISIBLE = (
+    "\u200b\u200c\u200d\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2060\u2061\u2062\u2063\u2066\u2067\u2068\u2069"
+    "\ufeff\u00ad\ufe0e\ufe0f"
+)
+LETTERS_OF = "αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩ"
+NAMES_OF = (
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon phi chi psi "
+    "omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega"
+)
 SPACES = "\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000"
 SIGNS = {
     **dict.fromkeys("−–‐‑‒﹣", "-"),
@@ -42,15 +50,7 @@ SIGNS = {
     **dict.fromkeys("′’ʹ", "'"),
     **{"″": "''", "‰": r"\permille ", "％": "%", "⟨": r"\langle ", "⟩": r"\rangle "},
     **dict(zip("，．：；（）［］｛｝＋－＝＜＞／＊", ",.:;()[]{}+-=<>/*", strict=True)),
-    **{
-        letter: f"\\{name} "
-        for letter, name in zip(
-            "αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩ",
-            "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon phi chi psi "
-            "omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega".split(),
-            strict=True,
-        )
-    },
+    **{letter: f"\\{name} " for letter, name in zip(LETTERS_OF, NAMES_OF.split(), strict=True)},
     **{"ϕ": r"\phi ", "ϵ": r"\epsilon ", "ℓ": r"\ell "},
 }
 TABLE = str.maketrans({**dict.fromkeys(INVISIBLE, ""), **dict.fromkeys(SPACES, " "), **SIGNS})
@@ -169,7 +169,7 @@ def _unstyled(match: re.Match[str]) -> str:
         "emph",
     )
     if command == "operatorname" or (command == "mathrm" and len(inner.strip()) > 1 and LETTERS.search(inner)):
-        return rf"\{inner.strip()} " if inner.strip() in FUNCTIONS else rf"\text{{{inner}}}"
+        return rf"\{inner.strip()} " if inner.strip() in FUNCTIONS.split() else rf"\text{{{inner}}}"
     if not words or not LETTERS.search(inner):
         return f" {inner}" if inner[:1].isspace() else inner
     if len(inner.strip()) == 1:
@@ -194,9 +194,7 @@ def _undressed(text: str) -> str:
     return "".join([*parts, text[end:]])
 
 
-FUNCTIONS = frozenset(
-    "sin cos tan cot sec csc log ln exp arcsin arccos arctan sinh cosh tanh gcd lcm min max det".split()
-)
+FUNCTIONS = "sin cos tan cot sec csc log ln exp arcsin arccos arctan sinh cosh tanh gcd lcm min max det"
 
 
 def markup(text: str) -> str:

@@ -96,7 +96,7 @@ class FunctionVerifier:
     list of one finite number.
     """
 
-    needs_gold, waits = False, False
+    needs_gold, waits, harmless = False, False, ""
 
     def __init__(self, pickled: bytes, pass_score: float) -> None:
         self.pickled, self.pass_score = pickled, pass_score

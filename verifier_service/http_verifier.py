@@ -31,7 +31,7 @@ BAD_ANSWER = "http_bad_answer"
 class HttpVerifier:
     """Asks servers. `timeout_seconds` is a sample's whole budget. Raises ConfigError for a bad URL or key."""
 
-    needs_gold, waits = False, True
+    needs_gold, waits, harmless = False, True, ""
 
     def __init__(self, urls: Sequence[str], api_key: str, timeout_seconds: float, pass_score: float) -> None:
         for url in urls:

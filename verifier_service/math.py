@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from ..contracts.protocols import Judgement, Response
 from ..contracts.sections import THINKING
-from .answers import gold_answer, read_answer, values, without_dollars
+from .answers import gold_answer, harmless, read_answer, values, without_dollars
 from .forms import ambiguous, characters, spelled
 from .math_guard import too_large
 from .quantities import TAKES_BACK, Quantity, part_unit, read_quantity, same_unit
@@ -60,6 +60,7 @@ class MathVerifier:
     ) -> None:
         self.answers: Literal["box", "any"] = answers
         self.marker, self.thinking = marker, thinking
+        self.harmless = harmless(marker)
 
     def prepare(self, response: Response) -> Judgement | Response:
         """Decides what needs no sympy: no answer, the same text, plain numbers, what is too large to evaluate.

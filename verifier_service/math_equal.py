@@ -129,12 +129,7 @@ def _solutions(gold: Formula, answer: Formula) -> tuple[Formula, Formula]:
 
     An inequality must be a solution, the letter alone against numbers: `x^2<4` is an exercise, and not yet `(-2,2)`.
     """
-    if (
-        isinstance(gold, (Relational, And))
-        and isinstance(answer, Ne)
-        or isinstance(gold, Ne)
-        and isinstance(answer, Ne)
-    ):
+    if isinstance(answer, Ne) and isinstance(gold, (Relational, And)):
         return gold, answer
     left, right = _spoken_of(gold), _spoken_of(answer)
     if left is None or right is None or isinstance(left, FiniteSet) or isinstance(right, FiniteSet):

@@ -11,7 +11,7 @@ from typing import Literal
 
 from ..contracts.protocols import Judgement, Response
 from ..contracts.sections import THINKING
-from .answers import gold_answer, read_answer, without_dollars
+from .answers import gold_answer, harmless, read_answer, without_dollars
 from .forms import characters, spelled
 from .quantities import CURRENCY, SCALES, TAKES_BACK, Quantity, read_quantity
 
@@ -47,6 +47,7 @@ class NumericVerifier:
     ) -> None:
         self.answers: Literal["box", "any"] = answers
         self.marker, self.thinking = marker, thinking
+        self.harmless = harmless(marker)
         self.tolerance = Fraction(tolerance)
 
     def prepare(self, response: Response) -> Judgement:

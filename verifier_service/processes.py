@@ -1,8 +1,9 @@
 """Runs requests in verifier processes, one at a time in each, and kills those over their budget.
 
 One thread watches over all of it. It keeps a process warm beyond those at work, so that the next sample starts at once
-after a kill. A sample that has had SLOW_CPU_SECONDS of a CPU, or run for SLOW_SECONDS, leaves its slot to another and
-goes on beside it, so that poison in every slot holds nobody up; beyond `extra` such samples they hold slots again.
+after a kill. The budget is of CPU time, with a wall clock on top for those that sleep, so that a busy machine makes no
+honest sample fail. A sample that has had SLOW_CPU_SECONDS of a CPU, or run for SLOW_SECONDS, leaves its slot to another
+and goes on beside it, so that poison in every slot holds nobody up; beyond `extra` such samples they hold slots again.
 """
 
 import contextlib
@@ -17,7 +18,6 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -26,13 +26,14 @@ from ..contracts.protocols import Judgement
 
 SLOW_CPU_SECONDS, SLOW_SECONDS = 0.25, 1.0  # the first tells poison from a machine that is busy
 START_SECONDS = 120.0  # for a server, and for a process of it, on a machine that is busy
+SHORTEST_LOOK = 0.02
 ATTEMPTS = 3
 REPLY_BYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one response; its judgement abstains where `error_class` is not empty."""
+    """What became of one response. A judgement with an `error_class` and `fault` was killed or raised."""
 
     judgement: Judgement
     seconds: float
@@ -41,7 +42,6 @@ class Outcome:
 @dataclass(slots=True)
 class Task:
     request: bytes
-    ended: Callable[[Outcome | None], None]  # called before the future has its result, or None: its error
     future: "Future[Outcome]" = field(default_factory=Future)
     lost: int = 0  # times that its process died before it had read the request
 
@@ -59,7 +59,7 @@ class Process:
     pid: int = 0  # known when it is ready
     task: Task | None = None
     cpu: float = 0.0  # seconds that it had used as its task began
-    patience: float = SLOW_CPU_SECONDS  # until it is looked at
+    due: float = math.inf  # when it is looked at
     slow: bool = False
     unread: bool = False  # it died before it had read the request
     outgoing: memoryview = field(default_factory=lambda: memoryview(b""))
@@ -69,11 +69,13 @@ class Process:
 class Processes:
     """`slots` samples side by side, and up to `extra` slow ones beside them. `verifier` is for the fork server.
 
+    A sample has `timeout_seconds` of CPU time, and `wall_seconds` in all.
     A future raises VerifierError where no process could be started ATTEMPTS times in a row, and at `close`.
     """
 
-    def __init__(self, verifier: bytes, *, timeout_seconds: float, slots: int, extra: int) -> None:
-        self.verifier, self.timeout_seconds, self.slots, self.extra = verifier, timeout_seconds, slots, extra
+    def __init__(self, verifier: bytes, *, timeout_seconds: float, wall_seconds: float, slots: int, extra: int) -> None:
+        self.verifier, self.slots, self.extra = verifier, slots, extra
+        self.timeout_seconds, self.wall_seconds = timeout_seconds, wall_seconds
         self.alive = True
         self._queue: deque[Task] = deque()
         self._all: dict[int, Process] = {}
@@ -138,7 +140,6 @@ class Processes:
         self._selector.close()
         os.close(self._woken)
         for task in waiting:
-            task.ended(None)
             task.future.set_exception(error)
 
     def _staff(self) -> None:
@@ -169,13 +170,15 @@ class Processes:
         except OSError as error:
             return self._failed(str(error))
         ours.setblocking(False)
-        process = Process(self._started, ours, time.monotonic())
+        now = time.monotonic()
+        process = Process(self._started, ours, now, due=now + START_SECONDS)
         self._all[process.number] = process
         self._selector.register(ours, selectors.EVENT_READ, lambda: self._exchange(process))
 
     def _give(self, process: Process, task: Task) -> None:
-        process.cpu, process.patience, process.slow = _cpu_seconds(process.pid), SLOW_CPU_SECONDS, False
+        process.cpu, process.slow = _cpu_seconds(process.pid), False
         process.task, process.since, process.outgoing = task, time.monotonic(), memoryview(task.request)
+        process.due = process.since + min(SLOW_CPU_SECONDS, self.timeout_seconds, self.wall_seconds)
         self._write(process)
 
     def _write(self, process: Process) -> None:
@@ -221,11 +224,13 @@ class Processes:
             self._idle.append(process)
             return
         try:
-            last, passed, answer, score, error_class, parts = json.loads(line)
+            last, passed, answer, score, error_class, parts, fault, rule = json.loads(line)
             parts = tuple((str(name), float(value)) for name, value in parts)
-            judgement = Judgement(bool(passed), str(answer), float(score), str(error_class), parts)
+            judgement = Judgement(
+                bool(passed), str(answer), float(score), str(error_class), parts, bool(fault), str(rule)
+            )
         except (ValueError, TypeError):
-            last, judgement = True, Judgement(False, error_class="crash")
+            last, judgement = True, failure("crash")
         if last:
             self._discard(process, judgement)
             return
@@ -269,7 +274,7 @@ class Processes:
             self._queue.appendleft(process.task)
             process.task = None
         if process.number in self._all:
-            self._discard(process, Judgement(False, error_class=how))
+            self._discard(process, failure(how))
         if not process.pid:
             self._failed(why or "a process died before its first sample")
 
@@ -280,7 +285,7 @@ class Processes:
         found = f"{found}; {self._server.close()}"
         self._server = None
         for process in list(self._all.values()):
-            self._discard(process, Judgement(False, error_class="crash"))
+            self._discard(process, failure("crash"))
         self._failed(found)
 
     def _failed(self, found: str) -> None:
@@ -292,31 +297,32 @@ class Processes:
 
     def _pause(self) -> float | None:
         """Seconds until a process, or the server, has to be looked after; None: for ever."""
-        due = [process.since + self._limit(process) for process in self._all.values() if process not in self._idle]
+        due = [process.due for process in self._all.values() if process not in self._idle]
         if self._server and not self._server.ready:
             due.append(self._server.since + START_SECONDS)
         return max(0.0, min(due) - time.monotonic()) if due else None
-
-    def _limit(self, process: Process) -> float:
-        if not process.pid:
-            return START_SECONDS
-        return self.timeout_seconds if process.slow or not self.extra else min(process.patience, self.timeout_seconds)
 
     def _check_time(self) -> None:
         now = time.monotonic()
         if self._server and not self._server.ready and now >= self._server.since + START_SECONDS:
             return self._lost(f"the server of verifier processes was not ready in {START_SECONDS:.0f} s")
         for process in list(self._all.values()):
-            if process in self._idle or now < process.since + self._limit(process):
+            if process in self._idle or now < process.due:
                 continue
             if not process.pid:
                 return self._lost(f"a verifier process was not ready in {START_SECONDS:.0f} s")
-            if now >= process.since + self.timeout_seconds:
-                self._discard(process, Judgement(False, error_class="timeout"))
-            elif process.patience >= SLOW_SECONDS or _cpu_seconds(process.pid) - process.cpu >= 0.9 * SLOW_CPU_SECONDS:
-                process.slow = True
-            else:
-                process.patience += SLOW_CPU_SECONDS
+            self._look_at(process, now)
+
+    def _look_at(self, process: Process, now: float) -> None:
+        """End a sample over its budget, or say when to look again: no sooner than the budget can be used up."""
+        used = _cpu_seconds(process.pid) - process.cpu
+        used = used if math.isfinite(used) else 0.0  # it is gone, and the server will say how
+        if used >= self.timeout_seconds or now >= process.since + self.wall_seconds:
+            return self._discard(process, failure("timeout"))
+        process.slow |= used >= 0.9 * SLOW_CPU_SECONDS or now >= process.since + SLOW_SECONDS
+        left = max(SHORTEST_LOOK, self.timeout_seconds - used)
+        left = left if process.slow or not self.extra else min(left, SLOW_CPU_SECONDS)
+        process.due = min(now + left, process.since + self.wall_seconds)
 
     def _kill(self, process: Process) -> None:
         if self._server:
@@ -378,7 +384,10 @@ def _cpu_seconds(pid: int) -> float:
         return math.inf
 
 
+def failure(error_class: str) -> Judgement:
+    """Of a sample that did not end by itself."""
+    return Judgement(False, error_class=error_class, fault=True)
+
+
 def _finish(task: Task, judgement: Judgement, since: float) -> None:
-    outcome = Outcome(judgement, time.monotonic() - since)
-    task.ended(outcome)
-    task.future.set_result(outcome)
+    task.future.set_result(Outcome(judgement, time.monotonic() - since))

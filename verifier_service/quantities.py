@@ -5,10 +5,10 @@ How a number reads, once it is spelled (forms.py):
   comma stands before three digits for a thousand, and else for the decimal point, but in a gold: there it parts a list.
 - `3/4`, `\frac{3}{4}`, `1 3/4`; `1.5 \times 10^{3}`; `2 million`, `4 dozen`.
 - `50%` is 50 and 1/2; beside another percentage it is itself alone.
-- What follows is its unit: known ones (`cm`, `m/s`, `\text{dollars}`) with their size, other words (`people`) as words.
-  A number without a unit may be one with any; of two units the values are compared where both measure the same, or are
-  words that have one in common. Words that take something back (`or`, `not`, `wrong`) are no unit, and the whole is then
-  no quantity.
+- What follows is its unit: known ones (`cm`, `m/s`, `\text{dollars}`) with their size, other words (`people`) as
+  words. A number without a unit may be one with any; of two units the values are compared where both measure the same,
+  or are words that have one in common. Words that take something back (`or`, `not`, `wrong`) are no unit, and the whole
+  is then no quantity.
 """
 
 import re
@@ -65,7 +65,7 @@ _add({"length": 3}, "L l liter litre=1/1000; mL ml milliliter millilitre=1/10000
 _add({"degree": 1}, "degree deg=1; arcminute arcmin=1/60; arcsecond arcsec=1/3600")
 _add({"dollar": 1}, "dollar usd USD buck=1; cent=1/100")
 _add({"length": 1, "time": -1}, "mph=0.44704; kph kmh kmph=5/18")
-for _name in "year month radian euro yen rupee".split():
+for _name in ("year", "month", "radian", "euro", "yen", "rupee"):
     _add({_name: 1}, f"{_name}=1")
 _add({"year": 1}, "yr yrs=1")
 _add({"radian": 1}, "rad=1")
@@ -82,12 +82,14 @@ _add({"pound sterling": 1}, "£=1")
 _add({"celsius": 1}, "°C=1")
 _add({"fahrenheit": 1}, "°F=1")
 
-TAKES_BACK = frozenset(
-    "or and nor but if maybe perhaps possibly probably either neither anything any some something else otherwise not isn "
-    "is isnt no wrong incorrect false except unless about approximately around nearly almost roughly least most more less "
-    "fewer than greater over under up between plus minus times mod modulo percent half quarter thirds base factorial also "
-    "instead rather likely guess unsure actually should could might would cannot can depends unknown root power".split()
+UNSURE = (
+    "or and nor but if maybe perhaps possibly probably either neither anything any some something else otherwise not "
+    "isn is isnt no wrong incorrect false except unless about approximately around nearly almost roughly least most "
+    "more less fewer than greater over under up between plus minus times mod modulo percent half quarter thirds base "
+    "factorial also instead rather likely guess unsure actually should could might would cannot can depends unknown "
+    "root power"
 )
+TAKES_BACK = frozenset(UNSURE.split())
 RAISES = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cubed": 3}
 UNIT_TOKEN = re.compile(
     r"\\text\s*\{(?P<text>[^{}]*)\}|(?P<word>[A-Za-z]+)\.?|\^\s*(?:\{\s*(?P<power>-?[0-9])\s*\}|(?P<power1>[0-9]))"
@@ -227,7 +229,7 @@ def _minutes(degrees: Fraction, rest: str) -> Quantity | None:
 
 
 def part_unit(text: str) -> tuple[str, Unit | None]:
-    r"""A formula and the unit behind it: `25\pi \text{ cm}^2`. What is not set apart must be a known one: `25\pi cm`."""
+    r"""A formula and the unit behind it: `25\pi \text{ cm}^2`. What no `\text` sets apart must be known: `25\pi cm`."""
     for match in islice(BEHIND.finditer(text), MOST_WORDS + 1):
         formula, rest = text[: match.start()], text[match.start() :]
         if not formula.strip() or (not rest.lstrip().startswith("\\") and not KNOWN_WORD.match(rest)):

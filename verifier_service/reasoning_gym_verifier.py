@@ -21,7 +21,7 @@ from typing import Any, Literal
 from ..contracts.errors import ConfigError
 from ..contracts.protocols import Judgement, Response
 from ..contracts.sections import THINKING
-from .answers import read_answer
+from .answers import harmless, read_answer
 
 SYNTAX = (ast.Expression, ast.Constant, ast.List, ast.Tuple, ast.Set, ast.Dict, ast.Name, ast.Load, ast.Call)
 SYNTAX += (ast.BinOp, ast.UnaryOp, ast.operator, ast.unaryop, ast.keyword)
@@ -54,9 +54,15 @@ class ReasoningGymVerifier:
             rule = "verifier.kind=reasoning_gym needs the extra `lab`"
             raise ConfigError(rule, str(error), "pip install 'tutorloop[lab]'") from error
         self.pass_score, self.answers, self.marker, self.thinking = pass_score, answers, marker, thinking
+        self.harmless = harmless(marker)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ReasoningGymVerifier, (self.pass_score, self.answers, self.marker)  # imports before the first sample
+        return ReasoningGymVerifier, (
+            self.pass_score,
+            self.answers,
+            self.marker,
+            self.thinking,
+        )  # imports before the first sample
 
     def prepare(self, response: Response) -> Judgement | Response:
         """Decided here: no row, a bad one, or no answer."""

@@ -82,22 +82,29 @@ def _as_json(row: dict[str, Any], place: str) -> str:
 
 @dataclass(slots=True)
 class Tally:
-    """What became of the rows. An abstention agrees with nothing; `most` slowest rows and disagreements are kept."""
+    """What became of the rows. An abstention agrees with nothing; `most` slowest rows and disagreements are kept.
+
+    `lenient`: a response that cannot be judged by its own fault abstains too.
+    """
 
     most: int
+    lenient: bool = False
     rows: int = 0
     passed: int = 0
     errors: Counter[str] = field(default_factory=Counter)  # abstentions by error class
+    faults: Counter[str] = field(default_factory=Counter)  # incorrect by a fault of the response, by error class
     against: Counter[tuple[bool, str]] = field(default_factory=Counter)  # expected, and what was decided
     slowest: list[tuple[float, int, str | int]] = field(default_factory=list)  # a heap: seconds, position, id
     disagreements: list[tuple[Row, Outcome]] = field(default_factory=list)
 
     def add(self, row: Row, outcome: Outcome) -> None:
-        decided = decision(outcome)
+        decided = decision(outcome, self.lenient)
         self.rows += 1
         self.passed += decided == "passed"
         if decided == "abstained":
             self.errors[outcome.judgement.error_class] += 1
+        elif outcome.judgement.error_class:
+            self.faults[outcome.judgement.error_class] += 1
         if row.expected is not None:
             self.against[row.expected, decided] += 1
             agrees = decided == ("passed" if row.expected else "incorrect")
@@ -117,6 +124,7 @@ class Tally:
             "incorrect": self.rows - self.passed - abstained,
             "abstained": abstained,
             "errors": dict(self.errors.most_common()),
+            "faults": dict(self.faults.most_common()),
             "expected": expected,
             "agree": agree,
             "agreement": agree / expected if expected else None,
@@ -130,8 +138,8 @@ class Tally:
         }
 
 
-def decision(outcome: Outcome) -> str:
+def decision(outcome: Outcome, lenient: bool = False) -> str:
     """passed, incorrect or abstained."""
-    if outcome.judgement.error_class:
+    if outcome.judgement.error_class and (lenient or not outcome.judgement.fault):
         return "abstained"
     return "passed" if outcome.judgement.passed else "incorrect"

@@ -36,6 +36,7 @@ class VerifierWorker:
         api_key: str = "",
         thinking: tuple[str, str] = THINKING,
     ) -> None:
+        self.lenient = config.response_fault == "abstain"
         self.pool = VerifierPool(
             make_verifier(config, functions, api_key, thinking),
             timeout_seconds=config.timeout_seconds,
@@ -54,7 +55,7 @@ class VerifierWorker:
         outcomes = self.pool.judge(responses)
         ids = rollouts.column("rollout_id").to_pylist()
         verdicts = [
-            _verdict(rollout_id, response.text, outcome)
+            _verdict(rollout_id, response.text, outcome, self.lenient)
             for rollout_id, response, outcome in zip(ids, responses, outcomes, strict=True)
         ]
         receipt = Receipt(
@@ -68,6 +69,7 @@ class VerifierWorker:
             passed=tuple(verdict.passed for verdict in verdicts),
             parts=_parts(outcomes),
             errors=dict(Counter(verdict.error_class for verdict in verdicts if verdict.abstained)),
+            faults=dict(Counter(one.error_class for one in verdicts if one.error_class and not one.abstained)),
         )
         return encode(Verdict, verdicts), receipt
 
@@ -93,15 +95,16 @@ def _responses(rollouts: pa.RecordBatch, prompts: pa.RecordBatch | None) -> list
     return responses
 
 
-def _verdict(rollout_id: str, text: str, outcome: Outcome) -> Verdict:
+def _verdict(rollout_id: str, text: str, outcome: Outcome, lenient: bool) -> Verdict:
     judgement = outcome.judgement
+    abstained = bool(judgement.error_class) and (lenient or not judgement.fault)
     return Verdict(
         rollout_id=rollout_id,
-        score=0.0 if judgement.error_class else judgement.score,
+        score=0.0 if abstained else judgement.score,
         passed=judgement.passed and not judgement.error_class,
         answer=judgement.answer[:ANSWER_CHARACTERS],
         path=reasoning_path(text),
-        abstained=bool(judgement.error_class),
+        abstained=abstained,
         error_class=judgement.error_class,
         seconds=outcome.seconds,
     )

@@ -66,7 +66,7 @@ def test_one_gold_is_judged_as_ever(pools):
 class Odd:
     """Compares as its gold says."""
 
-    needs_gold, waits = True, False
+    needs_gold, waits, harmless = True, False, ""
 
     def prepare(self, response):
         if response.gold == "raises here":
