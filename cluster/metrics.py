@@ -49,7 +49,6 @@ class StepRow:
     reward: float | None  # mean verifier score of those that were judged
     pass_rate: float | None  # of those that were judged
     abstained: int | None  # rollouts that the verifier did not judge, of those that it was sent
-    response_faults: dict[str, int]  # incorrect by a fault of the response (too large, over its budget, …), by class
     response_length: float | None  # mean, tokens
     truncated_share: float | None  # ended by the token limit
     staleness_mean: float | None  # weight versions between sampling and training, of what the student sampled
@@ -64,6 +63,7 @@ class StepRow:
     pools: dict[str, PoolRow]
     dropped: dict[str, int]  # reason → rollouts dropped since the run started
     failed: dict[str, int]  # "pool:error" → failures since the run started
+    response_faults: dict[str, int] = field(default_factory=dict)  # incorrect: too large, over their budget, …
     warnings: list[str] = field(default_factory=list)  # raised by this step (alarms.py)
 
 

@@ -38,6 +38,7 @@ def step_row(rng: np.random.Generator, step: int, **changes) -> StepRow:
         "reward": float(rng.random()),
         "pass_rate": float(rng.random()),
         "abstained": int(rng.integers(0, 3)),
+        "response_faults": {"too_large": int(rng.integers(0, 3))},
         "response_length": float(rng.random() * 200),
         "truncated_share": float(rng.random()),
         "staleness_mean": float(rng.random()),

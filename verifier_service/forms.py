@@ -358,7 +358,7 @@ def spelled(text: str) -> str:
         if not (text.startswith("{") and text.endswith("}") and _closes(text, "{}") == len(text) - 1):
             break
         inner = text[1:-1].strip()
-        text = rf"\{{{inner}\}}" if "," in inner and not IN_GROUPS.fullmatch(inner) else inner
+        text = rf"\{{{inner}\}}" if _is_list(inner) and not IN_GROUPS.fullmatch(inner) else inner
     return text.strip().rstrip(".").rstrip() if not text.rstrip().endswith(("...", "\\.")) else text.strip()
 
 
@@ -367,6 +367,16 @@ def _named(match: re.Match[str]) -> str:
     if not match[1]:
         return match[0]
     return "\\infty " if match[1] == "infinity" else f"\\{match[1]}{'' if match[1] in ('sqrt', 'frac') else ' '}"
+
+
+def _is_list(text: str) -> bool:
+    """Whether a comma is outside of all brackets."""
+    depth = 0
+    for sign in text:
+        depth += (sign in "([{") - (sign in ")]}")
+        if sign == "," and not depth:
+            return True
+    return False
 
 
 def _closes(text: str, pair: str) -> int:

@@ -151,8 +151,9 @@ def _spoken_of(value: Formula) -> Set | None:
     relations = value.args if isinstance(value, And) else (value,)
     if not all(isinstance(one, Relational) and not isinstance(one, Eq) and _is_solved(one) for one in relations):
         return None
+    exact = {decimal: Rational(str(decimal)) for decimal in value.atoms(Float)}
     try:
-        return _numbers(value)
+        return _numbers(value.xreplace(exact))
     except Exception:  # sympy cannot
         return None
 

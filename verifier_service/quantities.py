@@ -93,7 +93,8 @@ TAKES_BACK = frozenset(UNSURE.split())
 RAISES = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cubed": 3}
 UNIT_TOKEN = re.compile(
     r"\\text\s*\{(?P<text>[^{}]*)\}|(?P<word>[A-Za-z]+)\.?|\^\s*(?:\{\s*(?P<power>-?[0-9])\s*\}|(?P<power1>[0-9]))"
-    r"|(?P<degree>\^\s*(?:\{\s*\\circ\s*\}|\\circ))\s*(?P<scale>[CF](?![A-Za-z]))?|(?P<sign>/|\\cdot|\*|-|\\\$|\$|€|£|¥|₹)|(?P<space>[\s.,]+)"
+    r"|(?P<degree>\^\s*(?:\{\s*\\circ\s*\}|\\circ))\s*(?P<scale>[CF](?![A-Za-z])|\\text\{ ?[CF] ?\})?"
+    r"|(?P<sign>/|\\cdot|\*|-|\\\$|\$|€|£|¥|₹)|(?P<space>[\s.,]+)"
 )
 BEHIND = re.compile(r"(?<=[0-9A-Za-z})\]])(?: ?(?=\\text\{)| (?=[A-Za-z]{2}))")
 KNOWN_WORD = re.compile(r" [A-Za-z]{2,}")
@@ -269,7 +270,7 @@ def read_unit(text: str, *, gold: bool = False) -> Unit | None:
                 return None
             tokens.append(("word", word))
         elif match["degree"]:
-            tokens.append(("word", f"°{match['scale']}" if match["scale"] else "degree"))
+            tokens.append(("word", f"°{re.sub('[^CF]', '', match['scale'])}" if match["scale"] else "degree"))
         elif match["power"] or match["power1"]:
             tokens.append(("power", match["power"] or match["power1"]))
         elif match["sign"]:

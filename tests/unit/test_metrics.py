@@ -81,6 +81,7 @@ def test_a_scrape_shows_the_last_step(log):
         "nonfinite_values_total": 0,
     }
     assert {name: value(name) for name in expected} == pytest.approx(expected)
+    assert value("response_faults_total", reason="too_large") == sum(row.response_faults["too_large"] for row in rows)
     assert value("learner_metric", metric="importance_weight") == last.learner["importance_weight"]
     for name, pool in last.pools.items():
         assert value("pool_tokens_per_second", pool=name) == pool.tokens_per_second

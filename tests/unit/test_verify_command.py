@@ -85,6 +85,7 @@ def test_an_object_for_every_row_in_order_and_the_summary(tmp_path):
         "incorrect": 2,
         "abstained": 2,
         "errors": {"no_gold": 2},
+        "faults": {},
         "expected": 6,
         "agree": 2,
         "agreement": 2 / 6,
@@ -103,6 +104,35 @@ def test_the_table_says_the_same(tmp_path):
     assert result.exit_code == 0
     assert all(part in text for part in ("agreement │ 3 of 8 37.50%", "wrong rejects │ 5", "wrong accepts │ 0"))
     assert text.count("incorrect") == 4 and "row5" not in text.partition("disagreements")[2]  # three of five are shown
+
+
+EXPLAINED = [  # prediction, gold; from where, what was read of either, the rule, and the decision
+    ("\\boxed{1} so \\boxed{**12** people}", "12", "the last box", "**12** people", "12", "", "incorrect"),
+    ("so \\boxed{12 people}", "12", "the last box", "12 people", "12", "two numbers, with the units", "passed"),
+    ("</think>\\boxed{½}", "0.5", "the last box, after </think>", "\\frac{1}{2}", "0.5", "two numbers", "passed"),
+    ("\\boxed{7 8}", "15", "the last box", "7 8", "15", "numbers side by side", "incorrect"),
+    ("\\boxed{x+x}", "$2x$", "the last box", "x+x", "2x", "a formula against a formula", "passed"),
+    ("\\boxed{9^{9^{9^9}}}", "4", "the last box", "9^{9^{9^9}}", "4", "too large", "incorrect (too_large)"),
+    ("\\boxed{1}, \\boxed{2}", "1,2", "the boxes that are one list", "1, 2", "1,2", "", "passed"),
+    ("it is 1e3.", "1000", "the whole text, searched", "it is 1e3.", "1000", "two numbers", "passed"),
+    ("<answer>4</answer>", "5", "the <answer> tag", "4", "5", "two numbers", "incorrect"),
+    ("\\boxed{", "5", "nowhere", "", "5", "no answer", "incorrect"),
+]
+
+
+def test_explain_says_what_was_read_from_where_and_by_which_rule(tmp_path):
+    file = file_of(tmp_path, *({"prediction": said, "gold": gold} for said, gold, *_ in EXPLAINED))
+    found, summary = objects_of(file, "--explain")
+    for row, (_, _, place, read, gold, rule, decided) in zip(found, EXPLAINED, strict=True):
+        assert row["from"].startswith(place) and (row["read"], row["gold_read"]) == (read, gold), row
+        assert rule in row["rule"] and row["rule"], row
+        assert row["passed"] == (decided == "passed") and not row["abstained"], row
+    assert summary["faults"] == {"too_large": 1} and summary["errors"] == {}
+    shown = command(file, "--explain").stdout
+    assert all(f"  {decided}\n  from" in shown for *_, decided in EXPLAINED)
+    lenient, summary = objects_of(file, "verifier.response_fault=abstain")
+    assert [row["abstained"] for row in lenient].count(True) == 1 and summary["errors"] == {"too_large": 1}
+    assert "rule" not in lenient[0]
 
 
 def test_more_rows_than_are_read_ahead_stay_in_order(tmp_path):
