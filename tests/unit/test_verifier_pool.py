@@ -106,8 +106,8 @@ def test_what_was_killed_twice_is_not_run_again(strict):
     golds = ["hang", "leave", "allocate 1000", "fail", "fine"]
     twice = ["timeout", "crash", "memory", "LookupError", ""]
     assert errors(strict.judge(ask(*golds))) == errors(strict.judge(ask(*golds))) == twice
-    start = time.monotonic()
-    assert errors(strict.judge(ask(*golds))) == twice and time.monotonic() - start < 0.9  # seconds; a run takes 1
+    strict.close()
+    assert errors(strict.judge(ask(*golds[:3]))) == twice[:3] and strict._processes is None
     assert errors(strict.judge(ask("leave", text="other"))) == ["crash"]
 
 
