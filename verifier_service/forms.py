@@ -11,6 +11,7 @@ import math
 import re
 import unicodedata
 from fractions import Fraction
+from functools import lru_cache
 
 MOST_BRACES = 5  # around the whole of an answer
 LONGEST = 2_000  # characters; longer ones are no answer, and stay as they are
@@ -347,8 +348,11 @@ def _products(text: str) -> str:
 
 def spelled(text: str) -> str:
     r"""An answer or a gold in one spelling. What is longer than LONGEST stays as it is."""
-    if len(text) > LONGEST:
-        return text
+    return text if len(text) > LONGEST else _spelled(text)
+
+
+@lru_cache(maxsize=256)  # golds come again with each response of their group, and an answer in each part of its way
+def _spelled(text: str) -> str:
     text = _unwrapped(markup(characters(text)))
     if text.isalpha() and text.isascii():
         return text

@@ -110,7 +110,9 @@ def read_formula(latex: str) -> Basic | MatrixBase | None:
             continue
         if not isinstance(value, (Basic, MatrixBase)) or value.has(nan, zoo):
             return None
-        return value.replace(_is_odd_root, _real_root) if isinstance(value, Expr) and value.has(Pow) else value
+        if isinstance(value, Expr) and any(map(_is_odd_root, value.atoms(Pow))):
+            return value.replace(_is_odd_root, _real_root)
+        return value
     return None
 
 

@@ -99,6 +99,8 @@ class MathVerifier:
             gold = gold_answer(search(gold)) or gold
         if not answer:
             return Judgement(False, rule=NO_ANSWER)
+        if found.sure and gold == prepared.gold:  # as `prepare` saw them
+            return _decide(answer, gold)
         return _decide_quickly(answer, gold) or _decide(answer, gold)
 
 
@@ -111,7 +113,7 @@ def _decide_quickly(answer: str, gold: str) -> Judgement | None:
     if left and right:
         number, wanted = _plain(left), _plain(right)
         return Judgement(number == wanted, str(number), rule="two numbers, exactly")
-    gold = _spelled_gold(gold)
+    gold = spelled(gold)
     answer = _chosen(spelled(without_dollars(answer)), gold)
     wanted = _gold_quantity(gold)
     number = read_quantity(answer, gold=wanted is None)
@@ -147,11 +149,6 @@ def _plain(match: re.Match[str]) -> Fraction | int:
     sign, whole, grouped, decimal = match.groups()
     value = Fraction(decimal) if decimal else int(whole or grouped.replace(",", ""))
     return -value if sign else value
-
-
-@lru_cache(maxsize=256)  # golds come again with each response of their group
-def _spelled_gold(gold: str) -> str:
-    return spelled(gold)
 
 
 @lru_cache(maxsize=256)
@@ -205,7 +202,7 @@ def _decide(answer: str, gold: str) -> Judgement:
     from .latex import read_formula, read_gold
     from .math_equal import equal, exact_number
 
-    gold = _spelled_gold(gold)
+    gold = spelled(gold)
     answer = _chosen(spelled(without_dollars(answer)), gold)
     answer, bare = part_unit(answer)[0], WORDS_BEHIND.sub("", part_unit(gold)[0])
     wanted, value = read_gold(bare), read_formula(ordered_as(bare, answer))
