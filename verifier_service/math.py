@@ -1,9 +1,10 @@
-r"""Mathematical equality of the answer with the gold: exact for plain numbers, math-verify for the rest.
+r"""Mathematical equality of the answer with the gold: exact for numbers, sympy and math-verify for the rest.
 
-What `prepare` cannot decide is judged where it can be killed. math-verify's own timeouts are off: they are SIGALRM,
-which fails in a thread, and a timeout there is a silent False. Its wrong accepts are kept out in latex.py (what is
-read) and math_equal.py (what is equal). Several boxes: the last decides; but where the gold is a list and the last box
-is one value, boxes joined to it by no more than commas, `and`, `or` are one list with it.
+Both are spelled alike first (forms.py); docs/verifiers.md has a table of what is one answer. What `prepare` cannot
+decide is judged where it can be killed. math-verify's own timeouts are off: they are SIGALRM, which fails in a
+thread, and a timeout there is a silent False. Its wrong accepts are kept out in latex.py (what is read) and
+math_equal.py (what is equal). Several boxes: the last decides; but where the gold is a list and the last box is one
+value, boxes joined to it by no more than commas, `and`, `or` are one list with it.
 """
 
 import re
