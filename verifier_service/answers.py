@@ -2,9 +2,10 @@ r"""Read answers out of responses and golds without sympy. Linear in the text, s
 
 Where a response's answer stands: never in its reasoning, which ends with the last `</think>` (or the recipe's mark),
 nor in reasoning that it opens and does not close. (Where the prompt opens it, a response that is cut off in it cannot
-be told from one without.) Of the rest, after the marker's last occurrence, where there is a marker. Else the last box,
-complete or not (`\boxed 4` is one where there are none with braces); where there is no box and `answers` is "any", the
-last complete `<answer>…</answer>`; else somewhere in the text, to be searched. What is read again reads the same: a verifier's prepared response is a response.
+be told from one without.) Of the rest, after the marker's last occurrence, where there is a marker. Else the last
+box, complete or not (`\boxed 4` is one where there are none with braces); where there is no box and `answers` is
+"any", the last complete `<answer>…</answer>`; else somewhere in the text, to be searched. What is read again reads
+the same: a verifier's prepared response is a response.
 """
 
 import re
