@@ -16,7 +16,8 @@ from typing import Any, Literal
 from ..contracts.protocols import Judgement, Response
 from ..contracts.sections import THINKING
 from .answers import gold_answer, harmless, read_answer, values, without_dollars
-from .forms import ambiguous, characters, spelled
+from .characters import characters
+from .forms import ambiguous, spelled
 from .math_guard import too_large
 from .quantities import TAKES_BACK, Quantity, part_unit, read_quantity, same_unit
 

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from tutorloop.contracts.protocols import Response
-from tutorloop.verifier_service.forms import LONGEST, ambiguous, characters, spelled
+from tutorloop.verifier_service.characters import characters
+from tutorloop.verifier_service.forms import LONGEST, ambiguous, spelled
 from tutorloop.verifier_service.math import MathVerifier
 from tutorloop.verifier_service.numeric import NumericVerifier
 from tutorloop.verifier_service.pool import VerifierPool
