@@ -35,6 +35,7 @@ class Alarms:
                 "no_scores": _no_scores(row, dropped),
                 "stale": _stale(config, row, dropped),
                 "abstained": _abstained(row, shards),
+                "response_faults": _at_fault(row, shards),
             }
         )
 
@@ -137,5 +138,20 @@ def _abstained(row: StepRow, shards: Sequence[Shard]) -> str:
     errors: Counter[str] = Counter()
     for receipt in receipts:
         errors.update(receipt.errors)
-    named = ", ".join(f"{name} {count}" for name, count in errors.most_common(3))
-    return f"in step {row.step} the verifier abstained on {row.abstained} of {rows} rollouts: {named}"
+    return f"in step {row.step} the verifier abstained on {row.abstained} of {rows} rollouts: {_named(errors)}"
+
+
+def _at_fault(row: StepRow, shards: Sequence[Shard]) -> str:
+    rows = sum(shard.judged.rows for shard in shards if shard.judged)
+    faults = sum(row.response_faults.values())
+    if 2 * faults <= rows:
+        return ""
+    return (
+        f"in step {row.step} {faults} of {rows} responses could not be judged by their own fault, which is incorrect: "
+        f"{_named(Counter(row.response_faults))}. If they look right, raise verifier.timeout_seconds or "
+        "verifier.memory_gib, or leave such responses out with verifier.response_fault=abstain"
+    )
+
+
+def _named(counts: Counter[str]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in counts.most_common(3))

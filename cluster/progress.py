@@ -201,8 +201,8 @@ def sample_facts(line: Mapping[str, Any]) -> str:
     if line.get("abstained"):
         facts.append(f"not judged: {line.get('error_class')}")
     elif "passed" in line:
-        why = f" ({line['error_class']})" if line.get("error_class") else ""
-        facts.append("passed" if line["passed"] else f"did not pass{why}")
+        why = f"incorrect: {line['error_class']}" if line.get("error_class") else "did not pass"
+        facts.append("passed" if line["passed"] else why)
     facts += [f"answer {line['answer']}"] if line.get("answer") else []
     facts += [f"gold {line['golds'][0]}"] if line.get("golds") else []
     facts += [f"{len(line['token_ids']) - line['prompt_length']} tokens, ended by {line['finish_reason']}"]
@@ -306,7 +306,8 @@ def run_facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         facts.append((f"pool {name}", _speed(pool["tokens_per_second"], pool["busy_fraction"])))
     if staleness := summary.get("staleness"):
         facts.append(("staleness", f"mean {staleness['mean']:.2f}, max {staleness['max']} weight versions"))
-    for title, key in (("dropped", "dropped"), ("verifier errors", "verifier_errors")):
+    counted = (("dropped", "dropped"), ("verifier errors", "verifier_errors"), ("response faults", "response_faults"))
+    for title, key in counted:
         if counts := {name: count for name, count in (summary.get(key) or {}).items() if count}:
             facts.append((title, ", ".join(f"{name} {count:,}" for name, count in counts.items())))
     if summary.get("peak_memory_bytes"):

@@ -24,6 +24,7 @@ class Tally:
     tokens: Counter[str] = field(default_factory=Counter)  # generated, scored, trained
     dropped: Counter[str] = field(default_factory=Counter)
     failed: Counter[str] = field(default_factory=Counter)  # "pool:error class"
+    response_faults: Counter[str] = field(default_factory=Counter)  # of the steps' rollouts, by error class
     busy: Counter[str] = field(default_factory=Counter)  # pool → seconds of all its replicas while the run trained
     available: Counter[str] = field(default_factory=Counter)  # the same if they had always been busy
     present: Counter[str] = field(default_factory=Counter)  # pool → seconds of training that it was there for
@@ -56,7 +57,8 @@ class Tally:
     def resume(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint's counts. Of 0.4.0's, busy time starts anew: it was counted otherwise."""
         for name in COUNTERS:
-            setattr(self, name, Counter(state[name] if "available" in state or name not in BUSY else {}))
+            known = "available" in state or name not in BUSY
+            setattr(self, name, Counter(state.get(name, {}) if known else {}))
         for name in (*PLAIN, "before"):
             setattr(self, name, state[name])
         self.evals = [EvalRow(**row) for row in state["evals"]]
@@ -116,6 +118,7 @@ class Tally:
             failed=dict(self.failed),
             **self._rollout_figures(step - 1, shards),
         )
+        self.response_faults.update(row.response_faults)
         return replace(row, warnings=self.alarms.step(flow.config, row, shards, self.dropped - dropped))
 
     def _pool_rows(self, flow: Flow, report: StepReport, tokens: dict[str, int]) -> dict[str, PoolRow]:
@@ -200,6 +203,7 @@ class Tally:
                 for name, count in self.failed.items()
                 if name.startswith("verifier:")
             },
+            "response_faults": dict(self.response_faults),
             "warnings": list(self.alarms.said.values()),
             "evals": [asdict(row) for row in self.evals],
         }
@@ -280,5 +284,5 @@ INSTANT = 1e-9  # seconds
 TOKENS = ("generated", "teacher_generated", "given", "scored", "trained")
 TOKENS_OF = {"rollout": "generated", "teacher_rollout": "teacher_generated"}  # by pool; the teachers' are scored
 BUSY = ("busy", "available", "present")
-COUNTERS = ("tokens", "dropped", "failed", "pool_tokens", *BUSY)
+COUNTERS = ("tokens", "dropped", "failed", "response_faults", "pool_tokens", *BUSY)
 PLAIN = ("staleness_sum", "staleness_rows", "staleness_max", "training_seconds")

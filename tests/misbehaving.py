@@ -1,5 +1,6 @@
 """A verifier that does what it is told: hangs, eats, crashes, lies. A module of its own, for processes to import."""
 
+import decimal
 import hashlib
 import os
 import random
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -157,13 +159,37 @@ class Blaming(Behaving):
         time.sleep(number / 1000)
 
     def disturb(self, response, number):
-        """What an exception within mpmath may leave."""
+        """What judging may leave behind, such as an exception within mpmath; says what the one before left."""
         import mpmath
+        from sympy.core.random import rng
 
-        before = (mpmath.mp.prec, sys.getrecursionlimit(), random.random())
+        draws, limits = (random.random(), rng.random()), (sys.getrecursionlimit(), sys.get_int_max_str_digits())
+        before = (mpmath.mp.prec, decimal.getcontext().prec, *limits, *draws, [kind for kind, *_ in warnings.filters])
+        before = (*before, signal.getitimer(signal.ITIMER_REAL)[0])
         mpmath.mp.prec = 500
+        decimal.getcontext().prec = 3
         sys.setrecursionlimit(5000)
+        sys.set_int_max_str_digits(0)
+        warnings.simplefilter("error")
+        signal.setitimer(signal.ITIMER_REAL, 100)
         return Judgement(True, str(before))
+
+    def mark(self, response, number):
+        """Write down when it begins; burn a CPU."""
+        with open(response.row, "a") as file:
+            file.write(f"{response.text} {os.getpid()} {time.monotonic()}\n")
+        self.hang(response, number)
+
+
+def disturbing():
+    import sympy  # noqa: F401 before the first sample, as verifiers of formulas have it
+
+    return object.__new__(Disturbing)
+
+
+class Disturbing(Blaming):
+    def __reduce__(self):
+        return disturbing, ()
 
 
 class Waiting(Behaving):

@@ -22,10 +22,10 @@ class AnyGoldVerifier:
         the whole response, with its golds."""
         if not response.other_golds:
             return self.one.prepare(response)
-        prepared = [self._prepared(single) for single in _singles(response)]
+        prepared = [self._prepared(single) for single in singles(response)]
         decided = [one for one in prepared if isinstance(one, Judgement)]
-        best = _best(decided) if decided else None
-        return best if best and (_passed(best) or len(decided) == len(prepared)) else response
+        found = best(decided) if decided else None
+        return found if found and (_passed(found) or len(decided) == len(prepared)) else response
 
     def _prepared(self, single: Response) -> Judgement | Response:
         try:
@@ -37,21 +37,22 @@ class AnyGoldVerifier:
         if not response.other_golds:
             return self.one(response)
         found = []
-        for single in _singles(response):
+        for single in singles(response):
             found.append(judgement_of(self.one, single))
             if _passed(found[-1]):
                 break
-        return _best(found)
+        return best(found)
 
 
-def _singles(response: Response) -> Iterator[Response]:
+def singles(response: Response) -> Iterator[Response]:
     """The response with each of its golds alone; those without any text are none."""
     for gold in (response.gold, *response.other_golds):
         if gold.strip():
             yield replace(response, gold=gold, other_golds=())
 
 
-def _best(found: list[Judgement]) -> Judgement:
+def best(found: list[Judgement]) -> Judgement:
+    """The judgement that counts, of those by each gold: one that passed, compared, is a fault, or abstains."""
     order = (_passed, lambda one: not one.error_class, lambda one: one.fault, lambda _: True)
     return next(one for kind in order for one in found if kind(one))
 

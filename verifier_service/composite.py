@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ..contracts.errors import ConfigError
-from ..contracts.protocols import Judgement, Response, Verifier, judgement_of
+from ..contracts.protocols import Judgement, Response, Verifier, error_class_of, judgement_of
 from ..contracts.verifier_config import Reward
 from .answers import last_box
 
@@ -28,28 +28,36 @@ class CompositeVerifier:
     def __init__(self, main: Verifier, weight: float, parts: Sequence[tuple[Reward, Verifier | None]]) -> None:
         self.main, self.weight = main, weight
         self.needs_gold, self.waits = main.needs_gold, main.waits
-        functions = any(verifier for _, verifier in parts)
-        self.harmless = "" if functions else main.harmless  # what a function does is no response's fault
+        self.harmless = main.harmless
+        self.functions = any(verifier for _, verifier in parts)  # what they do is no response's fault
         names = part_names([reward for reward, _ in parts])
         patterns = [_compiled(reward.pattern) for reward, _ in parts]
         self._parts = list(zip(names, parts, patterns, strict=True))
 
     def prepare(self, response: Response) -> Judgement | Response:
         """Decided here if the verifier can and no part needs a process; else the whole response is needed there."""
-        judged = self.main.prepare(response)
+        try:
+            judged = self.main.prepare(response)
+        except Exception as error:
+            judged = Judgement(False, error_class=error_class_of(error), fault=True)
         if isinstance(judged, Response):
             return response
-        if judged.error_class and not judged.fault:
+        if self._abstains(judged):
             return judged
         if any(verifier or pattern for _, (_, verifier), pattern in self._parts):
             return response
         return self._sum(judged, response)
 
     def __call__(self, response: Response) -> Judgement:
-        judged = self.main.prepare(response)
-        if isinstance(judged, Response):
-            judged = self.main(judged)
-        return judged if judged.error_class and not judged.fault else self._sum(judged, response)
+        judged = judgement_of(self.main, response)
+        return judged if self._abstains(judged) else self._sum(judged, response)
+
+    def of_fault(self, error_class: str, response: Response) -> Judgement:
+        """The judgement of a response that the verifier could not judge by its own fault."""
+        return self._sum(Judgement(False, error_class=error_class, fault=True), response)
+
+    def _abstains(self, judged: Judgement) -> bool:
+        return bool(judged.error_class) and not (judged.fault and self.harmless)
 
     def _sum(self, judged: Judgement, response: Response) -> Judgement:
         score, parts = self.weight * judged.score, []

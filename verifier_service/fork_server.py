@@ -10,6 +10,7 @@ children with it. A child has its own process group, which is killed as a whole,
 
 import contextlib
 import ctypes
+import decimal
 import gc
 import json
 import marshal
@@ -22,6 +23,7 @@ import signal
 import socket
 import struct
 import sys
+import warnings
 from operator import attrgetter
 from typing import Any
 
@@ -31,6 +33,7 @@ LENGTH = struct.Struct("<Q")
 FIELDS = attrgetter(*Response.__dataclass_fields__)
 ANSWER_CHARACTERS = 4096  # of an answer that leaves the process
 PR_SET_PDEATHSIG = 1
+WHOLE, MAIN = "", "main"  # what is asked of a verifier
 FLOAT_BITS = 53  # mpmath's own precision
 RECURSION = sys.getrecursionlimit()
 WARM_UP = (  # spellings of x, y, z that take a parser through much of its grammar
@@ -45,10 +48,16 @@ WARM_UP = (  # spellings of x, y, z that take a parser through much of its gramm
 )
 
 
-def request_of(response: Response) -> bytes:
-    """What a child reads: its length, and a response in a form that holds any string and is equal for equal ones."""
-    values = marshal.dumps(FIELDS(response), 0)
+def request_of(response: Response, asked: str = WHOLE) -> bytes:
+    """What a child reads: its length, and what is asked of a response, in a form that holds any string and is equal
+    for equal ones. `asked`: the verifier's judgement, that of its MAIN part alone, or `parts_of` an error class."""
+    values = marshal.dumps((asked, *FIELDS(response)), 0)
     return LENGTH.pack(len(values)) + values
+
+
+def parts_of(error_class: str) -> str:
+    """Asks a composite verifier for the parts of a response's reward, its MAIN part having failed so."""
+    return f"parts {error_class}"
 
 
 def serve(control_fd: int, owner: int) -> None:
@@ -191,14 +200,15 @@ def _judge_all(connection: socket.socket, verifier: Verifier, memory_bytes: int)
     """
     statm = os.open("/proc/self/statm", os.O_RDONLY)
     warm, (_, most) = _address_space(statm), resource.getrlimit(resource.RLIMIT_AS)
+    filters = list(warnings.filters)
     connection.sendall(b"%d\n" % os.getpid())
     stream = connection.makefile("rb")
     while header := stream.read(LENGTH.size):
-        response = Response(*marshal.loads(stream.read(*LENGTH.unpack(header))))
+        asked, *values = marshal.loads(stream.read(*LENGTH.unpack(header)))
         limit = _address_space(statm) + memory_bytes
         resource.setrlimit(resource.RLIMIT_AS, (limit if most == resource.RLIM_INFINITY else min(limit, most), most))
-        _as_new()
-        judgement = _judge(verifier, response)
+        _as_new(filters)
+        judgement = _judge(verifier, asked, Response(*values))
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
         last = judgement.error_class == "memory" or _address_space(statm) - warm > memory_bytes / 2
         connection.sendall(json.dumps([last, *_reply(judgement)]).encode() + b"\n")
@@ -206,23 +216,33 @@ def _judge_all(connection: socket.socket, verifier: Verifier, memory_bytes: int)
             return
 
 
-def _as_new() -> None:
-    """Undo what the sample before may have left in this process: a precision that an exception did not restore, a
-    random state, limits. Verdicts must not hang on it."""
+def _as_new(filters: list[Any]) -> None:
+    """Undo what the sample before may have left in this process, so that no verdict hangs on it (18 µs): a precision
+    that an exception did not restore, random states (sympy compares at random points), limits, warnings made errors,
+    an alarm that would go off in the next sample."""
     if mpmath := sys.modules.get("mpmath"):
         mpmath.mp.prec = FLOAT_BITS
+    if sympys := sys.modules.get("sympy.core.random"):
+        sympys.rng.seed(0)
     random.seed(0)
+    decimal.setcontext(decimal.Context())
     sys.setrecursionlimit(RECURSION)
     sys.set_int_max_str_digits(sys.int_info.default_max_str_digits)
+    if warnings.filters != filters:
+        warnings.filters[:] = filters  # pyright: ignore[reportIndexIssue]
+    signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _address_space(statm: int) -> int:
     return int(os.pread(statm, 32, 0).split()[0]) * resource.getpagesize()
 
 
-def _judge(verifier: Verifier, response: Response) -> Judgement:
+def _judge(verifier: Any, asked: str, response: Response) -> Judgement:
     try:
-        judgement = verifier(response)
+        if asked.startswith("parts "):
+            judgement = verifier.of_fault(asked.removeprefix("parts "), response)
+        else:
+            judgement = (getattr(verifier, "main", verifier) if asked == MAIN else verifier)(response)
         if not isinstance(judgement, Judgement):
             raise TypeError(f"a verifier returns a Judgement, not {type(judgement)}")
         json.dumps(_reply(judgement))

@@ -4,6 +4,10 @@ One thread watches over all of it. It keeps a process warm beyond those at work,
 after a kill. The budget is of CPU time, with a wall clock on top for those that sleep, so that a busy machine makes no
 honest sample fail. A sample that has had SLOW_CPU_SECONDS of a CPU, or run for SLOW_SECONDS, leaves its slot to another
 and goes on beside it, so that poison in every slot holds nobody up; beyond `extra` such samples they hold slots again.
+
+A task that is to run alone gets a process that judged nothing before, beside the slots. It starts when no other such
+task runs and the slow samples that began before it was asked for have ended. Others go on: its budget counts its own
+CPU time and memory, so they cost it nothing, and it never waits for samples that came later.
 """
 
 import contextlib
@@ -42,6 +46,8 @@ class Outcome:
 @dataclass(slots=True)
 class Task:
     request: bytes
+    alone: bool = False
+    since: float = field(default_factory=time.monotonic)
     future: "Future[Outcome]" = field(default_factory=Future)
     lost: int = 0  # times that its process died before it had read the request
 
@@ -61,6 +67,7 @@ class Process:
     cpu: float = 0.0  # seconds that it had used as its task began
     due: float = math.inf  # when it is looked at
     slow: bool = False
+    used: bool = False  # it has judged
     unread: bool = False  # it died before it had read the request
     outgoing: memoryview = field(default_factory=lambda: memoryview(b""))
     incoming: bytearray = field(default_factory=bytearray)
@@ -78,6 +85,7 @@ class Processes:
         self.timeout_seconds, self.wall_seconds = timeout_seconds, wall_seconds
         self.alive = True
         self._queue: deque[Task] = deque()
+        self._alone: deque[Task] = deque()
         self._all: dict[int, Process] = {}
         self._idle: list[Process] = []
         self._server: _Server | None = None
@@ -93,8 +101,9 @@ class Processes:
         """Queue a task; False where these processes have ended."""
         with self._lock:
             if self.alive:
-                self._queue.append(task)
-                if len(self._queue) == 1:
+                queue = self._alone if task.alone else self._queue
+                queue.append(task)
+                if len(queue) == 1:
                     self._wake_up()
             return self.alive
 
@@ -112,7 +121,7 @@ class Processes:
     # ---- the thread --------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        error = VerifierError("a verifier pool judges while it is open", "it was closed", "judge before close()")
+        error = closed()
         try:
             while self.alive:
                 self._staff()
@@ -130,8 +139,10 @@ class Processes:
     def _end(self, error: VerifierError) -> None:
         with self._lock:
             self.alive = False
-            waiting = [*self._queue, *(process.task for process in self._all.values() if process.task)]
+            working = [process.task for process in self._all.values() if process.task]
+            waiting = [*self._queue, *self._alone, *working]
             self._queue.clear()
+            self._alone.clear()
             os.close(self._wake)
         if self._server:
             self._server.close()
@@ -145,20 +156,36 @@ class Processes:
     def _staff(self) -> None:
         """Start what is missing, and give each free slot a sample."""
         if self._server is None:
-            if not self._queue:
+            if not self._queue and not self._alone:
                 return
             self._server = _Server(self.verifier)
             self._selector.register(self._server.control, selectors.EVENT_READ, self._hear)
         if not self._server.ready:
             return
-        working = [process for process in self._all.values() if process.task]
+        lone = self._staff_alone()
+        working = [process for process in self._all.values() if process.task and not process.task.alone]
         free = self.slots - len(working) + min(self.extra, sum(process.slow for process in working))
         while self._queue and self._idle and free > 0:
             self._give(self._idle.pop(), self._queue.popleft())
             free -= 1
         starting = sum(not process.pid for process in self._all.values())
-        for _ in range(min(len(self._queue), max(0, free)) + 1 - len(self._idle) - starting):
+        wanted = min(len(self._queue), max(0, free)) + 1 - len(self._idle)
+        for _ in range(max(wanted, lone) - starting):
             self._spawn()
+
+    def _staff_alone(self) -> bool:
+        """Start the next task that is to run alone, if it may; True where it has to wait for a new process only."""
+        working = [process for process in self._all.values() if process.task]
+        if not self._alone or any(process.task.alone for process in working if process.task):
+            return False
+        if any(process.slow and process.since < self._alone[0].since for process in working):
+            return False
+        new = next((process for process in self._idle if not process.used), None)
+        if new is None:
+            return True
+        self._idle.remove(new)
+        self._give(new, self._alone.popleft())
+        return False
 
     def _spawn(self) -> None:
         assert self._server
@@ -176,7 +203,7 @@ class Processes:
         self._selector.register(ours, selectors.EVENT_READ, lambda: self._exchange(process))
 
     def _give(self, process: Process, task: Task) -> None:
-        process.cpu, process.slow = _cpu_seconds(process.pid), False
+        process.cpu, process.slow, process.used = _cpu_seconds(process.pid), False, True
         process.task, process.since, process.outgoing = task, time.monotonic(), memoryview(task.request)
         process.due = process.since + min(SLOW_CPU_SECONDS, self.timeout_seconds, self.wall_seconds)
         self._write(process)
@@ -271,7 +298,7 @@ class Processes:
                 self._exchange(process)  # a reply that it still sent
         if process.task and process.unread and process.task.lost < ATTEMPTS:
             process.task.lost += 1
-            self._queue.appendleft(process.task)
+            (self._alone if process.task.alone else self._queue).appendleft(process.task)
             process.task = None
         if process.number in self._all:
             self._discard(process, failure(how))
@@ -382,6 +409,11 @@ def _cpu_seconds(pid: int) -> float:
         return time.clock_gettime(~pid << 3 | 2)
     except OSError:
         return math.inf
+
+
+def closed() -> VerifierError:
+    """Of a sample whose processes ended before it did."""
+    return VerifierError("a verifier pool judges while it is open", "it was closed", "judge before close()")
 
 
 def failure(error_class: str) -> Judgement:

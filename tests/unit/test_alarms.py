@@ -115,8 +115,24 @@ def test_missing_scores_stale_rollouts_and_abstentions(monkeypatch):
     assert [len(row.warnings) for row in rows] == [1, 0] and "abstained on 12 of 12" in rows[0].warnings[0]
     assert "timeout 12" in rows[0].warnings[0] and rows[0].abstained == 12 and rows[0].pass_rate is None
 
+    def at_fault(receipt):
+        return {**silent(receipt), "answers": ("7",) * receipt.rows, "faults": {"timeout": 1, "too_large": receipt.rows - 1}}
+
+    tally, rows = tallied(monkeypatch, steps=2, receipts={"judged": at_fault})
+    shards = rows[0].response_faults["timeout"]
+    (warning,) = [text for row in rows for text in row.warnings]
+    assert "12 of 12 responses" in warning and f"too_large {12 - shards}, timeout {shards}" in warning
+    assert rows[0].response_faults == rows[1].response_faults == {"timeout": shards, "too_large": 12 - shards}
+    assert (rows[0].abstained, rows[0].pass_rate) == (0, 0.0)
+    again = Tally()
+    again.resume(tally.state())
+    expected = {"timeout": 2 * shards, "too_large": 24 - 2 * shards}
+    assert tally.summary()["response_faults"] == again.summary()["response_faults"] == expected
+    again.resume({name: value for name, value in tally.state().items() if name != "response_faults"})  # of 0.5.0
+    assert again.summary()["response_faults"] == {}
+
     flow, taken = run(World(fresh_rng(), monkeypatch), plain, 1)
-    row = step_row(fresh_rng(), 1, learner={"grad_norm": 1.0})
+    row = step_row(fresh_rng(), 1, learner={"grad_norm": 1.0}, response_faults={})
     alarms = Alarms()
     said = [alarms.step(flow.config, row, taken[0], {"stale": 5}) for _ in range(2)]
     assert "dropped 5 rollouts" in said[0][0] and "max_staleness=0" in said[0][0] and said[1] == []

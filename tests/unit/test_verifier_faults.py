@@ -3,10 +3,12 @@
 import time
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 
+import cloudpickle
 import numpy as np
 import pytest
-from misbehaving import PATIENCE, Behaving, Blaming
+from misbehaving import PATIENCE, Behaving, Blaming, Disturbing
 
 from tutorloop.contracts.arrow import decode, encode
 from tutorloop.contracts.errors import VerifierError
@@ -14,6 +16,8 @@ from tutorloop.contracts.protocols import Judgement, Response
 from tutorloop.contracts.records import Rollout, Verdict
 from tutorloop.contracts.verifier_config import Reward, Verifier
 from tutorloop.verifier_service.any_gold import AnyGoldVerifier
+from tutorloop.verifier_service.composite import CompositeVerifier
+from tutorloop.verifier_service.function_verifier import FunctionVerifier
 from tutorloop.verifier_service.math import MathVerifier
 from tutorloop.verifier_service.pool import VerifierPool
 from tutorloop.verifier_service.verifiers import make_verifier
@@ -97,29 +101,49 @@ def test_what_sleeps_for_ever_ends_by_the_clock_on_the_wall():
 def test_faults_hold_nobody_up_and_are_tried_again_one_by_one(pool):
     futures = [pool.submit(Response(f"hang {i}", "fine")) for i in range(5)]
     assert found(pool.judge([Response(f"fine {i}", "fine") for i in range(50)])) == [("", False)] * 50
-    assert len(pool._again) <= 5
     assert found(future.result() for future in futures) == [("timeout", True)] * 5
-    assert not pool._again and not pool._in_flight and not pool._tried
+    assert not pool._in_flight
 
 
-def test_closing_refuses_what_waits_to_be_tried_again(pool):
+def test_what_is_tried_again_is_alone_in_a_new_process(pool, tmp_path):
+    """Four that hang, and each again: no second run begins while another one runs, or in a process that judged."""
+    path, rows = tmp_path / "runs", [Response(f"mark {i}", "fine") for i in range(4)]
+    assert found(pool.judge([replace(row, row=str(path)) for row in rows])) == [("timeout", True)] * 4
+    runs = [line.rsplit(" ", 2) for line in path.read_text().splitlines()]
+    first = {text: float(at) for text, _, at in reversed(runs)}
+    second = sorted(float(at) for text, _, at in runs if float(at) > first[text])
+    assert len(runs) == 8 and second[0] > max(first.values())
+    assert all(later - earlier >= 0.4 for earlier, later in pairwise(second))  # a budget of CPU time lies between
+    assert len({pid for _, pid, _ in runs}) == 8
+
+
+def test_closing_refuses_what_waits_to_be_tried_again_and_starts_nothing(pool):
     futures = [pool.submit(Response(f"hang {i}", "fine")) for i in range(4)]
-    deadline = time.monotonic() + PATIENCE
-    while len(pool._again) < 2:
+    processes, deadline = pool._processes, time.monotonic() + PATIENCE
+    while len(processes._alone) < 3:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    pool.close()
+    with pool._lock:  # as `close` does it, and what a retry finds in between
+        pool._processes = None
+    while len(processes._alone) > 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert pool._processes is None
+    processes.close()
+    assert pool._processes is None
     for future in futures:
         with pytest.raises(VerifierError, match="closed"):
             future.result(timeout=PATIENCE)
-    assert not pool._again and not pool._in_flight and not pool._tried
+    assert not pool._in_flight
     assert found(pool.judge([Response("fine", "fine")])) == [("", False)]
 
 
-def test_a_process_is_as_new_for_each_sample(pool):
+def test_a_process_is_as_new_for_each_sample():
     pytest.importorskip("mpmath")
+    pool = VerifierPool(Disturbing(), processes=1)
     answers = {pool.judge([Response(f"disturb {i}", "fine")])[0].judgement.answer for i in range(4)}
-    assert len(answers) == 1 and next(iter(answers)).startswith("(53, ")
+    pool.close()
+    assert len(answers) == 1 and next(iter(answers)).startswith("(53, 28, ")
 
 
 def test_order_and_number_of_processes_change_no_verdict():
@@ -132,6 +156,47 @@ def test_order_and_number_of_processes_change_no_verdict():
         verdicts.append([outcomes[i] for i in range(len(rows))])
         pool.close()
     assert verdicts[0] == verdicts[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "golds", "expected"),
+    [
+        ("fine", ("hang", "fine"), (True, "", False)),  # each is judged alone once all of them failed together
+        ("fine", ("leave", "hang"), (False, "gold_crash", False)),
+        ("fine", ("raise early", "raise early"), (False, "gold_LookupError", False)),
+        ("hang", ("hang", "fine"), (False, "timeout", True)),
+    ],
+)
+def test_a_gold_that_hangs_hides_no_other(text, golds, expected):
+    pool = VerifierPool(AnyGoldVerifier(Blaming()), timeout_seconds=0.3, memory_gib=0.25)
+    (outcome,) = pool.judge([Response(text, golds[0], other_golds=golds[1:])])
+    pool.close()
+    judgement = outcome.judgement
+    assert (judgement.passed, judgement.error_class, judgement.fault) == expected
+
+
+def half(completions):
+    if completions[0].startswith("nap"):
+        raise LookupError
+    if completions[0].startswith("burn"):
+        while True:
+            pass
+    return [0.5]
+
+
+def test_beside_a_reward_function_a_response_is_at_fault_for_the_verifier_alone():
+    """And has the parts of its reward: hanging spares it no penalty."""
+    function = FunctionVerifier(cloudpickle.dumps(half), 0.0)
+    parts = [(Reward(kind="own:half", weight=1.0), function), (Reward(kind="length", weight=1.0, limit=5), None)]
+    pool = VerifierPool(CompositeVerifier(Blaming(), 1.0, parts), timeout_seconds=0.3, memory_gib=0.25)
+    texts = ("hang", "fail", "leave", "nap", "burn 1", "fine")
+    outcomes = pool.judge([Response(text, "fine", tokens=9) for text in texts])
+    of_gold = pool.judge([Response("fine", "hang", tokens=9)])
+    pool.close()
+    ours = [("half:LookupError", False), ("timeout", False)]
+    assert found(outcomes) == [("timeout", True), ("LookupError", True), ("crash", True), *ours, ("", False)]
+    assert [outcome.judgement.score for outcome in outcomes] == [-0.5] * 3 + [0.0] * 2 + [0.5]
+    assert found(of_gold) == [("gold_timeout", False)]
 
 
 class Raising:

@@ -106,7 +106,8 @@ def test_what_was_killed_twice_is_not_run_again(strict):
     golds = ["hang", "leave", "allocate 1000", "fail", "fine"]
     twice = ["timeout", "crash", "memory", "LookupError", ""]
     assert errors(strict.judge(ask(*golds))) == errors(strict.judge(ask(*golds))) == twice
-    assert errors(strict.judge(ask(*golds))) == ["quarantined"] * 3 + ["LookupError", ""]
+    start = time.monotonic()
+    assert errors(strict.judge(ask(*golds))) == twice and time.monotonic() - start < 0.9  # seconds; a run takes 1
     assert errors(strict.judge(ask("leave", text="other"))) == ["crash"]
 
 
@@ -114,7 +115,7 @@ def test_the_quarantine_is_bounded(strict, monkeypatch):
     monkeypatch.setattr("tutorloop.verifier_service.pool.OFFENDERS", 2)
     for _ in range(2):
         strict.judge(ask("leave 1", "leave 2", "leave 3"))
-    assert len(strict._kills) == 2
+    assert len(strict._known) == 2
 
 
 def test_equal_samples_in_flight_run_once(pool, tmp_path):
