@@ -58,8 +58,8 @@ class VerifierPool:
     timeout_seconds and memory_gib are each sample's budget: seconds of a CPU (ten times as long in all; of a verifier
     that waits for others, seconds in all), and memory over what the warm process has. `processes` samples run side by
     side, and beside them at most 4 · `processes` that have had 0.25 s of a CPU, or a second; 16 and none where the
-    verifier waits. Raises VerifierError: here where the verifier cannot be pickled, and from `judge` or the future where
-    no process could be started.
+    verifier waits. Raises VerifierError: here where the verifier cannot be pickled, and from `judge` or the future
+    where no process could be started.
     """
 
     def __init__(

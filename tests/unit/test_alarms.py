@@ -116,7 +116,8 @@ def test_missing_scores_stale_rollouts_and_abstentions(monkeypatch):
     assert "timeout 12" in rows[0].warnings[0] and rows[0].abstained == 12 and rows[0].pass_rate is None
 
     def at_fault(receipt):
-        return {**silent(receipt), "answers": ("7",) * receipt.rows, "faults": {"timeout": 1, "too_large": receipt.rows - 1}}
+        faults = {"timeout": 1, "too_large": receipt.rows - 1}
+        return {**silent(receipt), "answers": ("7",) * receipt.rows, "faults": faults}
 
     tally, rows = tallied(monkeypatch, steps=2, receipts={"judged": at_fault})
     shards = rows[0].response_faults["timeout"]
