@@ -158,6 +158,9 @@ def written(tmp_path, *rows):
     return path
 
 
+AT_FAULT = Judgement(False, "9", error_class="too_large", fault=True)  # which is incorrect
+
+
 def test_rows_are_memories_by_either_name_and_judged_where_they_are_not(tmp_path):
     path = written(
         tmp_path,
@@ -172,7 +175,7 @@ def test_rows_are_memories_by_either_name_and_judged_where_they_are_not(tmp_path
 
     def judge(responses):
         judged.extend(responses)
-        return [Judgement(True, "2"), Judgement(False, error_class="timeout"), Judgement(False, "9")]
+        return [Judgement(True, "2"), Judgement(False, error_class="timeout"), AT_FAULT]
 
     found, skipped = read_memories(path, judge)
     assert [(r.prompt, r.text, r.gold) for r in judged] == [("p2", "r2", "2"), ("p3", "r3", "3"), ("p5?", "r5", "5")]

@@ -143,7 +143,7 @@ def read_memories(
     judged = judge([Response(text=row["response"], gold=row["gold"], prompt=row["problem"]) for row in unjudged])
     skipped: Counter[str] = Counter()
     for row, judgement in zip(unjudged, judged, strict=True):
-        if judgement.error_class:
+        if judgement.error_class and not judgement.fault:
             skipped[judgement.error_class] += 1
         else:
             row |= {"passed": judgement.passed, "answer": judgement.answer}
