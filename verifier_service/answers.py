@@ -2,18 +2,21 @@ r"""Read answers out of responses and golds without sympy. Linear in the text, s
 
 Where a response's answer stands: never in its reasoning, which ends with the last `</think>` (or the recipe's mark),
 nor in reasoning that it opens and does not close. (Where the prompt opens it, a response that is cut off in it cannot
-be told from one without.) Of the rest, after the marker's last occurrence, where there is a marker. Else the last box,
-complete or not; where there is no box and `answers` is "any", the last complete `<answer>…</answer>`; else somewhere in
-the text, to be searched. What is read again reads the same: a verifier's prepared response is a response.
+be told from one without.) Of the rest, after the marker's last occurrence, where there is a marker. Else the last
+box, complete or not (`\boxed 4` is one where there are none with braces); where there is no box and `answers` is
+"any", the last complete `<answer>…</answer>`; else somewhere in the text, to be searched. What is read again reads
+the same: a verifier's prepared response is a response.
 """
 
 import re
+from collections import deque
 from dataclasses import dataclass
 from typing import Literal
 
 from ..contracts.sections import THINKING
 
 BOX_OR_BRACE = re.compile(r"\\\\?(?:boxed|fbox)\s*(?:\{|\Z)|\\.|[{}]", re.DOTALL)  # \{ and \} are text, not braces
+BARE_BOX = re.compile(r"\\(?:boxed|fbox)[ \t]+([0-9A-Za-z+-][^\s{}\\$]{0,99})")  # `\boxed 4`, without braces
 JOINT = re.compile(r"(?:\\quad|\\text|\\[ ,;]|[\s{}$,;]|and\b|or\b|for part|\([a-z]\))*+")  # what makes boxes a list
 ANYTHING = re.compile(r".*+", re.DOTALL)
 SEPARATED = re.compile(r"[,;]|and|or")
@@ -55,6 +58,8 @@ def read_answer(
         if several and answer and values(answer) == 1:
             answer = _joined(text, boxes, JOINT)
         return Found(answer) if answer else None
+    if bare := deque(BARE_BOX.finditer(text), maxlen=1):
+        return Found(bare[0][1].rstrip(".,;"))
     if answers == "box":
         return None
     tag = _last_tag(text)

@@ -6,237 +6,16 @@ means something is written in LaTeX (`x²` is `x^{2}`, `½` is `\frac{1}{2}`, `1
 two ways stays as it is and is told by `ambiguous`.
 """
 
-import html
 import math
 import re
-import unicodedata
 from fractions import Fraction
+from functools import lru_cache
+
+from .characters import characters
+from .markup import LEAD_IN, NAMED, PERCENT, TEXT, markup
 
 MOST_BRACES = 5  # around the whole of an answer
 LONGEST = 2_000  # characters; longer ones are no answer, and stay as they are
-
-# ---- characters -----------------------------------------------------------------------------------------------------
-
-INVISIBLE = (
-    "\u200b\u200c\u200d\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2060\u2061\u2062\u2063\u2066\u2067\u2068\u2069"
-    "\ufeff\u00ad\ufe0e\ufe0f"
-)
-LETTERS_OF = "αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩ"
-NAMES_OF = (
-    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon phi chi psi "
-    "omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega"
-)
-SPACES = "\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000"
-SIGNS = {
-    **dict.fromkeys("−–‐‑‒﹣", "-"),
-    **dict.fromkeys("×✕⨯", r"\times "),
-    **dict.fromkeys("·⋅∙•", r"\cdot "),
-    **dict.fromkeys("÷∕⁄", "/"),
-    **dict.fromkeys("≤⩽≦", r"\le "),
-    **dict.fromkeys("≥⩾≧", r"\ge "),
-    **{"≠": r"\ne ", "≈": r"\approx ", "±": r"\pm ", "∓": r"\mp ", "∞": r"\infty ", "°": r"^\circ ", "º": r"^\circ "},
-    **{"∈": r"\in ", "∪": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset ", "∖": r"\setminus ", "→": r"\to "},
-    **{"ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}"},
-    **{
-        "⌊": r"\lfloor ",
-        "⌋": r"\rfloor ",
-        "⌈": r"\lceil ",
-        "⌉": r"\rceil ",
-        "∣": r"\mid ",
-        "∨": r"\lor ",
-        "∧": r"\land ",
-    },
-    **{"…": r"\ldots ", "⋯": r"\ldots ", "∑": r"\sum ", "∏": r"\prod ", "∫": r"\int ", "∠": r"\angle "},
-    **dict.fromkeys("′’ʹ", "'"),
-    **{"″": "''", "‰": r"\permille ", "％": "%", "⟨": r"\langle ", "⟩": r"\rangle "},
-    **dict(zip("，．：；（）［］｛｝＋－＝＜＞／＊", ",.:;()[]{}+-=<>/*", strict=True)),
-    **{letter: f"\\{name} " for letter, name in zip(LETTERS_OF, NAMES_OF.split(), strict=True)},
-    **{"ϕ": r"\phi ", "ϵ": r"\epsilon ", "ℓ": r"\ell "},
-}
-TABLE = str.maketrans({**dict.fromkeys(INVISIBLE, ""), **dict.fromkeys(SPACES, " "), **SIGNS})
-RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ", "0123456789+-()ni")
-LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₐₑₒₓₙᵢⱼₖₘ", "0123456789+-()aeoxnijkm")
-RAISED_RUN = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ]+")
-LOWERED_RUN = re.compile("[₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₐₑₒₓₙᵢⱼₖₘ]+")
-ROOTS = {"√": r"\sqrt", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]"}
-ROOT = re.compile(r"([√∛∜])\s*(?:\{([^{}]*)\}|\(([^()]*)\)|([0-9]+(?:\.[0-9]+)?|[A-Za-z]))")
-
-
-def _fraction(match: re.Match[str]) -> str:
-    over, _, under = unicodedata.normalize("NFKC", match[0]).partition("\u2044")
-    return rf"\frac{{{over}}}{{{under}}}"
-
-
-VULGAR = re.compile("[¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞↉]")
-
-
-def characters(text: str) -> str:
-    """Signs of Unicode as LaTeX, and digits of any script as 0-9. What is ASCII stays as it is."""
-    if text.isascii():
-        return text
-    text = RAISED_RUN.sub(lambda match: f"^{{{match[0].translate(RAISED)}}}", text)
-    text = LOWERED_RUN.sub(lambda match: f"_{{{match[0].translate(LOWERED)}}}", text)
-    text = VULGAR.sub(_fraction, text)
-    text = ROOT.sub(lambda match: f"{ROOTS[match[1]]}{{{match[2] or match[3] or match[4] or ''}}}", text)
-    text = text.translate(TABLE)
-    if not text.isascii():
-        text = "".join(str(unicodedata.decimal(sign)) if sign.isdecimal() else sign for sign in text)
-    return text
-
-
-# ---- markup ---------------------------------------------------------------------------------------------------------
-
-ENTITY = re.compile(r"&(?:[a-z]{2,8}|#[0-9]{1,6}|#x[0-9a-f]{1,5});")
-TAGS = "b|i|u|em|strong|code|span|font|mark|p|div|center|small|big|tt|math|mn"
-TAG = re.compile(rf"<({TAGS})(?:\s+[a-z-]+=(?:\"[^\"<>]*\"|'[^'<>]*'))*\s*>([^<>]*)</\1\s*>", re.IGNORECASE)
-RAISED_TAG = re.compile(r"<(sup|sub)>([^<>]*)</\1>", re.IGNORECASE)
-BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)
-AROUND = re.compile(
-    r"(?s)```[a-z]*\n(.*)\n?```|(\*\*|__|``?|\*|~~)(?=\S)((?:(?!\2).)*)(?<=\S)\2(\.?)|[\"'“”](.*)[\"'“”]"
-)
-JSON = re.compile(r'\{\s*"(?:final[_ ])?(?:answer|result|value)"\s*:\s*("?)([^"{}]*)\1\s*\}', re.IGNORECASE)
-STYLE = (
-    r"mathbf|mathrm|mathsf|mathit|mathtt|mathnormal|boldsymbol|bm|pmb|boxed|fbox|ensuremath|underline|emph|textbf|textit"
-    r"|textsf|texttt|textrm|textup|textnormal|mbox|hbox|text|bold|uline"
-)
-BRACE = re.compile(rf"\\(?P<style>{STYLE})\s*\{{|\\[{{}}]|(?P<open>\{{)|\}}")
-STYLED = re.compile(rf"\\(?:{STYLE}|operatorname\*?)\s*\{{([^{{}}]*)\}}")
-COLOURED = re.compile(r"\\(?:(textcolor|colorbox)|color)\s*(?:\[[a-zA-Z]*\])?\{[^{}]*\}\s*((?(1)\{))")
-NO_MEANING = re.compile(
-    r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|mathstrut|strut|hfill|noindent|centering|left|right|middle"
-    r"|[bB]ig{1,2}[lrm]?|tiny|scriptsize|footnotesize|small|normalsize|large|Large|LARGE|huge|Huge"
-    r"|bf|it|rm|sf|tt|sl|em|bfseries|itshape|rmfamily|mathopen|mathclose)(?![A-Za-z])\s?"
-    r"|\\(?:hspace|vspace|hskip|kern|phantom|hphantom|vphantom|tag|label)\*?\s*\{[^{}]*\}|\\!\s*|\\/"
-)
-SPACED = re.compile(r"(?<!\\)\\(?:(?:quad|qquad|enspace|thinspace|enskip|space)(?![A-Za-z])|[,;: >])|~")
-SHORT = (
-    ("\\dfrac", "\\frac"),
-    ("\\tfrac", "\\frac"),
-    ("\\cfrac", "\\frac"),
-    ("\\dbinom", "\\binom"),
-    ("\\leqslant", "\\le"),
-)
-SHORT += (
-    ("\\geqslant", "\\ge"),
-    ("\\leq", "\\le"),
-    ("\\geq", "\\ge"),
-    ("\\neq", "\\ne"),
-    ("{,}", ","),
-    ("\\degree", "^\\circ"),
-)
-SHORT += (("\\lbrace", "\\{"), ("\\rbrace", "\\}"), ("\\lvert", "|"), ("\\rvert", "|"), ("\\vert", "|"), ("\\%", "%"))
-SHORT += (
-    ("\\varnothing", "\\emptyset"),
-    ("\\dots", "\\ldots"),
-    ("\\cdots", "\\ldots"),
-    ("^{\\circ}", "^\\circ"),
-    ("\\colon", ":"),
-    ("\\div", "/"),
-)
-AHEAD = re.compile(r"\s*(?:=|\\therefore|\\implies|\\Rightarrow|\\Longrightarrow|\\to)(?![A-Za-z=])\s*")
-PERCENT = re.compile(
-    r"\s*\\text\{\s*(?:percent|pct|per cent)\s*\}|(?<=[0-9])\s*(?:percent|per cent|pct)\b", re.IGNORECASE
-)
-NAMED = re.compile(
-    r"\\text\{[^{}]*\}|(?<![\\A-Za-z])(sqrt|pi|theta|alpha|beta|infinity|infty|sin|cos|tan|ln|log|frac(?=\{))(?![A-Za-z])"
-)
-BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s+(?=[^\s{])")
-LEAD_IN = re.compile(
-    r"(?:(?:so|thus|hence|therefore),?\s+)?(?:the\s+)?(?:(?:final|correct)\s+)?(?:answer|result|solution|value)"
-    r"(?:\s+(?:is|equals|=)(?:\s*:)?|\s*[:=])\s*",
-    re.IGNORECASE,
-)
-LETTERS = re.compile(r"[A-Za-z]")
-CONNECTIVE = re.compile(r"[\s,;]*\b(or|and|OR|AND)\b[\s,;]*")
-TEXT = re.compile(r"\\text\{([^{}]*)\}")
-
-
-def _unstyled(match: re.Match[str]) -> str:
-    """A styled group without its style; words stay words, as `\\text{…}`."""
-    inner = match[1]
-    command = match[0][1:].split("{", 1)[0].strip().rstrip("*")
-    words = command in (
-        "text",
-        "mbox",
-        "hbox",
-        "textrm",
-        "textbf",
-        "textit",
-        "textsf",
-        "texttt",
-        "textup",
-        "textnormal",
-        "emph",
-    )
-    if command == "operatorname" or (command == "mathrm" and len(inner.strip()) > 1 and LETTERS.search(inner)):
-        return rf"\{inner.strip()} " if inner.strip() in FUNCTIONS.split() else rf"\text{{{inner}}}"
-    if not words or not LETTERS.search(inner):
-        return f" {inner}" if inner[:1].isspace() else inner
-    if len(inner.strip()) == 1:
-        return rf"\text{{{inner}}}" if inner.strip() not in "ei" else inner.strip()
-    return rf"\text{{{inner}}}"
-
-
-def _undressed(text: str) -> str:
-    """Without the styles around groups that hold groups."""
-    parts, stack, end = list[str](), list[int](), 0  # of each open brace its part
-    for match in BRACE.finditer(text):
-        parts.append(text[end : match.start()])
-        end = match.end()
-        if match[0] == "}" and stack:
-            parts.append("}" if parts[stack.pop()] else "")
-            continue
-        if stack and parts[stack[-1]].startswith("\\text"):
-            parts[stack[-1]] = ""
-        if match["style"] or match["open"]:
-            stack.append(len(parts))
-        parts.append("" if match["style"] and match["style"] != "text" else match[0])
-    return "".join([*parts, text[end:]])
-
-
-FUNCTIONS = "sin cos tan cot sec csc log ln exp arcsin arccos arctan sinh cosh tanh gcd lcm min max det"
-
-
-def markup(text: str) -> str:
-    """What shows a value, without what only dresses it."""
-    text = text.strip()
-    if "&" in text:
-        text = ENTITY.sub(lambda match: characters(html.unescape(match[0])), text)
-    if "<" in text and ">" in text:
-        text = RAISED_TAG.sub(lambda match: f"{'^' if match[1].lower() == 'sup' else '_'}{{{match[2]}}}", text)
-        text = BREAK.sub(" ", text)
-        for _ in range(3):  # in one another
-            text = TAG.sub(lambda match: match[2], text).strip()
-    if (found := JSON.fullmatch(text)) or (found := JSON.fullmatch(f"{{{text}}}")):
-        text = found[2].strip()
-    for _ in range(3):
-        found = AROUND.fullmatch(text)
-        inner = next((group for group in (found[1], found[3], found[5]) if group is not None), None) if found else None
-        if inner is None or not inner.strip():
-            break
-        text = inner.strip()
-    text = text.replace("~", " ").replace("...", "\\ldots ").replace("{,}", ",")
-    if ahead := AHEAD.match(text):
-        text = text[ahead.end() :]
-    if "\\" not in text:
-        text = " ".join(text.split())
-        return LEAD_IN.sub("", text, count=1) if LEAD_IN.match(text) else text
-    text = BARE_BOX.sub("", text)
-    for long, short in SHORT:
-        text = re.sub(rf"{re.escape(long)}(?![A-Za-z])", lambda _, short=short: short, text) if long in text else text
-    for _ in range(3):
-        text = STYLED.sub(_unstyled, COLOURED.sub(lambda match: r"\bold{" if match[2] else "", text))
-    text = _undressed(text)
-    text = SPACED.sub(" ", NO_MEANING.sub("", text)).strip()
-    text = re.sub(r"\{ *\}|\s+", " ", text)
-    if match := re.match(r"\\text\{([^{}]*)\}\s*", text):
-        lead = LEAD_IN.fullmatch(match[1].strip() + " ") or LEAD_IN.fullmatch(match[1])
-        if lead:
-            text = text[match.end() :]
-        elif LEAD_IN.match(match[1]):
-            text = rf"\text{{{LEAD_IN.sub('', match[1], count=1)}}}{text[match.end() :]}"
-    return LEAD_IN.sub("", text, count=1) if LEAD_IN.match(text) else text
-
 
 # ---- numbers --------------------------------------------------------------------------------------------------------
 
@@ -347,8 +126,11 @@ def _products(text: str) -> str:
 
 def spelled(text: str) -> str:
     r"""An answer or a gold in one spelling. What is longer than LONGEST stays as it is."""
-    if len(text) > LONGEST:
-        return text
+    return text if len(text) > LONGEST else _spelled(text)
+
+
+@lru_cache(maxsize=256)  # golds come again with each response of their group, and an answer in each part of its way
+def _spelled(text: str) -> str:
     text = _unwrapped(markup(characters(text)))
     if text.isalpha() and text.isascii():
         return text

@@ -39,6 +39,7 @@ BUILDER = re.compile(r"\\\{\s*([a-z])\s*(?:\\in\s*\\mathbb\{R\}\s*)?(?::|\\mid(?
 CONJUGATE = re.compile(r"\\(?:overline|bar)\s*\{([-+0-9a-z. ]*i[-+0-9. ]*)\}")
 I_ALONE = re.compile(r"(?<![a-z])i(?![a-z])")
 MOST_PARTS = 8
+UNSOLVED = (NotImplementedError, ArithmeticError, AttributeError, TypeError, ValueError)  # what as_set raises
 SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 SCALE = re.compile(rf"(?:\\text|\\mbox|\\mathrm)\s*\{{\s*({'|'.join(SCALES)})\b|\b({'|'.join(SCALES)})\s*$")
 BROKEN_INLINE = re.compile(r"(?<!\$)\$[ \t]*\n[^$]*\n[ \t]*\$(?!\$)|\\\([ \t]*\n[^\\]*\n[ \t]*\\\)")  # a line ends it
@@ -110,7 +111,9 @@ def read_formula(latex: str) -> Basic | MatrixBase | None:
             continue
         if not isinstance(value, (Basic, MatrixBase)) or value.has(nan, zoo):
             return None
-        return value.replace(_is_odd_root, _real_root) if isinstance(value, Expr) and value.has(Pow) else value
+        if isinstance(value, Expr) and any(map(_is_odd_root, value.atoms(Pow))):
+            return value.replace(_is_odd_root, _real_root)
+        return value
     return None
 
 
@@ -144,7 +147,7 @@ def _read_solutions(latex: str) -> Set | None:
     try:
         sets = [unwrap_fcs(one).as_set() for one in read]  # pyright: ignore
         return (Intersection if joined == {"and"} else Union)(*sets)
-    except Exception:  # sympy cannot
+    except UNSOLVED:  # sympy cannot
         return None
 
 

@@ -1,9 +1,10 @@
-r"""Mathematical equality of the answer with the gold: exact for plain numbers, math-verify for the rest.
+r"""Mathematical equality of the answer with the gold: exact for numbers, sympy and math-verify for the rest.
 
-What `prepare` cannot decide is judged where it can be killed. math-verify's own timeouts are off: they are SIGALRM,
-which fails in a thread, and a timeout there is a silent False. Its wrong accepts are kept out in latex.py (what is
-read) and math_equal.py (what is equal). Several boxes: the last decides; but where the gold is a list and the last box
-is one value, boxes joined to it by no more than commas, `and`, `or` are one list with it.
+Both are spelled alike first (forms.py); docs/verifiers.md has a table of what is one answer. What `prepare` cannot
+decide is judged where it can be killed. math-verify's own timeouts are off: they are SIGALRM, which fails in a
+thread, and a timeout there is a silent False. Its wrong accepts are kept out in latex.py (what is read) and
+math_equal.py (what is equal). Several boxes: the last decides; but where the gold is a list and the last box is one
+value, boxes joined to it by no more than commas, `and`, `or` are one list with it.
 """
 
 import re
@@ -15,7 +16,8 @@ from typing import Any, Literal
 from ..contracts.protocols import Judgement, Response
 from ..contracts.sections import THINKING
 from .answers import gold_answer, harmless, read_answer, values, without_dollars
-from .forms import ambiguous, characters, spelled
+from .characters import characters
+from .forms import ambiguous, spelled
 from .math_guard import too_large
 from .quantities import TAKES_BACK, Quantity, part_unit, read_quantity, same_unit
 
@@ -99,6 +101,8 @@ class MathVerifier:
             gold = gold_answer(search(gold)) or gold
         if not answer:
             return Judgement(False, rule=NO_ANSWER)
+        if found.sure and gold == prepared.gold:  # as `prepare` saw them
+            return _decide(answer, gold)
         return _decide_quickly(answer, gold) or _decide(answer, gold)
 
 
@@ -111,7 +115,7 @@ def _decide_quickly(answer: str, gold: str) -> Judgement | None:
     if left and right:
         number, wanted = _plain(left), _plain(right)
         return Judgement(number == wanted, str(number), rule="two numbers, exactly")
-    gold = _spelled_gold(gold)
+    gold = spelled(gold)
     answer = _chosen(spelled(without_dollars(answer)), gold)
     wanted = _gold_quantity(gold)
     number = read_quantity(answer, gold=wanted is None)
@@ -147,11 +151,6 @@ def _plain(match: re.Match[str]) -> Fraction | int:
     sign, whole, grouped, decimal = match.groups()
     value = Fraction(decimal) if decimal else int(whole or grouped.replace(",", ""))
     return -value if sign else value
-
-
-@lru_cache(maxsize=256)  # golds come again with each response of their group
-def _spelled_gold(gold: str) -> str:
-    return spelled(gold)
 
 
 @lru_cache(maxsize=256)
@@ -205,7 +204,7 @@ def _decide(answer: str, gold: str) -> Judgement:
     from .latex import read_formula, read_gold
     from .math_equal import equal, exact_number
 
-    gold = _spelled_gold(gold)
+    gold = spelled(gold)
     answer = _chosen(spelled(without_dollars(answer)), gold)
     answer, bare = part_unit(answer)[0], WORDS_BEHIND.sub("", part_unit(gold)[0])
     wanted, value = read_gold(bare), read_formula(ordered_as(bare, answer))

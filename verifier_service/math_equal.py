@@ -45,6 +45,8 @@ from sympy import (
 from sympy.core.function import AppliedUndef
 from sympy.core.relational import Relational
 
+from .latex import UNSOLVED
+
 SAME = 1e-60  # share of the larger number; sympy computes a difference to up to 100 digits until some are sure
 NOTHING = 1e-60  # so small that it may be what is left of 0
 DIGITS = 30
@@ -154,7 +156,7 @@ def _spoken_of(value: Formula) -> Set | None:
     exact = {decimal: Rational(str(decimal)) for decimal in value.atoms(Float)}
     try:
         return _numbers(value.xreplace(exact))
-    except Exception:  # sympy cannot
+    except UNSOLVED:  # sympy cannot
         return None
 
 

@@ -12,7 +12,8 @@ from typing import Literal
 from ..contracts.protocols import Judgement, Response
 from ..contracts.sections import THINKING
 from .answers import gold_answer, harmless, read_answer, without_dollars
-from .forms import characters, spelled
+from .characters import characters
+from .forms import spelled
 from .quantities import CURRENCY, SCALES, TAKES_BACK, Quantity, read_quantity
 
 DIGITS = r"(?:[0-9]{1,3}(?:[,.' ][0-9]{3})++(?:[.,][0-9]++)?(?![0-9])|[0-9]++(?:[.,][0-9]++)?|\.[0-9]++)"

@@ -16,9 +16,6 @@ import math
 import os
 import selectors
 import socket
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 from collections import deque
@@ -27,6 +24,7 @@ from dataclasses import dataclass, field
 
 from ..contracts.errors import VerifierError
 from ..contracts.protocols import Judgement
+from .server import Server
 
 SLOW_CPU_SECONDS, SLOW_SECONDS = 0.25, 1.0  # the first tells poison from a machine that is busy
 START_SECONDS = 120.0  # for a server, and for a process of it, on a machine that is busy
@@ -88,7 +86,7 @@ class Processes:
         self._alone: deque[Task] = deque()
         self._all: dict[int, Process] = {}
         self._idle: list[Process] = []
-        self._server: _Server | None = None
+        self._server: Server | None = None
         self._failures, self._started, self._found = 0, 0, ""
         self._lock = threading.Lock()
         self._selector = selectors.DefaultSelector()
@@ -158,7 +156,7 @@ class Processes:
         if self._server is None:
             if not self._queue and not self._alone:
                 return
-            self._server = _Server(self.verifier)
+            self._server = Server(self.verifier)
             self._selector.register(self._server.control, selectors.EVENT_READ, self._hear)
         if not self._server.ready:
             return
@@ -354,53 +352,6 @@ class Processes:
     def _kill(self, process: Process) -> None:
         if self._server:
             self._server.kill(process.number)
-
-
-class _Server:
-    """The owner's side of a fork server."""
-
-    def __init__(self, verifier: bytes) -> None:
-        self.ready, self.since = False, time.monotonic()
-        self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._errors = os.memfd_create("stderr")
-        code = f"import sys; sys.path[:] = {sys.path!r}; from {__package__}.fork_server import serve; "
-        with theirs, tempfile.TemporaryFile() as stdin:
-            stdin.write(verifier)
-            stdin.seek(0)
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", f"{code}serve({theirs.fileno()}, {os.getpid()})"],
-                stdin=stdin,
-                stdout=subprocess.DEVNULL,
-                stderr=self._errors,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,  # no Ctrl-C of the owner's terminal reaches it
-            )
-
-    def kill(self, number: int) -> None:
-        with contextlib.suppress(OSError):  # it is gone, and its end is heard of
-            self.control.send(f"kill {number}".encode(), socket.MSG_NOSIGNAL)
-
-    def spawn(self, number: int, connection: socket.socket) -> None:
-        socket.send_fds(self.control, [f"spawn {number}".encode()], [connection.fileno()], socket.MSG_NOSIGNAL)
-
-    def receive(self) -> str:
-        """The next message; "" when it has ended."""
-        try:
-            return self.control.recv(8192).decode("utf-8", "replace")
-        except OSError:
-            return ""
-
-    def close(self) -> str:
-        """End it, and say how it ended."""
-        self.control.close()
-        try:
-            code = self._process.wait(5.0)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            code = self._process.wait()
-        said = os.pread(self._errors, 500, max(0, os.fstat(self._errors).st_size - 500))
-        os.close(self._errors)
-        return f"exit code {code}, {said.decode('utf-8', 'replace')!a}"
 
 
 def _cpu_seconds(pid: int) -> float:

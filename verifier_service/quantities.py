@@ -132,7 +132,7 @@ class Quantity:
     def seen_as(self, other: "Quantity") -> list[Fraction]:
         """Its values as one compares them with the other's: 50% is 50 and 1/2, beside 50% it is 50% alone."""
         value = self.in_unit_of(other)
-        if value is None:
+        if value is None or ((self.percent or other.percent) and (self.unit or other.unit)):
             return []
         if self.percent == other.percent:
             return [value]

@@ -76,6 +76,9 @@ READINGS = [  # text, answers, marker; text of the answer, and whether it is sur
     ("7 \\boxed{", "any", "", None),
     (" \n", "any", "", None),
     ("A: 1\nA: 42 \nbye", "box", "A:", ("42", True)),
+    ("so \\boxed 5.", "box", "", ("5", True)),
+    ("\\boxed 5 or \\boxed{6}", "box", "", ("6", True)),
+    ("\\boxed", "box", "", None),
     ("\\boxed{1}", "any", "A:", None),
     ("A: 1 A:\n2", "box", "A:", None),
 ]

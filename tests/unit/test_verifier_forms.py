@@ -4,6 +4,7 @@ tests/golden/answer_forms.jsonl: 150 rows that release 0.4.0 judged wrong. answe
 """
 
 import json
+import time
 from collections.abc import Callable
 from fractions import Fraction
 from itertools import pairwise
@@ -13,7 +14,8 @@ import numpy as np
 import pytest
 
 from tutorloop.contracts.protocols import Response
-from tutorloop.verifier_service.forms import LONGEST, ambiguous, characters, spelled
+from tutorloop.verifier_service.characters import characters
+from tutorloop.verifier_service.forms import LONGEST, ambiguous, spelled
 from tutorloop.verifier_service.math import MathVerifier
 from tutorloop.verifier_service.numeric import NumericVerifier
 from tutorloop.verifier_service.pool import VerifierPool
@@ -232,6 +234,24 @@ def test_spelling_is_idempotent_and_leaves_what_is_long():
     assert not changed
     assert spelled("½" * LONGEST + "½") == "½" * LONGEST + "½" and characters("x²") == "x^{2}"
     assert part_unit("25\\pi \\text{ cm}^2")[0] == "25\\pi" and part_unit("a + b")[1] is None
+
+
+REPEATED = (
+    *("\\text{a", "\\text{ or }", "{", "(2)", "2(3)", "1 000 ", "123 ", "1,000,", "0.\\overline{3", "0.1...", "cm "),
+    *("1 cm/", "\\begin{pmatrix}1&", "\\frac12", "**", "`", "<b>", '<b a="', "&lt;", "\\textcolor{red}{", "\\mathbf{"),
+    *("½", "²", "√(", "x'", "answer: ", "=", "1_{", "^\\circ", "3:30 p.m.", "(A) ", "|", "\\{x:", "2!^", "17 \\bmod"),
+    *("\\gcd(1,", "1e5", "\\left(", "per ", '{"answer": ', "<x<", "x<1 or "),
+)
+
+
+def test_everything_is_spelled_in_linear_time():
+    start = time.perf_counter()
+    for part in REPEATED:
+        for text in (part * (2000 // len(part)), part * (20_000 // len(part))):
+            for response in (Response(f"\\boxed{{{text}}}", "x+1"), Response("\\boxed{x+1}", text)):
+                MathVerifier().prepare(response)
+                NumericVerifier().prepare(response)
+    assert time.perf_counter() - start < 60  # seconds; about 5, and quadratic time would be minutes
 
 
 # ---- nothing that a response holds changes the verdict of another ---------------------------------------------------
