@@ -28,10 +28,8 @@ BARRED = re.compile(
 )
 TWO_DOTS = re.compile(r"(?<![0-9])([0-9]*)\.([0-9]*)\\dot\{?([0-9])\}?([0-9]*)\\dot\{?([0-9])\}?(?![0-9])")
 GOING_ON = re.compile(r"(?<![0-9])([0-9]+)\.([0-9]+) ?(?:\\ldots|\.\.\.|\\overline\{\.\.\.\})\s*\Z")
-REPEATS = re.compile(r"([0-9]*?)(?:([0-9])\2{2,}|([0-9]{2,8}?)\3+)([0-9]*)")
 FACTORIAL_POWER = re.compile(r"(?<![A-Za-z0-9])([0-9]+|[A-Za-z])!\s*\^")
 PRODUCT = re.compile(r"(?<=[0-9)])\s*(?=\()")
-BEFORE_PRODUCT = re.compile(r"[_\\][A-Za-z0-9]*\Z|[A-Za-z]\Z")
 BMOD = re.compile(r"(?<![0-9A-Za-z^_}])(-?[0-9]{1,40})\s*(?:\\bmod|\\mod|\\text\{ ?mod ?\})\s*([0-9]{1,20})(?![0-9^])")
 OF_INTEGERS = re.compile(r"(?:\\(gcd|lcm)|\\text\{(gcd|lcm|GCD|LCM)\}) ?\(([0-9, ]{1,200})\)")
 CLOCK = re.compile(r"(?<![0-9:])([0-9]{1,2}):([0-9]{2})\s*(?:\\text\{)?\s*([aApP])\.?\s*[mM]\.?\s*\}?")
@@ -79,12 +77,8 @@ def numbers(text: str) -> str:
         text = GOING_ON.sub(_going_on, BARRED.sub(_barred, text))
     if "\\permille" in text:
         text = PERMILLE.sub(lambda match: rf"\frac{{{match[1]}}}{{1000}}", text)
-    if ":" in text:
-        text = (
-            text
-            if TEXT.fullmatch(text)
-            else CLOCK.sub(lambda match: rf"\text{{{int(match[1])}:{match[2]}{match[3].upper()}M}}", text)
-        )
+    if ":" in text and not TEXT.fullmatch(text):
+        text = CLOCK.sub(lambda match: rf"\text{{{int(match[1])}:{match[2]}{match[3].upper()}M}}", text)
     if "!" in text:
         text = FACTORIAL_POWER.sub(r"(\1!)^", text)
     if "mod" in text:
@@ -193,7 +187,6 @@ LOWERED_NUMBER = re.compile(r"(?<![A-Za-z0-9\\_}])(?<!log)(?<!\\)[0-9]+\)?\s*_")
 FUNCTION_BASE = re.compile(
     r"\\(?:log|lg)\s*_?(?:\{[^{}]*\}|[0-9])|\\(?:frac|binom|sqrt|begin|end)(?![A-Za-z])(?: ?[0-9]{1,2})?"
 )
-COMMAND_DIGITS = re.compile(r"\\[A-Za-z]+ ?[0-9] [0-9]")
 
 
 def ambiguous(text: str) -> str:

@@ -99,7 +99,7 @@ def read_formula(latex: str) -> Basic | MatrixBase | None:
     """The value of a formula; None where it could not be read to its end. Roots of odd degree are real ones."""
     if DOTS.search(latex) or PRIMED.search(latex):
         return None
-    if solutions := _read_solutions(latex):
+    if (solutions := _read_solutions(latex)) is not None:  # none is an answer too
         return solutions
     text = normalised(CONJUGATE.sub(lambda match: f"({I_ALONE.sub('(-i)', match[1])})", latex))
     for part in dict.fromkeys((text, get_last_eq(text))):

@@ -29,28 +29,11 @@ NO_MEANING = re.compile(
 )
 SPACED = re.compile(r"(?<!\\)\\(?:(?:quad|qquad|enspace|thinspace|enskip|space)(?![A-Za-z])|[,;: >])|~")
 SHORT = (
-    ("\\dfrac", "\\frac"),
-    ("\\tfrac", "\\frac"),
-    ("\\cfrac", "\\frac"),
-    ("\\dbinom", "\\binom"),
-    ("\\leqslant", "\\le"),
-)
-SHORT += (
-    ("\\geqslant", "\\ge"),
-    ("\\leq", "\\le"),
-    ("\\geq", "\\ge"),
-    ("\\neq", "\\ne"),
-    ("{,}", ","),
-    ("\\degree", "^\\circ"),
-)
-SHORT += (("\\lbrace", "\\{"), ("\\rbrace", "\\}"), ("\\lvert", "|"), ("\\rvert", "|"), ("\\vert", "|"), ("\\%", "%"))
-SHORT += (
-    ("\\varnothing", "\\emptyset"),
-    ("\\dots", "\\ldots"),
-    ("\\cdots", "\\ldots"),
-    ("^{\\circ}", "^\\circ"),
-    ("\\colon", ":"),
-    ("\\div", "/"),
+    *(("\\dfrac", "\\frac"), ("\\tfrac", "\\frac"), ("\\cfrac", "\\frac"), ("\\dbinom", "\\binom")),
+    *(("\\leqslant", "\\le"), ("\\geqslant", "\\ge"), ("\\leq", "\\le"), ("\\geq", "\\ge"), ("\\neq", "\\ne")),
+    *(("\\lbrace", "\\{"), ("\\rbrace", "\\}"), ("\\lvert", "|"), ("\\rvert", "|"), ("\\vert", "|"), ("\\%", "%")),
+    *(("\\varnothing", "\\emptyset"), ("\\dots", "\\ldots"), ("\\cdots", "\\ldots"), ("\\colon", ":")),
+    *(("^{\\circ}", "^\\circ"), ("\\degree", "^\\circ"), ("\\div", "/")),
 )
 AHEAD = re.compile(r"\s*(?:=|\\therefore|\\implies|\\Rightarrow|\\Longrightarrow|\\to)(?![A-Za-z=])\s*")
 PERCENT = re.compile(
@@ -66,7 +49,6 @@ LEAD_IN = re.compile(
     re.IGNORECASE,
 )
 LETTERS = re.compile(r"[A-Za-z]")
-CONNECTIVE = re.compile(r"[\s,;]*\b(or|and|OR|AND)\b[\s,;]*")
 TEXT = re.compile(r"\\text\{([^{}]*)\}")
 
 

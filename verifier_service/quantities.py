@@ -312,7 +312,7 @@ def _unit(tokens: list[tuple[str, str]]) -> Unit | None:
         elif kind == "sign":
             side = -1 if what == "/" else side
         elif kind == "word" and low in RAISES:
-            if low.endswith("d") and low != "sq":
+            if low.endswith("d"):
                 if not words:
                     return None
                 _raise(measured, words[-1], RAISES[low] - 1, side)

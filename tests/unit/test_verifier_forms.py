@@ -128,7 +128,7 @@ def of_set(members: list[int]) -> list[str]:
 
 def of_length(metres: int) -> list[str]:
     return [
-        *(rf"{metres}\text{{ m}}", rf"{metres}\,\mathrm{{m}}"[:0] or f"{metres} m", f"{metres} meters", f"{metres}m"),
+        *(rf"{metres}\text{{ m}}", f"{metres} m", f"{metres} meters", f"{metres}m"),
         *(f"{metres * 100} cm", rf"{metres * 100}\text{{ centimeters}}", f"{metres * 1000}\\,\\mathrm{{mm}}"),
         rf"\frac{{{metres}}}{{1000}}\text{{ km}}",
     ]
