@@ -22,6 +22,7 @@ ANYTHING = re.compile(r".*+", re.DOTALL)
 SEPARATED = re.compile(r"[,;]|and|or")
 TAGS = re.compile(r"<(/?)answer>")
 DOLLARS = re.compile(r"\$\$?|\\[\[\]()]")
+NO_ANSWER = "no answer where one is read"  # the rule of a judgement
 MOST_JOINED = 100  # boxes of one list
 LONGEST_JOINT = 70  # characters between two boxes of one list, as math-verify has it
 

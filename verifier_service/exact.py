@@ -4,7 +4,7 @@ from typing import Literal
 
 from ..contracts.protocols import Judgement, Response
 from ..contracts.sections import THINKING
-from .answers import harmless, read_answer
+from .answers import NO_ANSWER, harmless, read_answer
 
 
 class ExactVerifier:
@@ -27,9 +27,7 @@ class ExactVerifier:
         """Nothing here can hang."""
         found = read_answer(response.text, self.answers, self.marker, thinking=self.thinking)
         passed = found is not None and found.text == response.gold.strip()
-        return Judgement(
-            passed, found.text if found else "", rule="the same text" if found else "no answer where one is read"
-        )
+        return Judgement(passed, found.text if found else "", rule="the same text" if found else NO_ANSWER)
 
     def __call__(self, response: Response) -> Judgement:
         return self.prepare(response)

@@ -15,6 +15,7 @@ from .characters import characters
 from .markup import LEAD_IN, NAMED, PERCENT, TEXT, markup
 
 MOST_BRACES = 5  # around the whole of an answer
+COMPARED = re.compile(r"[<>]|\\(?:le|ge|lt|gt|ne)(?![A-Za-z])")  # what an inequality has
 LONGEST = 2_000  # characters; longer ones are no answer, and stay as they are
 
 # ---- numbers --------------------------------------------------------------------------------------------------------

@@ -23,6 +23,8 @@ from math_verify.parser import get_extraction_regexes, get_last_eq
 from sympy import And, Basic, Eq, Expr, Intersection, MatrixBase, Pow, Rational, Set, Union, nan, zoo
 from sympy.core.relational import Relational
 
+from .forms import COMPARED
+
 CONFIG = LatexExtractionConfig(boxed_match_priority=-1)
 NORMALIZATION = replace(CONFIG.normalization_config, boxed="none", units=False)  # quantities.py knows them
 ROOT = re.compile(r"\\?\bsqrt\s*\(([^()]*)\)")
@@ -34,7 +36,6 @@ PRIMED = re.compile(r"'(?![^{]*\})|\\prime")  # a derivative, feet, minutes: the
 DOTS = re.compile(r"\\(?:[lcd]?dots\w*|vdots)|\.\.\.|…")
 JUNCTION = re.compile(r"\s*(\\text\{ ?(?:or|and) ?\}|\\(?:lor|vee|land|wedge)(?![A-Za-z])|\b(?:or|and)\b)\s*")
 AND = ("and", r"\land", r"\wedge", r"\text{and}", r"\text{ and }")
-COMPARED = re.compile(r"[<>]|\\(?:le|ge|lt|gt|ne)(?![A-Za-z])")
 BUILDER = re.compile(r"\\\{\s*([a-z])\s*(?:\\in\s*\\mathbb\{R\}\s*)?(?::|\\mid(?![a-z])|\|)\s*(.*)\\\}", re.DOTALL)
 CONJUGATE = re.compile(r"\\(?:overline|bar)\s*\{([-+0-9a-z. ]*i[-+0-9. ]*)\}")
 I_ALONE = re.compile(r"(?<![a-z])i(?![a-z])")

@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 from ..contracts.protocols import Judgement, Response
 from ..contracts.sections import THINKING
-from .answers import gold_answer, harmless, read_answer, values, without_dollars
+from .answers import NO_ANSWER, gold_answer, harmless, read_answer, values, without_dollars
 from .characters import characters
-from .forms import ambiguous, spelled
+from .forms import COMPARED, ambiguous, spelled
 from .math_guard import too_large
 from .quantities import TAKES_BACK, Quantity, part_unit, read_quantity, same_unit
 
@@ -33,14 +33,12 @@ SAID = re.compile(r"\\text\{([^{}]*)\}")
 KINDS = {"FiniteSet": "list or set", "Interval": "interval", "Set": "set of numbers", "Tuple": "tuple"}
 KINDS |= {"MatrixBase": "matrix", "Relational": "relation", "And": "relation", "Number": "number"}
 WORDS_BEHIND = re.compile(r"(?<=\S)\s*\\text\{[^{}]*\}\Z")  # of a gold: its author's remark
-COMPARED = re.compile(r"[<>]|\\(?:le|ge|lt|gt|ne)(?![A-Za-z])")
 BUILT = re.compile(r":|\\mid|\|")
 LINKS = frozenset(("or", "and", ""))
 WORDS = re.compile(r"(?:\\(?:text|textbf|mathrm|mbox)\s*\{([A-Za-z][A-Za-z ]+)\.?\}|([A-Za-z]{3,}))\.?")
 BASED = re.compile(r"\(?([0-9A-Za-z]+)\)?_(?:\{([0-9]{1,2})\}|([0-9]))")
 E_NOTATION = re.compile(r"(?<![A-Za-z0-9_\\.])([0-9]+(?:\.[0-9]+)?|\.[0-9]+)[eE]([-+]?[0-9]{1,3})(?![A-Za-z0-9])")
 MOST_ZEROS = 30
-NO_ANSWER = "no answer where one is read"
 SIGNIFICANT = 6  # digits of a decimal that stands for a fraction which has no end
 IN_BRACES = re.compile(r"\\(?:text|mbox|mathrm|operatorname|textbf|begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+")
 PROSE = re.compile(

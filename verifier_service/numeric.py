@@ -11,7 +11,7 @@ from typing import Literal
 
 from ..contracts.protocols import Judgement, Response
 from ..contracts.sections import THINKING
-from .answers import gold_answer, harmless, read_answer, without_dollars
+from .answers import NO_ANSWER, gold_answer, harmless, read_answer, without_dollars
 from .characters import characters
 from .forms import spelled
 from .quantities import CURRENCY, SCALES, TAKES_BACK, Quantity, read_quantity
@@ -60,7 +60,7 @@ class NumericVerifier:
             return Judgement(False, error_class="gold_not_numeric", rule="the gold is no number")
         found = read_answer(response.text, self.answers, self.marker, thinking=self.thinking)
         if found is None:
-            return Judgement(False, rule="no answer where one is read")
+            return Judgement(False, rule=NO_ANSWER)
         number = only_number(found.text) if found.sure else last_number(found.text)
         if number is None:
             return Judgement(False, found.text if found.sure else "", rule="the answer is no number")
