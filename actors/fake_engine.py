@@ -42,7 +42,7 @@ class FakeEngine:
     def load_weights(self, buckets: Iterable[WeightBucket], manifest: WeightManifest) -> None:
         """Every check of a real engine but the canary's forward: there is no model to run."""
         received = list(buckets)
-        parameters = {name: tensor for bucket in received for name, tensor in read_bucket(bucket)}
+        parameters = {name: tensor.clone() for bucket in received for name, tensor in read_bucket(bucket)}
         copy_buckets(parameters, received, manifest)
         if self._names and set(parameters) != self._names:
             raise WeightsMismatch("versions have one set of names", str(sorted(set(parameters) ^ self._names)))

@@ -16,7 +16,7 @@ from ..contracts.config import Lora
 from ..contracts.errors import WeightsMismatch
 from ..contracts.records import EMPTY_II, Sampling, WeightBucket, WeightManifest
 from ..contracts.sections import THINKING
-from ..models.loading import context_length, eos_ids, load_causal_lm, load_tokenizer
+from ..models.loading import context_length, eos_ids, load_causal_lm, load_tokenizer, use_threads
 from ..models.lora import ReplicaWeights
 from ..models.thinking import decode_response
 from ..models.weight_proof import check_canary, copy_buckets
@@ -28,7 +28,7 @@ DONE_SHARE = 0.125  # of the batch: once so many rows have ended, they are taken
 
 
 class TransformersEngine:
-    """A `contracts.protocols.RolloutEngine` on one device. `threads` are torch's, of the whole process.
+    """A `contracts.protocols.RolloutEngine` on one device. `threads`: models.loading.use_threads.
 
     With `lora` it takes adapters alone, and runs them merged.
     """
@@ -36,8 +36,8 @@ class TransformersEngine:
     def __init__(
         self, model: str, *, dtype: str, device: str = "cpu", threads: int = 1, lora: Lora | None = None
     ) -> None:
-        torch.set_num_threads(threads)
         self.model = load_causal_lm(model, dtype, attention="grouped", device=device)
+        use_threads(self.model, threads)
         self.weights = ReplicaWeights(self.model, lora)
         self.tokenizer = load_tokenizer(model)
         self.device = device

@@ -21,6 +21,7 @@ from .flow import Shard
 from .pool import peak_memory
 from .room import wait_for_groups
 from .runtime import end, get, make_actor, say
+from .threads import threads_of
 
 
 @ray.remote(num_cpus=0)
@@ -77,7 +78,7 @@ class LearnerGroup:
                 longest=longest,
                 steps=config.steps,
                 device="cuda" if learner.num_gpus else "cpu",
-                threads=max(1, int(learner.num_cpus)),
+                threads=threads_of(config, learner),
             )
             for rank in range(learner.ranks)
         ]

@@ -179,11 +179,6 @@ def _peak_bytes(_: Any) -> int:
     return total
 
 
-def torch_placement(pool: config.Pool) -> dict[str, Any]:
-    """Where a replica's model runs, and on how many threads: its whole CPUs, at least one."""
-    return {"device": "cuda" if pool.num_gpus else "cpu", "threads": max(1, int(pool.num_cpus))}
-
-
 def parts_of(pool: config.Pool) -> int:
     """Parts that a replica's model is split into, each with the pool's CPUs and GPUs."""
     return pool.tensor_parallel if isinstance(pool, config.ModelPool) else 1

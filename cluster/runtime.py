@@ -21,8 +21,14 @@ from .deaths import first_line, obituary, tail_of
 from .interrupt import unbroken
 from .surroundings import check_shared_memory, give_token, temp_dir
 
-# One thread a process unless the actor is given more CPUs; quiet libraries.
-ACTOR_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
+# One thread a process, unless threads.py gives it more; these sleep when they have nothing to do, for a spinning one
+# takes the core of a process that has. Quiet libraries.
+ACTOR_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
 SLICE_SECONDS = 0.5  # of a wait: Ctrl-C and a failure of another reference are heard between two
 _names: dict[str, str] = {}  # actor id → what it is called: rollout pool, replica 1 of 2
 

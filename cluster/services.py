@@ -15,8 +15,9 @@ from ..teacher_service.worker import TeacherWorker
 from ..verifier_service.function_verifier import load_function
 from ..verifier_service.worker import VerifierWorker
 from .methods.composition import Composition
-from .pool import Pool, parts_of, torch_placement
+from .pool import Pool, parts_of
 from .self_teaching import SelfTeachingWorker
+from .threads import threads_of
 
 JUDGED_AT_ONCE = 4  # calls at one replica: a shard that waits for a poison sample holds up none of the others
 
@@ -47,7 +48,7 @@ def start_generators(
         **_shown(config),
         "lora": lora,
         "at_once": CALLS_AT_ONCE.get(rollout.engine, 1),
-        **_placement(rollout.engine, pool),
+        **_placement(config, rollout.engine, pool),
     }
     if rollout.engine == "vllm":
         arguments |= {"max_running": rollout.batch_size, "in_flight": rollout.in_flight}
@@ -69,12 +70,13 @@ def _shown(config: Config) -> dict[str, Any]:
     }
 
 
-def _placement(engine: str, pool: PoolConfig) -> dict[str, Any]:
+def _placement(config: Config, engine: str, pool: PoolConfig) -> dict[str, Any]:
     """What an engine is told of its replica's CPUs and GPUs."""
+    place: dict[str, Any] = {"device": "cuda" if pool.num_gpus else "cpu", "threads": threads_of(config, pool)}
     if engine != "vllm":
-        return torch_placement(pool)
+        return place
     share = pool.num_gpus if 0 < pool.num_gpus < 1 else 1.0
-    return torch_placement(pool) | {"tensor_parallel": parts_of(pool), "gpu_share": share}
+    return place | {"tensor_parallel": parts_of(pool), "gpu_share": share}
 
 
 def judges_training(config: Config, compositions: Iterable[Composition]) -> bool:
@@ -161,7 +163,7 @@ def _start_teacher(
         "model": teacher.model,
         "dtype": teacher.dtype,
         "tokens_per_batch": teacher.tokens_per_batch,
-        **_placement(engine, teacher),
+        **_placement(config, engine, teacher),
         **own,
     }
     if isinstance(teacher, Teacher) and teacher.follows:  # it starts where the stage's student starts

@@ -125,9 +125,11 @@ class Learner(Section):
     """The DeepSpeed ZeRO learner."""
 
     ranks: int = Field(default=1, ge=1, description="actors that train together")
-    num_cpus: float = Field(default=0.2, ge=0, description="CPUs of each rank; whole ones are torch threads")
+    num_cpus: float = Field(default=0.2, ge=0, description="CPUs that Ray reserves for each rank")
     num_gpus: float = Field(default=0, ge=0, description="GPUs of each rank")
-    zero_stage: Literal[0, 1, 2, 3] = Field(default=1, description="what DeepSpeed shards over the ranks")
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        default=1, description="what DeepSpeed shards over the ranks (of one in fp32: 3 alone)"
+    )
     dtype: Literal["fp32", "bf16"] = Field(default="fp32", description="of the weights that train and are published")
     learning_rate: float = Field(default=1e-5, gt=0, le=1e20, description="peak")
     warmup_steps: int = Field(default=0, ge=0, description="steps of linear warm-up")

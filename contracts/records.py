@@ -366,11 +366,11 @@ BucketEntries = tuple[tuple[str, str, tuple[int, ...], int], ...]  # name, dtype
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightBucket:
-    """Some parameters as one flat byte array."""
+    """Some parameters. Until it is sent, its arrays are the learner's own memory."""
 
     version: int
     entries: BucketEntries
-    data: np.ndarray  # uint8 [bytes]
+    arrays: tuple[np.ndarray, ...]  # uint8 [bytes], one an entry
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -379,7 +379,7 @@ class WeightManifest:
 
     version: int
     buckets: int
-    fingerprint: str  # blake2b over the parameters' names and bytes, in order; "" where no bytes pass by
+    fingerprint: str  # xxh3 over the parameters' names and bytes, in order; "" where no bytes pass by
     canary_ids: np.ndarray  # int32 [C], a fixed prompt
     canary_logprobs: np.ndarray  # float32 [C-1], by the learner, of each next token
     tolerance: float  # largest difference allowed, nats (models/weight_proof.py)

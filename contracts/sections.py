@@ -25,7 +25,7 @@ class Pool(Section):
     """A group of equal replicas and what each takes from the cluster."""
 
     replicas: int = Field(default=1, ge=1, description="actors in the pool")
-    num_cpus: float = Field(default=0.2, ge=0, description="CPUs of each; whole ones are torch threads, at least one")
+    num_cpus: float = Field(default=0.2, ge=0, description="CPUs that Ray reserves for each; threads: docs/cluster.md")
     num_gpus: float = Field(default=0, ge=0, description="GPUs of each; more than 0 runs the model on CUDA")
 
 

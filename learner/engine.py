@@ -54,14 +54,17 @@ def join_group(rank: int, world_size: int, master_addr: str, master_port: int, d
 def build_engine(module: nn.Module, config: Learner, whole_below: int) -> Any:
     """A DeepSpeed engine around `module` with torch's AdamW. ZeRO-3 leaves parameters of up to `whole_below` whole.
 
-    Frozen parameters stay out of the optimizer.
+    Frozen parameters stay out of the optimizer. In float32 one rank alone has nothing to shard, and stages 1 and 2
+    would hold weights and gradients twice: it runs stage 0.
     """
     import deepspeed
 
+    alone = config.ranks == 1 and config.dtype == "fp32"
     trained = [p for p in module.parameters() if p.requires_grad]
-    optimizer = SittingAdamW(trained, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
+    options = {"lr": config.learning_rate, "betas": config.betas, "weight_decay": config.weight_decay}
+    optimizer = SittingAdamW(trained, **options, fused=True)  # in one pass, without arrays of its own
     zero = {
-        "stage": config.zero_stage,
+        "stage": 0 if alone and config.zero_stage < 3 else config.zero_stage,
         "overlap_comm": False,
         "stage3_param_persistence_threshold": whole_below,
     }

@@ -51,9 +51,9 @@ class ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        grad_hidden, grad_weight = ctx.saved_tensors
+        grad_hidden, grad_weight = ctx.saved_tensors  # used once, so scaled where they are
         (scale,) = grad_outputs
-        return grad_hidden * scale, grad_weight * scale if ctx.needs_input_grad[1] else None, None, None
+        return grad_hidden.mul_(scale), grad_weight.mul_(scale) if ctx.needs_input_grad[1] else None, None, None
 
 
 class LossHead(torch.nn.Module):

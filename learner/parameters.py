@@ -157,8 +157,9 @@ def export_model(engine: Any, student: Path, folder: Path, rank: int, lora: Lora
 
     With adapters they are merged into it, and `folder`/adapter holds them alone, as peft loads them on `student`.
     """
+    gathered = engine.zero_optimization_stage() == 3  # and gone after their turn
     whole = whole_parameters(engine, trained_only=False)
-    tensors = {name: p.detach().cpu().clone() for name, p in whole if rank == 0}
+    tensors = {name: p.detach().to("cpu", copy=gathered) for name, p in whole if rank == 0}
     if rank != 0:
         return
     buffers = {name for name, _ in engine.module.named_buffers()}  # those that are saved stand in the state too

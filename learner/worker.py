@@ -22,7 +22,7 @@ from ..contracts.config import Learner, Lora
 from ..contracts.errors import CheckpointError, ConfigError, LearnerError, ModelError, NotFinite
 from ..contracts.records import BucketEntries, Correction, StepPlan, StepReport, Term, WeightBucket, WeightManifest
 from ..models.checkpoint import load_lm_head
-from ..models.loading import load_causal_lm, locate_model
+from ..models.loading import load_causal_lm, locate_model, use_threads
 from ..models.lora import add_adapters
 from ..models.weight_broadcast import BroadcastGroup
 from .corrections import current_share, effective_share
@@ -74,8 +74,7 @@ class LearnerWorker:
         exact = any(term.loss.signal == "exact" for term in self.terms)
         if exact and not heads:
             raise ConfigError("an exact divergence needs the teachers' heads", "no heads", "name the teachers")
-        torch.set_num_threads(threads)
-        self.rank, self.world_size, self.device = rank, world_size, device
+        self.rank, self.world_size, self.device, self.threads = rank, world_size, device, threads
         self.config, self.steps, self.student, self.correction = config, steps, student, correction
         self.lora, self.seed = lora, seed
         self.broadcasts: BroadcastGroup | None = None
@@ -87,6 +86,7 @@ class LearnerWorker:
     def restart(self) -> None:
         """The student's weights as they were at first, and a fresh optimizer."""
         model = load_causal_lm(self.student, self.config.dtype, attention="packed", device=self.device)
+        use_threads(model, self.threads)
         for name, head in self.heads.items():
             if len(head) != model.config.vocab_size:
                 raise ModelError(

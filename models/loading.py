@@ -18,6 +18,7 @@ from .folders import check_folder, check_settings, read_json, reading
 transformers_logging.disable_progress_bar()  # a run has its own
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+THREADED_PARAMETERS = 2**24
 AFTER_THE_HEAD = (  # fields of configurations whose models do more to the logits than hidden @ head
     "final_logit_softcapping",
     "logits_soft_cap",
@@ -180,6 +181,12 @@ def load_causal_lm(name: str, dtype: str = "fp32", attention: str = "sdpa", devi
     if attention != "sdpa":
         check_attention(model, name)
     return model.to(device=torch.device(device)).eval()  # pyright: ignore[reportCallIssue]
+
+
+def use_threads(model: PreTrainedModel, threads: int) -> None:
+    """Torch threads of this process: `threads`, or one where the model is so small that more only wait for each other."""
+    small = sum(p.numel() for p in model.parameters()) < THREADED_PARAMETERS
+    torch.set_num_threads(1 if small else threads)
 
 
 def load_tokenizer(name: str) -> Any:

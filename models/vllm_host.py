@@ -23,7 +23,8 @@ from .loading import load_config, locate_model
 from .weight_proof import check_buckets, check_canary
 
 InFlight = Literal["keep", "abort", "wait"]
-Part = tuple[BucketEntries, np.ndarray | None]  # a bucket's entries, and its bytes where they do not come by broadcast
+# A bucket's entries, and its arrays where they do not come by broadcast.
+Part = tuple[BucketEntries, Sequence[np.ndarray] | None]
 Result = TypeVar("Result")
 
 TRANSFER = ("tutorloop", "tutorloop.models.vllm_transfer.Extension")  # the backend, and what registers it
@@ -152,7 +153,7 @@ class VllmHost:
         All that was cached under the old weights is dropped: a kept request reads its tokens again. Raises
         WeightsMismatch, and then nothing is served until a version is proven.
         """
-        parts = [(bucket.entries, bucket.data) for bucket in check_buckets(buckets, manifest)]
+        parts = [(bucket.entries, bucket.arrays) for bucket in check_buckets(buckets, manifest)]
         self.run(self._load(parts, manifest, in_flight))
 
     def join_broadcast(self, host: str, port: int, first_rank: int, size: int) -> None:
@@ -298,12 +299,13 @@ async def _start(arguments: dict[str, Any], init_info: dict[str, Any]) -> tuple[
 
 
 @contextmanager
-def _shared(data: np.ndarray) -> Iterator[str]:
-    """Uint8 `[bytes]` where this user's other processes can read them, as long as the block lasts."""
+def _shared(arrays: Sequence[np.ndarray]) -> Iterator[str]:
+    """Uint8 arrays, one behind the other, where this user's other processes can read them as long as the block
+    lasts."""
     descriptor = os.memfd_create("tutorloop-weights")
     try:
         with os.fdopen(os.dup(descriptor), "wb") as file:
-            file.write(memoryview(data))  # pyright: ignore[reportArgumentType]
+            file.writelines(memoryview(array) for array in arrays)  # pyright: ignore[reportArgumentType]
         yield f"/proc/{os.getpid()}/fd/{descriptor}"
     finally:
         os.close(descriptor)

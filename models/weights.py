@@ -1,10 +1,15 @@
-"""Parameters as flat byte buckets, and the fingerprint that proves two processes hold the same ones."""
+"""Parameters as buckets of bytes, and the fingerprint that proves two processes hold the same ones.
 
-import hashlib
+Nothing is copied here: a bucket's arrays are the parameters' own memory until Ray writes them into its object store,
+and what is read out of a bucket is the object store's.
+"""
+
+import warnings
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
+import xxhash
 
 from ..contracts.records import WeightBucket
 
@@ -14,63 +19,75 @@ TORCH = {name: dtype for dtype, name in NAMES.items()}
 
 
 def to_bytes(tensor: torch.Tensor) -> np.ndarray:
-    """The tensor's memory as uint8 `[bytes]`, on the CPU."""
+    """The tensor's memory as uint8 `[bytes]`; a copy where it is not on the CPU."""
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
 
 
+class Fingerprint:
+    """Over names and bytes, in the order in which they come. It finds what went wrong, not who meant harm: no
+    cryptographic hash reads memory as fast as this one."""
+
+    def __init__(self) -> None:
+        self._hash = xxhash.xxh3_128()
+
+    def add(self, name: str, data: np.ndarray) -> None:
+        """A parameter's bytes, uint8."""
+        self._hash.update(name.encode())
+        self._hash.update(memoryview(data))
+
+    def __str__(self) -> str:
+        return self._hash.hexdigest()
+
+
 class BucketWriter:
-    """Gathers parameters into buckets of about `capacity` bytes, and fingerprints them as they pass."""
+    """Gathers parameters into buckets of about `capacity` bytes, and fingerprints them as they pass.
+
+    A bucket must be sent, or copied, before a parameter that it holds changes.
+    """
 
     def __init__(self, version: int, capacity: int = BUCKET_BYTES) -> None:
         self.version, self.capacity = version, capacity
         self.buckets = 0
-        self._hash = hashlib.blake2b(digest_size=16)
+        self._fingerprint = Fingerprint()
         self._entries: list[tuple[str, str, tuple[int, ...], int]] = []
-        self._parts: list[np.ndarray] = []
+        self._arrays: list[np.ndarray] = []
         self._size = 0
 
     def add(self, name: str, tensor: torch.Tensor) -> Iterator[WeightBucket]:
         """Take one parameter; yields a bucket when one is full."""
         data = to_bytes(tensor)
-        self._hash.update(name.encode() + data.tobytes())
+        self._fingerprint.add(name, data)
         self._entries.append((name, NAMES[tensor.dtype], tuple(tensor.shape), self._size))
-        self._parts.append(data)
+        self._arrays.append(data)
         self._size += data.size
         if self._size >= self.capacity:
             yield from self.flush()
 
     def flush(self) -> Iterator[WeightBucket]:
         """The last, partly filled bucket."""
-        if self._parts:
-            bucket = WeightBucket(version=self.version, entries=tuple(self._entries), data=np.concatenate(self._parts))
-            self._entries, self._parts, self._size = [], [], 0
+        if self._arrays:
+            entries, arrays = tuple(self._entries), tuple(self._arrays)
+            self._entries, self._arrays, self._size = [], [], 0
             self.buckets += 1
-            yield bucket
+            yield WeightBucket(version=self.version, entries=entries, arrays=arrays)
 
     @property
     def fingerprint(self) -> str:
-        return self._hash.hexdigest()
+        return str(self._fingerprint)
 
 
 def read_bucket(bucket: WeightBucket) -> Iterator[tuple[str, torch.Tensor]]:
-    """Named tensors over the bucket's memory (read-only: copy out of them)."""
-    for name, dtype_name, shape, offset in bucket.entries:
-        dtype = TORCH[dtype_name]
-        count = int(np.prod(shape, dtype=np.int64))
-        view = np.frombuffer(bucket.data, np.uint8, count * dtype.itemsize, offset)
-        view.flags.writeable = False
-        yield name, _as_tensor(view, dtype).view(shape)
-
-
-def _as_tensor(view: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
-    plain = {4: np.float32, 2: np.int16}[dtype.itemsize]
-    aligned = view.view(plain) if view.ctypes.data % dtype.itemsize == 0 else view.copy().view(plain)
-    return torch.tensor(aligned).view(dtype)
+    """Named tensors over the bucket's memory, which may be read-only: copy out of them, never into them."""
+    for (name, dtype_name, shape, _), data in zip(bucket.entries, bucket.arrays, strict=True):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
+            tensor = torch.from_numpy(data)
+        yield name, tensor.view(TORCH[dtype_name]).view(shape)
 
 
 def fingerprint(parameters: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """blake2b over names and bytes, in the given order."""
-    digest = hashlib.blake2b(digest_size=16)
+    """Of named tensors, in the given order."""
+    found = Fingerprint()
     for name, tensor in parameters:
-        digest.update(name.encode() + to_bytes(tensor).tobytes())
-    return digest.hexdigest()
+        found.add(name, to_bytes(tensor))
+    return str(found)

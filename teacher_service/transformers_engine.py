@@ -16,7 +16,7 @@ import torch
 from ..contracts.config import Lora
 from ..contracts.errors import ModelError
 from ..contracts.records import EMPTY_F, Rollout, ScoreRequest, TeacherScores, WeightBucket, WeightManifest
-from ..models.loading import context_length, load_causal_lm
+from ..models.loading import context_length, load_causal_lm, use_threads
 from ..models.logits import logit_chunks
 from ..models.lora import ReplicaWeights
 from ..models.packing import Packing, attention_packed, packed_hidden_states
@@ -25,7 +25,7 @@ from .requests import batches_of, check_request, refusal
 
 
 class TransformersTeacher:
-    """A `contracts.protocols.TeacherEngine` on one device. `threads` are torch's, of the whole process.
+    """A `contracts.protocols.TeacherEngine` on one device. `threads`: models.loading.use_threads.
 
     With `lora` the weights that it takes, if any, are adapters alone, and it runs them merged. `shared` is a rollout
     engine on transformers, whose model it scores with.
@@ -43,9 +43,9 @@ class TransformersTeacher:
         lora: Lora | None = None,
         shared: Any = None,
     ) -> None:
-        torch.set_num_threads(threads)
         self.teacher_id, self.device, self.tokens_per_batch = teacher_id, device, tokens_per_batch
         self.model = shared.model if shared else load_causal_lm(model, dtype, attention="packed", device=device)
+        use_threads(self.model, threads)
         self.weights = shared.weights if shared else ReplicaWeights(self.model, lora)
         self.head = _head(self.model, model)
         self.context = context_length(self.model.config)

@@ -186,9 +186,10 @@ class Deaf(RolloutWorker):
 
     def load_weights(self, manifest: WeightManifest, *buckets: WeightBucket) -> float:
         if manifest.version == 2:
-            data = buckets[0].data.copy()
+            data = buckets[0].arrays[0].copy()
             data[5] ^= 1
-            first = WeightBucket(version=buckets[0].version, entries=buckets[0].entries, data=data)
+            arrays = (data, *buckets[0].arrays[1:])
+            first = WeightBucket(version=buckets[0].version, entries=buckets[0].entries, arrays=arrays)
             buckets = (first, *buckets[1:])
         return super().load_weights(manifest, *buckets)
 

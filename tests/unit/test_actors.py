@@ -161,9 +161,9 @@ def rename(buckets, old, new):
 
 
 def flip_a_bit(buckets, manifest):
-    data = buckets[1].data.copy()
+    data = buckets[1].arrays[0].copy()
     data[123] ^= 1
-    return [buckets[0], replace(buckets[1], data=data), *buckets[2:]], manifest
+    return [buckets[0], replace(buckets[1], arrays=(data, *buckets[1].arrays[1:])), *buckets[2:]], manifest
 
 
 MISMATCHES = {

@@ -150,11 +150,14 @@ def test_a_teacher_whose_weights_do_not_match_refuses_to_score(follows, qwen3):
     models = [tiny_model("qwen3", seed=seed) for seed in (1, 2)]
     take(worker, models[0], 1)
     buckets, manifest = published(models[1], 2)
-    flipped = buckets[1].data.copy()
+    flipped = buckets[1].arrays[0].copy()
     flipped[123] ^= 1
     shifted = replace(manifest, canary_logprobs=manifest.canary_logprobs + 0.1)
     for spoilt, message in (
-        ((manifest, buckets[0], replace(buckets[1], data=flipped), *buckets[2:]), "fingerprint"),
+        (
+            (manifest, buckets[0], replace(buckets[1], arrays=(flipped, *buckets[1].arrays[1:])), *buckets[2:]),
+            "fingerprint",
+        ),
         ((shifted, *buckets), "canary"),
         ((manifest, *buckets[:-1]), "all its buckets"),
     ):
