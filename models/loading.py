@@ -18,7 +18,6 @@ from .folders import check_folder, check_settings, read_json, reading
 transformers_logging.disable_progress_bar()  # a run has its own
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-THREADED_PARAMETERS = 2**24
 AFTER_THE_HEAD = (  # fields of configurations whose models do more to the logits than hidden @ head
     "final_logit_softcapping",
     "logits_soft_cap",
@@ -27,6 +26,7 @@ AFTER_THE_HEAD = (  # fields of configurations whose models do more to the logit
     "logits_scaling",
     "lm_head_multiplier",
 )
+THREADED_PARAMETERS = 2**24  # of fewer, a second thread costs more than it saves
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 OWN_FILES: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # and nobody is asked
 TOKENIZER = "save the tokenizer into it with these versions of transformers and tokenizers"
@@ -184,7 +184,7 @@ def load_causal_lm(name: str, dtype: str = "fp32", attention: str = "sdpa", devi
 
 
 def use_threads(model: PreTrainedModel, threads: int) -> None:
-    """Torch threads of this process: `threads`, or one where the model is so small that more only wait for each other."""
+    """Torch threads of this process: `threads`, or one where a small model would only have them wait."""
     small = sum(p.numel() for p in model.parameters()) < THREADED_PARAMETERS
     torch.set_num_threads(1 if small else threads)
 
