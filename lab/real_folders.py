@@ -19,7 +19,14 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+)
 
 from . import real
 
@@ -53,7 +60,7 @@ def write_teacher(wheel: Path, folder: Path) -> None:
     (folder / "README.md").write_text(_TEACHER_CARD, encoding="utf-8")
 
 
-def _config(read: LlamaConfig) -> LlamaConfig:
+def _config(read: PreTrainedConfig) -> LlamaConfig:
     """What was read, without how it was quantised and where it lay."""
     values = read.to_dict()
     for name in ("_model_name_or_path", "quantization_config", "transformers_version"):
