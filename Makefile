@@ -4,9 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 VLLM := $(VENV)/.vllm
+# The real model's folders and the run on them.
+REAL := $(or $(TUTORLOOP_REAL_MODELS),$(HOME)/.cache/tutorloop/real)
+REAL_RUN ?= runs/smollm2_opd
 RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: setup vllm quickstart test test-unit test-ray test-vllm test-packaging lint types lab methods clean
+.PHONY: setup vllm quickstart test test-unit test-ray test-vllm test-packaging lint types lab real methods clean
 
 setup: $(STAMP)
 
@@ -57,6 +60,14 @@ types: vllm
 # The lab's data, tokenizer and models, made again from a seed (about twenty minutes on one core).
 lab: setup
 	$(BIN)/python -m tutorloop.lab.build --seed 0 --force
+
+# SmolLM2-135M-Instruct, fetched once (93 MB) into $(REAL), distilled into a damaged copy of itself: about an hour on two
+# cores, 12 GiB. Ctrl-C saves a checkpoint; called again it goes on, and a finished run is left alone (docs/real_models.md).
+real: setup
+	$(BIN)/python -m tutorloop.lab.real
+	$(BIN)/tutorloop train recipes/smollm2_opd.yaml --resume auto output_dir=$(REAL_RUN) \
+		student.model=$(REAL)/smollm2-135m-damaged teacher.model=$(REAL)/smollm2-135m \
+		data.path=$(REAL)/train.jsonl eval.path=$(REAL)/test.jsonl
 
 # Every method from the same student with the same token budget; hours on two cores, and it goes on where it stopped.
 # One of them: make methods ARGS="--only opd --seeds 0". Table and plot anew: make methods ARGS=--table
