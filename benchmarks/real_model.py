@@ -4,7 +4,8 @@
     .venv/bin/python benchmarks/real_model.py --table           # the table again, from the results alone
 
 Same models, prompts, tokens and machine; runs are interleaved, one system at a time. The real model must be there
-(`make real`). Memory is the peak, over the run, of the proportional set size of all its processes together, driver and Ray included.
+(`make real`). Memory is the peak, over the run, of the proportional set size of all its processes together, driver and
+Ray included.
 """
 
 import argparse
@@ -108,8 +109,8 @@ def table(results: list[dict]) -> str:
         "# A real model, side by side",
         "",
         f"`.venv/bin/python benchmarks/real_model.py --peer PYTHON`, {os.cpu_count()} cores. SmolLM2-135M, its",
-        f"damaged copy, float32, exact reverse KL, {PROMPTS} prompts × {NEW_TOKENS} tokens a step. Runs interleaved; medians",
-        "of all steps but each run's first (least – most). Memory: the peak of all processes together (PSS).",
+        f"damaged copy, float32, exact reverse KL, {PROMPTS} prompts × {NEW_TOKENS} tokens a step. Runs interleaved;",
+        "medians of all steps but each run's first (least – most). Memory: the peak of all processes together (PSS).",
         "",
         "| system | runs | seconds a step | to TRL | memory, GiB | to TRL | wait / learn / publish, s |",
         "|---|---|---|---|---|---|---|",
