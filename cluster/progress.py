@@ -90,11 +90,12 @@ class Progress:
     def eval(self, row: EvalRow) -> None:
         if row.model == "student" and row.split == "in_distribution":
             self._accuracy = row
-        avg, passed, voted = (row.stats[name] for name in ("avg_at_k", "pass_at_k", "maj_at_k"))
+        avg, passed, voted = row.stats["avg_at_k"], row.stats["pass_at_k"], row.stats.get("maj_at_k")
         k = row.stats["samples"]
         text = f"eval at step {row.step}: {row.model} {SPLITS[row.split]} avg@{k} {interval(avg)}"
         if k > 1:
-            text += f", pass@{k} {percent(passed['value'])}, maj@{k} {percent(voted['value'])}"
+            text += f", pass@{k} {percent(passed['value'])}"
+            text += f", maj@{k} {percent(voted['value'])}" if voted else ""
         for name, share in (("answered", row.answered_share), ("cut off", row.truncated_share)):
             text += f", {name} {percent(share, 0)}" if share is not None else ""
         text += f", {row.response_length:.0f} tokens" if row.response_length is not None else ""

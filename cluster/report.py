@@ -239,7 +239,7 @@ def _eval_table(evals: Rows) -> str:
     rows = []
     for row in evals:
         stats = row["stats"]
-        figures = [interval(stats[name]) for name in ("avg_at_k", "pass_at_k", "maj_at_k")]
+        figures = [interval(stats[name]) if name in stats else "–" for name in ("avg_at_k", "pass_at_k", "maj_at_k")]
         who = (str(row["step"]), row["model"], SPLITS.get(row["split"], row["split"]))
         shares = [row.get(name) for name in ("answered_share", "truncated_share")]
         figures += ["–" if share is None else percent(share) for share in shares]

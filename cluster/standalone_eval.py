@@ -60,7 +60,8 @@ def table(config: Config, row: EvalRow) -> Table:
     for column in ("figure", "value", "95 % interval"):
         result.add_column(column, justify="left" if column == "figure" else "right")
     figures = {f"avg@{k}": stats["avg_at_k"], **{f"pass@{n}": at for n, at in stats["pass_at"].items()}}
-    figures |= {f"pass@{k}": stats["pass_at_k"], f"maj@{k}": stats["maj_at_k"]}
+    named = {f"pass@{k}": "pass_at_k", f"maj@{k}": "maj_at_k"}
+    figures |= {short: stats[name] for short, name in named.items() if name in stats}
     for name, figure in figures.items():
         low, high = figure["low"], figure["high"]
         result.add_row(name, f"{100 * figure['value']:.1f} %", f"{100 * low:.1f} – {100 * high:.1f} %")

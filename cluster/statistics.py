@@ -76,7 +76,8 @@ def summarise(correct: np.ndarray, answers: Sequence[Sequence[str]]) -> dict[str
 
     `correct` is bool [N, k]; `answers` holds N lists of k canonical answers ("" for none). Returns `problems`,
     `samples` and, each as {value, low, high}: `avg_at_k`, `pass_at_k`, `maj_at_k` (ties split), `maj_at_k_first_seen`,
-    and `pass_at` with the unbiased estimate for every power of two below k, keyed by its k. Raises RecordError.
+    and `pass_at` with the unbiased estimate for every power of two below k, keyed by its k. Where a verifier passes
+    responses and names no answer, nothing can be voted on: the majorities are left out. Raises RecordError.
     """
     correct = np.asarray(correct, bool)
     if correct.ndim != 2 or not correct.size:
@@ -89,6 +90,7 @@ def summarise(correct: np.ndarray, answers: Sequence[Sequence[str]]) -> dict[str
         raise RecordError("answers align with the verdicts", f"{len(answers)} rows of {found} for {correct.shape}")
 
     counts = correct.sum(axis=1)
+    votable = not correct.any() or any(answer for row in answers for answer in row)
     votes = np.array([majority(c, a) for c, a in zip(correct, answers, strict=True)])
     below = [2**i for i in range(samples.bit_length()) if 2**i < samples]
     columns = [correct.mean(axis=1), pass_at_k(counts, samples, samples), votes[:, 0], votes[:, 1]]
@@ -99,7 +101,6 @@ def summarise(correct: np.ndarray, answers: Sequence[Sequence[str]]) -> dict[str
         "samples": samples,
         "avg_at_k": average,
         "pass_at_k": passed,
-        "maj_at_k": voted,
-        "maj_at_k_first_seen": first_seen,
+        **({"maj_at_k": voted, "maj_at_k_first_seen": first_seen} if votable else {}),
         "pass_at": {str(k): figure for k, figure in zip(below, at, strict=True)},
     }

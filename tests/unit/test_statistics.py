@@ -152,3 +152,12 @@ def test_misaligned_input_is_refused(correct, answers):
 def test_pass_at_k_refuses_more_draws_than_samples(k):
     with pytest.raises(RecordError):
         pass_at_k(np.array([1]), 4, k)
+
+
+def test_without_answers_nothing_is_voted_on():
+    """A reward function of one's own passes responses and reads no answer out of them."""
+    passed = np.array([[True, False], [False, True]])
+    stats = summarise(passed, [["", ""], ["", ""]])
+    assert stats["avg_at_k"]["value"] == 0.5 and "maj_at_k" not in stats and "maj_at_k_first_seen" not in stats
+    assert summarise(passed & False, [["", ""], ["", ""]])["maj_at_k"]["value"] == 0
+    assert summarise(passed, [["3", ""], ["", ""]])["maj_at_k"]["value"] == 0.5
