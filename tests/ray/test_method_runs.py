@@ -20,7 +20,11 @@ from tutorloop.verifier_service.skills.store import SkillBank
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
-OTHERS = ("quickstart", "gsm8k_qwen3", "sgsd_qwen3")  # run by test_command.py and test_train.py, or of larger models
+# Run by test_command.py, test_train.py and tests/real, or of larger models.
+OTHERS = ("quickstart", "gsm8k_qwen3", "sgsd_qwen3", "smollm2_opd")
+# Each goes a way of its own: follow-ups, a teacher that answers, rounds, gates, self-teachers, two terms. `make test` runs
+# these, and `make test-all` all.
+WAYS = ("dapo", "gkd", "kd", "kdrl", "opsd", "reinforce_pp", "rft", "sdpo", "sg_opd", "star")
 SMALL = ["eval.path=", "eval.ood_path=", "eval.every=0", "checkpoint.every=0", "learner.warmup_steps=0"]
 ROUNDS = {"rest", "star"}
 
@@ -54,7 +58,13 @@ def weights_of(folder: Path) -> dict[str, bytes]:
     return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if name not in OTHERS])
+def recipes() -> Iterator[Any]:
+    for name in RECIPES:
+        if name not in OTHERS:
+            yield pytest.param(name, marks=[] if name in WAYS else [pytest.mark.sweep])
+
+
+@pytest.mark.parametrize("name", recipes())
 def test_the_recipe_of_each_method_trains(name: str, tmp_path: Path, address: str) -> None:
     rounds = ["method_options.round_steps=2"] if name in ROUNDS else []
     rows = train(recipe(name, tmp_path / "run", "steps=2", *rounds), address)

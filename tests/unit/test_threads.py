@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from tiny import tiny_model
 
-from tests.tiny import tiny_model
 from tutorloop.cluster import threads
 from tutorloop.contracts.config import Config
 from tutorloop.models import loading

@@ -65,7 +65,17 @@ def check_scored(name: str, rollouts, model) -> None:
         engine.host.close()
 
 
-@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "qwen3"])
+LIKE_QWEN3 = ("llama", "mistral")
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        pytest.param(name, marks=[pytest.mark.sweep] if name in LIKE_QWEN3 else [])
+        for name in ARCHITECTURES
+        if name != "qwen3"
+    ],
+)
 def test_an_architecture_goes_the_whole_way(architecture, tmp_path):
     random = fresh_random()
     student = save_small(tmp_path / "student", architecture, seed=1)
