@@ -54,7 +54,7 @@ def rollouts_of(folder: Path, step: int) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def logprobs_of(folder: Path, rollout: dict[str, Any]) -> torch.Tensor:
-    """log p over the whole vocabulary, float32 `[R, V]`, of each response token: transformers, one rollout at a time."""
+    """log p over the whole vocabulary, float32 `[R, V]`, of each response token."""
     model = loaded(folder)
     ids = torch.tensor([rollout["token_ids"]])
     return model(input_ids=ids).logits[0, rollout["prompt_length"] - 1 : -1].float().log_softmax(-1)

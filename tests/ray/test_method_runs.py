@@ -22,8 +22,8 @@ ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
 # Run by test_command.py, test_train.py and tests/real, or of larger models.
 OTHERS = ("quickstart", "gsm8k_qwen3", "sgsd_qwen3", "smollm2_opd")
-# Each goes a way of its own: follow-ups, a teacher that answers, rounds, gates, self-teachers, two terms. `make test` runs
-# these, and `make test-all` all.
+# Each goes a way of its own: follow-ups, a teacher that answers, rounds, gates, self-teachers, two terms. `make test`
+# runs these, and `make test-all` all.
 WAYS = ("dapo", "gkd", "kd", "kdrl", "opsd", "reinforce_pp", "rft", "sdpo", "sg_opd", "star")
 SMALL = ["eval.path=", "eval.ood_path=", "eval.every=0", "checkpoint.every=0", "learner.warmup_steps=0"]
 ROUNDS = {"rest", "star"}
