@@ -1,5 +1,7 @@
 """Random prompts and rollouts for tests of the services, and the slow way to sample and to score one of them alone."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from tiny import tiny_tokenizer
@@ -83,12 +85,24 @@ def chat_ids(text):
     return tiny_tokenizer().apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
 
 
+def sent_buckets(model, writer):
+    """A model's buckets as they arrive: copies of it, read-only."""
+    buckets = [bucket for name, tensor in model.named_parameters() for bucket in writer.add(name, tensor)]
+    buckets += writer.flush()
+    return [replace(bucket, arrays=tuple(map(_arrived, bucket.arrays))) for bucket in buckets]
+
+
+def _arrived(array):
+    array = array.copy()
+    array.flags.writeable = False
+    return array
+
+
 @torch.no_grad()
 def published(model, version=1, capacity=20_000):
     """A model's weights as the learner publishes them: buckets and manifest."""
     writer = BucketWriter(version, capacity)
-    buckets = [bucket for name, tensor in model.named_parameters() for bucket in writer.add(name, tensor)]
-    buckets += writer.flush()
+    buckets = sent_buckets(model, writer)
     canary = np.arange(5, 21, dtype=np.int32)
     ids = torch.from_numpy(canary).long()
     logprobs = model(input_ids=ids[None]).logits[0, :-1].float().log_softmax(-1).gather(1, ids[1:, None])[:, 0]

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from service_rows import CONTEXT, VOCAB, dense, fresh_random, random_rollouts
+from service_rows import CONTEXT, VOCAB, dense, fresh_random, random_rollouts, sent_buckets
 from tiny import tiny_model, tiny_qwen3
 
 from tutorloop.contracts.arrow import decode, encode
@@ -28,8 +28,7 @@ def qwen3(tmp_path_factory):
 @torch.no_grad()
 def published(model, version):
     writer = BucketWriter(version, 20_000)
-    buckets = [bucket for name, tensor in model.named_parameters() for bucket in writer.add(name, tensor)]
-    buckets += writer.flush()
+    buckets = sent_buckets(model, writer)
     canary = np.arange(5, 21, dtype=np.int32)
     ids = torch.from_numpy(canary).long()
     model.set_attn_implementation("packed")  # as the learner has it
