@@ -59,7 +59,7 @@ def splits(seed: int = 0) -> dict[str, list[dict]]:
 
 
 def write(folder: Path, seed: int = 0) -> list[str]:
-    """A JSONL file for each split, written aside and renamed. The names of those that were not there as they are now."""
+    """A JSONL file for each split, written aside and renamed; the names of those that were not so before."""
     written = []
     for split, rows in splits(seed).items():
         path, text = folder / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in rows)
