@@ -256,8 +256,8 @@ def sampler_entropy(shards: Sequence[Shard]) -> float | None:
 
 
 def group_shares(shards: Sequence[Shard]) -> dict[str, float]:
-    """Of the student's judged prompt groups those all right, all wrong and mixed; distinct answers and paths a rollout;
-    and the share of all rollouts that the student did not sample."""
+    """Of the student's judged prompt groups those all right, all wrong and mixed; distinct answers (where a verifier
+    names any) and paths a rollout; and the share of all rollouts that the student did not sample."""
     groups: dict[str, list[Facts]] = {}
     for fact in (fact for shard in shards if shard.judged for fact in shard.facts()):
         if fact.source == "student" and not fact.abstained:
@@ -270,11 +270,13 @@ def group_shares(shards: Sequence[Shard]) -> dict[str, float]:
     count, rollouts = len(groups), sum(map(len, groups.values()))
     right = sum(all(fact.passed for fact in group) for group in groups.values())
     wrong = sum(not any(fact.passed for fact in group) for group in groups.values())
+    if wrong == count or any(fact.answer for group in groups.values() for fact in group):
+        distinct = sum(len({fact.answer for fact in group}) for group in groups.values())
+        shares["distinct_answers"] = distinct / rollouts
     return {
         "all_right": right / count,
         "all_wrong": wrong / count,
         "mixed": (count - right - wrong) / count,
-        "distinct_answers": sum(len({fact.answer for fact in group}) for group in groups.values()) / rollouts,
         "distinct_paths": sum(len({fact.path for fact in group}) for group in groups.values()) / rollouts,
         **shares,
     }
