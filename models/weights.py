@@ -33,7 +33,7 @@ class Fingerprint:
     def add(self, name: str, data: np.ndarray) -> None:
         """A parameter's bytes, uint8."""
         self._hash.update(name.encode())
-        self._hash.update(memoryview(data))
+        self._hash.update(data.data)
 
     def __str__(self) -> str:
         return self._hash.hexdigest()
