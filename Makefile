@@ -61,8 +61,8 @@ types: vllm
 lab: setup
 	$(BIN)/python -m tutorloop.lab.build --seed 0 --force
 
-# SmolLM2-135M-Instruct, fetched once (93 MB) into $(REAL), distilled into a damaged copy of itself: about an hour on two
-# cores, 12 GiB. Ctrl-C saves a checkpoint; called again it goes on, and a finished run is left alone (docs/real_models.md).
+# SmolLM2-135M-Instruct, fetched once (93 MB) into $(REAL), distilled into a damaged copy of itself: half an hour on two
+# cores, 10 GiB. Ctrl-C saves a checkpoint; called again it goes on, and a finished run is left alone (docs/real_models.md).
 real: setup
 	$(BIN)/python -m tutorloop.lab.real
 	$(BIN)/tutorloop train recipes/smollm2_opd.yaml --resume auto output_dir=$(REAL_RUN) \
