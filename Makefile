@@ -76,8 +76,8 @@ lab: setup
 real-models: setup
 	$(BIN)/python -m tutorloop.lab.real
 
-# SmolLM2-135M-Instruct, fetched once (93 MB) into $(REAL), distilled into a damaged copy of itself: about an hour on two
-# cores, 12 GiB. Ctrl-C saves a checkpoint; called again it goes on, and a finished run is left alone (docs/real_models.md).
+# SmolLM2-135M-Instruct, fetched once (93 MB) into $(REAL), distilled into a damaged copy of itself: a quarter of an hour
+# on two cores, 8 GiB. Ctrl-C saves a checkpoint; called again it goes on, and a finished run is left alone (docs/real_models.md).
 real: real-models
 	$(BIN)/tutorloop train recipes/smollm2_opd.yaml --resume auto output_dir=$(REAL_RUN) \
 		student.model=$(REAL)/smollm2-135m-damaged teacher.model=$(REAL)/smollm2-135m \
