@@ -8,7 +8,7 @@ import copy
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,15 @@ from ..models.loading import eos_ids, load_tokenizer
 from ..models.logits import token_logprobs
 from ..models.lora import merged_weights, peft_weights, run_merged
 from ..models.weight_broadcast import BroadcastGroup
+from ..models.weight_proof import canary_gaps
 from ..models.weights import BUCKET_BYTES, NAMES, BucketWriter
 
 CANARY_TOKENS = 32  # at least
 CANARY_MOST = 2048  # tokens: a forward of that length at every publication
 CANARY_LOGITS = 2**29  # bytes of float32 [C, V]: some engines hold the whole canary's logits at once
-CANARY_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}  # nats
+CANARY_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}  # nats, at least
+# Or so many times what rounding moves: vLLM's kernels on CPUs were five times as far from float64 as transformers'.
+CANARY_ROUNDINGS = {"fp32": 8.0, "bf16": 2.0}
 
 # Fields of a student's config.json that say nothing of an export: its files, its code (which never ran), its old dtype.
 NOT_EXPORTED = ("transformers_weights", "auto_map", "torch_dtype")
@@ -96,15 +99,7 @@ def broadcast_weights(engine: Any, group: BroadcastGroup | None) -> None:
 
 def announce_weights(engine: Any, version: int, dtype: str, longest: int = 0) -> WeightManifest:
     """The manifest of weights that are to be broadcast: the canary proves them alone. All ranks take part."""
-    canary_ids, canary_logprobs = _canary(engine, longest)
-    return WeightManifest(
-        version=version,
-        buckets=0,
-        fingerprint="",
-        canary_ids=canary_ids,
-        canary_logprobs=canary_logprobs,
-        tolerance=CANARY_TOLERANCE[dtype],
-    )
+    return WeightManifest(version=version, buckets=0, fingerprint="", **_canary(engine, dtype, longest))
 
 
 def publish_weights(
@@ -112,7 +107,7 @@ def publish_weights(
 ) -> Iterator[WeightBucket | WeightManifest]:
     """Rank 0 yields buckets and then their manifest; the others take part and yield nothing. `longest`: of the run's
     sequences, in tokens."""
-    canary_ids, canary_logprobs = _canary(engine, longest)
+    canary = _canary(engine, dtype, longest)
     writer = BucketWriter(version)
     for name, parameter in whole_parameters(engine, trained_only=True):
         if rank == 0:
@@ -120,14 +115,7 @@ def publish_weights(
     if rank != 0:
         return
     yield from writer.flush()
-    yield WeightManifest(
-        version=version,
-        buckets=writer.buckets,
-        fingerprint=writer.fingerprint,
-        canary_ids=canary_ids,
-        canary_logprobs=canary_logprobs,
-        tolerance=CANARY_TOLERANCE[dtype],
-    )
+    yield WeightManifest(version=version, buckets=writer.buckets, fingerprint=writer.fingerprint, **canary)
 
 
 def canary_tokens(longest: int, vocab: int) -> int:
@@ -136,20 +124,52 @@ def canary_tokens(longest: int, vocab: int) -> int:
 
 
 @torch.no_grad()
-def _canary(engine: Any, longest: int) -> tuple[np.ndarray, np.ndarray]:
-    """A fixed prompt, spread over the vocabulary, and the log-probability of each of its next tokens.
+def _canary(engine: Any, dtype: str, longest: int) -> dict[str, Any]:
+    """Of a manifest: a fixed prompt, spread over the vocabulary, the log-probability of each of its next tokens, and
+    how far another engine's may be from it.
 
     It is as long as the longest sequence of the run, as far as the two bounds above allow: angles of far positions, a
-    window, a second set of frequencies show there alone.
+    window, a second set of frequencies show there alone. How much rounding moves its logprobs is a matter of the model
+    (a deep or a sharp one makes more of it), so that is measured: the prompt is read a second time with each matrix's
+    product off by one unit in the last place.
     """
     config = engine.module.model.config
     vocab, tokens = config.vocab_size, canary_tokens(longest, config.vocab_size)
     ids = torch.arange(tokens, device=engine.device) * 7919 % vocab
     rows = torch.arange(tokens - 1, device=engine.device)
     lengths = torch.tensor([tokens], device=engine.device)
-    with run_merged(engine.module):
-        logprobs = engine(ids, lengths, rows, lambda hidden, head: token_logprobs(hidden, head, ids[1:]))
-    return ids.int().cpu().numpy(), logprobs.float().cpu().numpy()
+
+    def read() -> np.ndarray:
+        with run_merged(engine.module):
+            logprobs = engine(ids, lengths, rows, lambda hidden, head: token_logprobs(hidden, head, ids[1:]))
+        return logprobs.float().cpu().numpy()
+
+    logprobs = read()
+    with _rounded_otherwise(engine.module):
+        rounding = float(canary_gaps(read(), logprobs).max())
+    return {
+        "canary_ids": ids.int().cpu().numpy(),
+        "canary_logprobs": logprobs,
+        "tolerance": max(CANARY_TOLERANCE[dtype], CANARY_ROUNDINGS[dtype] * rounding),
+    }
+
+
+@contextmanager
+def _rounded_otherwise(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, what each linear layer gives is off by one unit in the last place, up or down by a fixed draw."""
+    generators: dict[torch.device, torch.Generator] = {}
+
+    def shift(_layer: Any, _inputs: Any, out: Tensor) -> Tensor:
+        random = generators.setdefault(out.device, torch.Generator(out.device).manual_seed(0))
+        signs = 2 * torch.randint(0, 2, out.shape, generator=random, device=out.device) - 1
+        return out * (1 + torch.finfo(out.dtype).eps * signs).to(out.dtype)
+
+    hooks = [layer.register_forward_hook(shift) for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def export_model(engine: Any, student: Path, folder: Path, rank: int, lora: Lora | None) -> None:

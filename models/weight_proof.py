@@ -68,19 +68,28 @@ def check_buckets(buckets: Iterable[WeightBucket], manifest: WeightManifest) -> 
     return received
 
 
+def canary_gaps(own: np.ndarray, published: np.ndarray) -> np.ndarray:
+    """How far apart two readings of a canary are, nats `[C-1]`.
+
+    Of the first tokens each is compared, of those beyond the mean of every BLOCK: what is wrong at a length is wrong
+    from there on, and the largest of thousands of rounding errors says nothing.
+    """
+    gaps = np.abs(own.astype(np.float64) - published)
+    each = min(BLOCK - 1, len(gaps))
+    gaps[each:] = [gaps[at : at + BLOCK].mean() for at in range(each, len(gaps), BLOCK) for _ in gaps[at : at + BLOCK]]
+    return gaps
+
+
 def check_canary(own: np.ndarray, manifest: WeightManifest, slack: float = 1.0) -> None:
     """Compare this replica's canary logprobs `[C-1]` with the learner's; `slack` widens the published tolerance.
 
-    Of the first tokens each is compared, of those beyond the mean of every BLOCK: what is wrong at a length is wrong
-    from there on, and the largest of thousands of rounding errors says nothing. Raises WeightsMismatch.
+    Raises WeightsMismatch.
     """
     if own.shape != manifest.canary_logprobs.shape:
         raise WeightsMismatch(
             "a canary of C ids has C-1 logprobs", f"{own.shape} here, {manifest.canary_logprobs.shape} published"
         )
-    gaps = np.abs(own.astype(np.float64) - manifest.canary_logprobs)
-    each = min(BLOCK - 1, len(gaps))
-    gaps[each:] = [gaps[at : at + BLOCK].mean() for at in range(each, len(gaps), BLOCK) for _ in gaps[at : at + BLOCK]]
+    gaps = canary_gaps(own, manifest.canary_logprobs)
     worst = int(gaps.argmax())
     if not gaps[worst] <= slack * manifest.tolerance:  # so that a NaN is a mismatch too
         found = (
