@@ -22,6 +22,7 @@ def train(models: RealModels, folder: Path, recipe: str, *overrides: str, resume
     """A synchronous run of few and short rollouts, from the damaged student; its summary."""
     short = {
         "output_dir": folder,
+        "record": "all",
         "steps": 2,
         "prompts_per_step": 4,
         "max_staleness": 0,

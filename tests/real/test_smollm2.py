@@ -14,9 +14,6 @@ import torch
 from real_runs import GREEDY_TOKENS, RECIPES, greedy, logprobs_of, rollouts_of, steps_of, train
 from safetensors.torch import load_file
 
-PROBLEM = "Sam put the red kite in the garden."
-BANK = [{"skill": "Repeat every word of the sentence.", "mistake": "A word is left out.", "problem": PROBLEM}]
-
 
 def mean(values: torch.Tensor) -> float:
     return float(values.double().mean())
@@ -34,7 +31,7 @@ def test_topk_divergence_is_that_of_the_teachers_support(real_models, tmp_path):
         torch.cat([x, (1 - x.sum(1, keepdim=True)).clamp(min=1e-12)], 1)
         for x in (s.gather(1, top.indices).exp(), top.values.exp())
     )
-    assert logged["learner"]["reverse_kl"] == pytest.approx(mean((p * (p.log() - q.log())).sum(1)), abs=1e-3)
+    assert logged["learner"]["topk_reverse_kl"] == pytest.approx(mean((p * (p.log() - q.log())).sum(1)), abs=1e-3)
     assert logged["learner"]["teacher_entropy"] == pytest.approx(mean(-(t.exp() * t).sum(1)), abs=1e-4)
 
 
@@ -87,7 +84,7 @@ def test_grpo_trains_on_groups_of_the_teacher_as_a_student(real_models, tmp_path
         for row in rollouts_of(tmp_path / "run", step):
             groups.setdefault(row["group_id"], []).append(row["advantage"])
         assert len(groups) == 4
-        assert all(abs(sum(group)) < 1e-5 for group in groups.values())
+        assert len(groups) == 4 and all(abs(sum(group)) < 1e-5 for group in groups.values())
 
 
 def test_skills_are_shown_to_a_self_teacher(real_models, tmp_path):
