@@ -35,7 +35,7 @@ def measure(system: str, peer: str, folder: Path) -> dict:
     """One run: seconds and tokens of each counted step, the peak memory in GiB."""
     models = real_models()
     prompts = folder / "prompts.jsonl"
-    rows = [{"problem": f"Tell me something about a {WORDS[i % 10]} and the number {i}."} for i in range(64)]
+    rows = [{"prompt": f"Tell me something about a {WORDS[i % 10]} and the number {i}."} for i in range(64)]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     staleness = SYSTEMS[system]
     if staleness is None:
@@ -55,6 +55,7 @@ def measure(system: str, peer: str, folder: Path) -> dict:
         "rollout.temperature": 1.0,
         "verifier.kind": "none",
         "eval.path": "",
+        "eval.ood_path": "",
         "learner.tokens_per_batch": 512,
         "learner.learning_rate": 1e-4,
         "output_dir": run,

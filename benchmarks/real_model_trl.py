@@ -14,7 +14,7 @@ from trl import DistillationConfig, DistillationTrainer
 
 student, teacher, prompts, prompts_a_step, new_tokens, steps, result = sys.argv[1:]
 with open(prompts, encoding="utf-8") as file:
-    problems = [json.loads(line)["problem"] for line in file]
+    problems = [json.loads(line)["prompt"] for line in file]
 ends: list[float] = []
 
 

@@ -88,7 +88,8 @@ class Driver:
         self.tally.watch.begin(self.flow.pools)
         try:
             self.publish(clock)
-            if not self.tally.evaluated(self.step):
+            due = self.step == self.flow.first or self._due(self.config.eval.every)
+            if due and not self.tally.evaluated(self.step):
                 self.evaluate(clock)
             while not self.ended:
                 self.progress.phase("training")

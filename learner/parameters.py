@@ -191,8 +191,8 @@ def export_model(engine: Any, student: Path, folder: Path, rank: int, lora: Lora
         tensors = merged_weights(tensors, lora)
     names = CheckpointNames(str(student))
     tensors = dict(stored for name, tensor in tensors.items() for stored in names.of(name, tensor))
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    for pattern in ("*.json", "*.jinja", "*.txt", "*.model"):
+    _save(tensors, folder / "model.safetensors")
+    for pattern in ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*"):
         for source in student.glob(pattern):
             if not source.name.endswith(".index.json"):
                 shutil.copyfile(source, folder / source.name)
@@ -202,6 +202,14 @@ def export_model(engine: Any, student: Path, folder: Path, rank: int, lora: Lora
     export_ends(student, folder)
     config["dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    """As any new file is written; safetensors gives its files to their owner alone."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 def export_ends(student: Path, folder: Path) -> None:
@@ -220,7 +228,7 @@ def export_ends(student: Path, folder: Path) -> None:
 
 def _export_adapter(settings: Any, tensors: dict[str, Tensor], folder: Path) -> None:
     folder.mkdir(exist_ok=True)
-    save_file(peft_weights(tensors), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    _save(peft_weights(tensors), folder / "adapter_model.safetensors")
     written = copy.copy(settings)
     written.inference_mode = True
     written.save_pretrained(str(folder))

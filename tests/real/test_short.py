@@ -70,3 +70,5 @@ def test_the_export_goes_on_as_transformers_and_our_engine_do(real_models, folde
     for row, response in zip(rows, ours, strict=True):
         assert response.token_ids.tolist() == greedy(folder / "final", row)
     assert engine.eos_ids.tolist() == [2]
+    files = {path.name: path.stat().st_mode for path in (folder / "final").iterdir() if path.is_file()}
+    assert files["model.safetensors"] == files["config.json"] and "LICENSE" in files

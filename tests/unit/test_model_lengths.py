@@ -16,7 +16,7 @@ from tutorloop.contracts.arrow import decode, encode
 from tutorloop.contracts.errors import ModelError, WeightsMismatch
 from tutorloop.contracts.records import Prompt, Rollout, SampleRequest, Sampling, ScoreRequest, TeacherScores
 from tutorloop.learner.head_proof import prove_heads
-from tutorloop.learner.parameters import CANARY_LOGITS, CANARY_MOST, CANARY_TOKENS, canary_tokens
+from tutorloop.learner.parameters import CANARY_LOGITS, CANARY_MOST, CANARY_TOKENS, CANARY_TOLERANCE, canary_tokens
 from tutorloop.models.checkpoint import check_weights, load_lm_head
 from tutorloop.models.loading import (
     DTYPES,
@@ -25,7 +25,7 @@ from tutorloop.models.loading import (
     load_config,
     varying_frequencies,
 )
-from tutorloop.models.weight_proof import check_canary
+from tutorloop.models.weight_proof import canary_gaps, check_canary
 from tutorloop.teacher_service.transformers_engine import TransformersTeacher
 from tutorloop.teacher_service.worker import TeacherWorker
 
@@ -124,6 +124,25 @@ def test_the_canary_is_as_long_as_the_run_and_no_longer_than_its_logits_allow():
     assert canary_tokens(500, 300) == 500 and canary_tokens(10**6, 300) == CANARY_MOST
     for vocab in (32_000, 151_936, 262_144, 10**9):
         assert canary_tokens(10**6, vocab) == max(CANARY_TOKENS, min(CANARY_MOST, CANARY_LOGITS // (4 * vocab)))
+
+
+def test_a_canarys_tolerance_is_what_rounding_moves_in_this_model(tmp_path):
+    """Of logits thirty times as large the same rounding is thirty times as large."""
+    name = save_small(tmp_path, "llama", seed=int(fresh_random().integers(2**31)), num_hidden_layers=8)
+    model, tolerances = exactly(name), []
+    for sharpness in (1, 30):
+        model.get_output_embeddings().weight.data.mul_(sharpness)
+        model.to(torch.float32).save_pretrained(name)
+        learner = Learner(name, name)
+        first, again = (list(learner.publish(1))[-1] for _ in range(2))
+        ids = torch.from_numpy(first.canary_ids).long()
+        with torch.no_grad():
+            truth = exactly(name)(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+        error = canary_gaps(truth.numpy(), first.canary_logprobs).max()
+        assert error < first.tolerance <= max(CANARY_TOLERANCE["fp32"], 100 * error)
+        assert again.tolerance == first.tolerance
+        tolerances.append(first.tolerance)
+    assert tolerances[1] > 5 * tolerances[0]
 
 
 @pytest.mark.parametrize("longest", [0, ORIGINAL, CONTEXT])
