@@ -56,7 +56,7 @@ def measure(system: str, peer: str, folder: Path) -> dict:
         "verifier.kind": "none",
         "eval.path": "",
         "eval.ood_path": "",
-        "learner.tokens_per_batch": 512,
+        "learner.tokens_per_batch": 256,
         "learner.learning_rate": 1e-4,
         "output_dir": run,
     }

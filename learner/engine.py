@@ -78,6 +78,8 @@ def build_engine(module: nn.Module, config: Learner, whole_below: int) -> Any:
         "steps_per_print": None,
     }
     engine: Any = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)[0]
+    if alone and config.zero_stage < 3:
+        engine.enable_backward_allreduce = False  # over one rank: it would copy all gradients into one array and back
     if config.zero_stage == 0 and config.dtype == "bf16":
         # DeepSpeed's wrapper of this case allocates Adam's state by a step on zero gradients, and that step would count
         # in the bias correction: the first real update would be 0.73 of its size.

@@ -44,7 +44,7 @@ class ChunkedLoss(torch.autograd.Function):
                 feel(grad_logits)
             grad_hidden[rows] = grad_logits @ weight
             if trains_head:
-                grad_weight += grad_logits.T @ hidden[rows]
+                _add_product(grad_weight, grad_logits.T, hidden[rows])
             total += loss.detach()
         ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
         return total
@@ -54,6 +54,14 @@ class ChunkedLoss(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors  # used once, so scaled where they are
         (scale,) = grad_outputs
         return grad_hidden.mul_(scale), grad_weight.mul_(scale) if ctx.needs_input_grad[1] else None, None, None
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b; where they have its dtype, without an array for the product, which is as large as the head."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
 
 
 class LossHead(torch.nn.Module):
