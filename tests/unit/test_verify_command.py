@@ -285,9 +285,18 @@ def test_ctrl_c_ends_with_130_and_what_was_judged(tmp_path):
     texts = ["a", "b", "hang", "c"]
     path = file_of(tmp_path, *({"prediction": text, "gold": "1"} for text in texts))
     arguments = [path, "--kind", f"{own}:f", "--timeout", "500"]
+    # A shell's background job, as these tests may be, is born deaf to Ctrl-C, and so are its children.
+    hear = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     for option in ([], ["--json"]):
         running = subprocess.Popen(
-            [sys.executable, "-c", "from tutorloop.cli.main import main; main()", "verify", *arguments, *option],
+            [
+                sys.executable,
+                "-c",
+                f"{hear}; from tutorloop.cli.main import main; main()",
+                "verify",
+                *arguments,
+                *option,
+            ],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
