@@ -51,20 +51,20 @@ def join_group(rank: int, world_size: int, master_addr: str, master_port: int, d
     deepspeed.init_distributed(dist_backend="gloo" if on_cpu else "nccl", auto_mpi_discovery=False)
 
 
-def build_engine(module: nn.Module, config: Learner, whole_below: int) -> Any:
+def build_engine(module: nn.Module, config: Learner, whole_below: int, sharded: bool = False) -> Any:
     """A DeepSpeed engine around `module` with torch's AdamW. ZeRO-3 leaves parameters of up to `whole_below` whole.
 
     Frozen parameters stay out of the optimizer. In float32 one rank alone has nothing to shard, and stages 1 and 2
-    would hold weights and gradients twice: it runs stage 0.
+    would hold weights and gradients twice: it runs stage 0, unless it is to be `sharded` as configured.
     """
     import deepspeed
 
-    alone = config.ranks == 1 and config.dtype == "fp32"
+    alone = config.ranks == 1 and config.dtype == "fp32" and config.zero_stage < 3 and not sharded
     trained = [p for p in module.parameters() if p.requires_grad]
     options = {"lr": config.learning_rate, "betas": config.betas, "weight_decay": config.weight_decay}
     optimizer = SittingAdamW(trained, **options, fused=True)  # in one pass, without arrays of its own
     zero = {
-        "stage": 0 if alone and config.zero_stage < 3 else config.zero_stage,
+        "stage": 0 if alone else config.zero_stage,
         "overlap_comm": False,
         "stage3_param_persistence_threshold": whole_below,
     }
@@ -78,7 +78,7 @@ def build_engine(module: nn.Module, config: Learner, whole_below: int) -> Any:
         "steps_per_print": None,
     }
     engine: Any = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)[0]
-    if alone and config.zero_stage < 3:
+    if alone:
         engine.enable_backward_allreduce = False  # over one rank: it would copy all gradients into one array and back
     if config.zero_stage == 0 and config.dtype == "bf16":
         # DeepSpeed's wrapper of this case allocates Adam's state by a step on zero gradients, and that step would count

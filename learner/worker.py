@@ -83,8 +83,8 @@ class LearnerWorker:
         self.unproven, self.longest = frozenset(self.heads), longest
         self.restart()
 
-    def restart(self) -> None:
-        """The student's weights as they were at first, and a fresh optimizer."""
+    def restart(self, sharded: bool = False) -> None:
+        """The student's weights as they were at first, and a fresh optimizer. `sharded`: as build_engine says."""
         model = load_causal_lm(self.student, self.config.dtype, attention="packed", device=self.device)
         use_threads(model, self.threads)
         for name, head in self.heads.items():
@@ -96,7 +96,7 @@ class LearnerWorker:
                 )
         if self.lora:
             add_adapters(model, self.lora, self.seed)
-        self.engine: Any = build_engine(PackedStudent(model), self.config, whole_below=model.config.hidden_size)
+        self.engine: Any = build_engine(PackedStudent(model), self.config, model.config.hidden_size, sharded)
         if not self._weights_are_finite():
             raise ModelError("a model's weights are finite numbers", self.student, "use another copy of the model")
         self.whole = True
@@ -319,6 +319,8 @@ class LearnerWorker:
 
     def load(self, folder: str) -> None:
         """Continue from `save`, bit for bit. Raises CheckpointError."""
+        if self.engine.zero_optimization_stage() == 0 and any(Path(folder).glob("learner/*zero_pp_rank_*")):
+            self.restart(sharded=True)  # release 0.5.0 sharded over one rank too
         try:
             path, _ = self.engine.load_checkpoint(folder, tag="learner", load_module_strict=not self.lora)
         except (OSError, EOFError, RuntimeError, KeyError, AssertionError, pickle.UnpicklingError) as error:
