@@ -59,7 +59,8 @@ def build_engine(module: nn.Module, config: Learner, whole_below: int, sharded: 
     """
     import deepspeed
 
-    alone = config.ranks == 1 and config.dtype == "fp32" and config.zero_stage < 3 and not sharded
+    alone = torch.distributed.get_world_size() == 1
+    alone = alone and config.dtype == "fp32" and config.zero_stage < 3 and not sharded
     trained = [p for p in module.parameters() if p.requires_grad]
     options = {"lr": config.learning_rate, "betas": config.betas, "weight_decay": config.weight_decay}
     optimizer = SittingAdamW(trained, **options, fused=True)  # in one pass, without arrays of its own
