@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import math
+import os
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..contracts.errors import ModelError
 from .chat import turn_end
-from .folders import check_folder, check_settings, read_json, reading
+from .folders import check_folder, check_settings, read_json, reading, stored_tensors
 
 transformers_logging.disable_progress_bar()  # a run has its own
 
@@ -184,9 +186,18 @@ def load_causal_lm(name: str, dtype: str = "fp32", attention: str = "sdpa", devi
 
 
 def use_threads(model: PreTrainedModel, threads: int) -> None:
-    """Torch threads of this process: `threads`, or one where a small model would only have them wait."""
-    small = sum(p.numel() for p in model.parameters()) < THREADED_PARAMETERS
-    torch.set_num_threads(1 if small else threads)
+    """Torch threads of this process, which runs `model` and may have `threads`."""
+    torch.set_num_threads(threads_for(sum(p.numel() for p in model.parameters()), threads))
+
+
+def threads_for(parameters: int, threads: int) -> int:
+    """How many of `threads` a model makes use of: one if it is small, and no more than there are cores."""
+    return 1 if parameters < THREADED_PARAMETERS else min(threads, len(os.sched_getaffinity(0)))
+
+
+def stored_parameters(name: str) -> int:
+    """Parameters of a model's files, by their headers. Raises ModelError."""
+    return sum(math.prod(own.shape) for own in stored_tensors(name, locate_model(name)).values())
 
 
 def load_tokenizer(name: str) -> Any:

@@ -19,7 +19,7 @@ import numpy as np
 from ..contracts.config import Lora
 from ..contracts.errors import ModelError, WeightsMismatch
 from ..contracts.records import BucketEntries, WeightBucket, WeightManifest
-from .loading import load_config, locate_model
+from .loading import load_config, locate_model, stored_parameters, threads_for
 from .weight_proof import check_buckets, check_canary
 
 InFlight = Literal["keep", "abort", "wait"]
@@ -61,6 +61,7 @@ class VllmHost:
         task: Literal["sample", "score", "embed"] = "sample",
         lora: Lora | None = None,
     ) -> None:
+        threads = threads_for(stored_parameters(model), threads)
         os.environ |= ENVIRONMENT | (CPU_ENVIRONMENT | {"OMP_NUM_THREADS": str(threads)} if device == "cpu" else {})
         self.vocab = int(load_config(model).get_text_config().vocab_size)
         self._slack = CANARY_SLACK[dtype]

@@ -1,5 +1,7 @@
 """How many threads a model gets: chosen from the machine and from who works at once."""
 
+import os
+
 import pytest
 import torch
 from tiny import tiny_model
@@ -57,6 +59,12 @@ def test_a_small_model_has_one_thread(monkeypatch):
         assert torch.get_num_threads() == 1
         monkeypatch.setattr(loading, "THREADED_PARAMETERS", parameters)
         loading.use_threads(model, 2)
-        assert torch.get_num_threads() == 2
+        assert torch.get_num_threads() == min(2, len(os.sched_getaffinity(0)))
+        assert loading.threads_for(parameters, 10**6) == len(os.sched_getaffinity(0))
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_models_size_is_read_from_its_headers():
+    model = loading.load_causal_lm("lab:student")
+    assert loading.stored_parameters("lab:student") == sum(p.numel() for p in model.parameters())
