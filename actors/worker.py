@@ -12,12 +12,12 @@ import pyarrow as pa
 
 from ..contracts.arrow import decode, encode
 from ..contracts.protocols import Generation
+from ..contracts.receipts import RolloutReceipt
 from ..contracts.records import (
     EMPTY_I,
     EMPTY_II,
     BucketEntries,
     Prompt,
-    Receipt,
     Rollout,
     SampleRequest,
     Sampling,
@@ -84,7 +84,7 @@ class RolloutWorker:
 
     def generate(
         self, prompts: pa.RecordBatch, requests: tuple[SampleRequest, ...], sampling: Sampling
-    ) -> tuple[pa.RecordBatch, Receipt]:
+    ) -> tuple[pa.RecordBatch, RolloutReceipt]:
         """Rollouts in the order of `requests`. One that could not be made is a row too: "error", no response.
 
         That is a prompt without room for a response, a context whose fields the row lacks, or a row without a solution
@@ -103,7 +103,7 @@ class RolloutWorker:
         reasons = Counter(rollout.finish_reason for rollout in rollouts)
         sampled = [rollout.oldest_version for rollout in rollouts if rollout.weight_versions.size]
         errors = {"prompt": reasons["error"], "restarted": sum(response.restarts for response in responses)}
-        receipt = Receipt(
+        receipt = RolloutReceipt(
             rows=len(rollouts),
             tokens=sum(rollout.response_length for rollout in rollouts if rollout.source != "dataset"),
             seconds=time.perf_counter() - started,

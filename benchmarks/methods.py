@@ -49,7 +49,7 @@ from tutorloop import __version__
 from tutorloop.actors.worker import RolloutWorker
 from tutorloop.cluster import run
 from tutorloop.cluster.data import load_prompts
-from tutorloop.cluster.statistics import summarise
+from tutorloop.cluster.recording.statistics import summarise
 from tutorloop.contracts.arrow import decode, encode
 from tutorloop.contracts.config import Config, Data
 from tutorloop.contracts.errors import DataError, InputError

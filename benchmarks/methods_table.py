@@ -15,7 +15,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from tutorloop.cluster.plots import INKS, RC
+from tutorloop.cluster.recording.plots import INKS, RC
 from tutorloop.contracts.errors import DataError
 
 SPLITS = {"in_distribution": "in distribution", "out_of_distribution": "out of distribution"}

@@ -22,7 +22,7 @@ NAMES = {"rollout_ids": "rollouts", "outcomes": "right ones"}
 
 def say(line: str) -> None:
     """Print a line as it is."""
-    from ..cluster.progress import plain
+    from ..cluster.recording.progress import plain
 
     typer.echo(plain(line))
 
@@ -51,7 +51,7 @@ def _cell(*texts: str) -> "RenderableType":
     """A first text, and dim beneath it the rest."""
     from rich.text import Text
 
-    from ..cluster.progress import plain
+    from ..cluster.recording.progress import plain
 
     first, *rest = (plain(text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…") for text in texts)
     return Text("\n").join([Text(first), *(Text(text, style="dim") for text in rest if text)])

@@ -40,6 +40,6 @@ def ends_clearly(command: Callable[Arguments, bool]) -> Callable[Arguments, None
 
 def _shown(error: Exception) -> str:
     """Line by line without what could steer a terminal: it may hold text of a dataset, a server or a rollout."""
-    from ..cluster.progress import plain
+    from ..cluster.recording.progress import plain
 
     return "\n".join(plain(line) for line in str(error).split("\n"))

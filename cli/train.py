@@ -1,4 +1,4 @@
-"""`tutorloop train RECIPE [key.path=value …] [--check] [--resume [auto]] [--address …]`"""
+"""`tutorloop train RECIPE [key.path=value …] [--check] [--resume [auto]] [--address … | --local]`"""
 
 from collections.abc import Iterator
 from enum import StrEnum
@@ -65,8 +65,13 @@ def train(
         ),
     ] = Resume.NO,
     address: Annotated[str | None, typer.Option(help="A running Ray cluster (default: a private local one).")] = None,
+    local: Annotated[
+        bool, typer.Option("--local", help="Everything in this process and without Ray, for a debugger.")
+    ] = False,
 ) -> bool:
     """Train a student as a recipe says."""
+    if local and address:
+        raise typer.BadParameter("--local runs without Ray: leave --address out")
     config = load_config(recipe, overrides or [])
     from rich.console import Console
 
@@ -86,4 +91,4 @@ def train(
         return checking.check(config, goes_on, console)
     from ..cluster import run
 
-    return run.train(config, goes_on, address, console)
+    return run.train(config, goes_on, address, console, local)

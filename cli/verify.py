@@ -268,7 +268,7 @@ def _text(value: object) -> "Text":
     """What the file or a verifier says, cut and as text: no markup, no character that could steer a terminal."""
     from rich.text import Text
 
-    from ..cluster.progress import plain
+    from ..cluster.recording.progress import plain
 
     text, encoding = str(value), sys.stdout.encoding or "utf-8"
     text = plain(text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…")

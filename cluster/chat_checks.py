@@ -20,7 +20,7 @@ from ..models.chat import PROBES, generation_prompt, render, shown_turns, templa
 from ..models.contexts import PLAIN, Prompter
 from ..models.loading import eos_ids, own_eos_ids
 from ..models.thinking import last_of, marks_in
-from .methods.composition import Composition
+from .methods.parts.composition import Composition
 
 OURS = {  # what apply_chat_template takes, and we decide
     *("conversation", "add_generation_prompt", "continue_final_message", "tokenize", "padding", "truncation"),
@@ -199,7 +199,7 @@ def _check_contexts(
     for composition in compositions:
         if composition.scoring:
             shown |= {(composition.scoring.context, name): None for name in teachers or ["student"]}
-        for ask in composition.asks(0, 0):
+        for ask in composition.samples(0, 0):
             names = teachers if ask.source == "teacher" else ["student"]
             shown |= {(ask.context, name): None for name in names}
     words = dict.fromkeys(ANY_WORDS, "1")

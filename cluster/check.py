@@ -9,12 +9,12 @@ from rich.console import Console
 from ..contracts.config import Config, Teacher
 from ..models.loading import context_length, eos_ids, load_config, load_tokenizer
 from .methods import compose_stages
-from .methods.composition import Composition
+from .methods.parts.composition import Composition
+from .pools.services import judges
 from .preflight import Inputs, needs_of
-from .progress import plain
+from .recording.progress import plain
+from .recording.run_folder import RunFolder
 from .resuming import begin
-from .run_folder import RunFolder
-from .services import judges
 
 
 def check(config: Config, resume: bool, console: Console) -> bool:

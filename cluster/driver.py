@@ -1,34 +1,34 @@
 """The driver: one loop. Prompts → rollouts → scores and verdicts → ready shards → learn → broadcast.
 
 It holds references and receipts, never tokens. Everything it needs to continue is a step number and what has been
-counted so far, because prompts and seeds are functions of the step.
+counted so far, because prompts and seeds are functions of the step. Shards go their ways beside it (flow/flow.py).
 """
 
+import asyncio
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import ray
-
 from ..contracts.config import Config
 from ..contracts.errors import LearnerError, RunFolderError, StorageError, TutorloopError
 from ..contracts.records import StepReport
-from .evaluation import EvalPlan, ProblemSet, evaluate
-from .flow import Flow, Shard
+from .flow.evaluation import EvalPlan, ProblemSet, evaluate
+from .flow.flow import Flow
+from .flow.shard import Shard
 from .interrupt import Interrupt, Interrupted
 from .learner_group import LearnerGroup
-from .metrics import MetricsLog
-from .pool import Pool, pump
-from .progress import Progress
-from .recording import Recorder
-from .run_folder import RunFolder
+from .pools.pool import Pool
+from .pools.weight_broadcast import WeightBroadcast
+from .recording.metrics import MetricsLog
+from .recording.progress import Progress
+from .recording.recorder import Recorder
+from .recording.run_folder import RunFolder
+from .recording.tally import Tally, pass_rate, sampler_entropy
 from .skill_bank import SkillBank
 from .stages import EntropyCollapse
-from .tally import Tally, pass_rate, sampler_entropy
-from .weight_broadcast import WeightBroadcast
 
 
 @dataclass(slots=True)
@@ -66,6 +66,7 @@ class Driver:
     flow: Flow
     learner: LearnerGroup
     skills: SkillBank | None
+    verifiers: Pool | None  # of evaluations
     broadcasts: WeightBroadcast | None  # to the rollout pool, in place of the object store
     followers: Sequence[Pool]
     averages: Sequence[Pool]
@@ -78,51 +79,50 @@ class Driver:
     tally: Tally
     recorder: Recorder
     step: int
-    lost: TutorloopError | None = None  # what a pool failed with while the learner was at a step
     _saved: float = 0.0  # when the last checkpoint was, by the monotonic clock; first, when training started
 
-    def train(self) -> bool:
+    async def train(self) -> bool:
         """The loop. Returns whether the stage came to its end (False: interrupted). A checkpoint stands then."""
         clock = Stopwatch()
         self._saved = time.monotonic()
         self.tally.watch.begin(self.flow.pools)
         try:
-            self.publish(clock)
+            await self.publish(clock)
             due = self.step == self.flow.first or self._due(self.config.eval.every)
             if due and not self.tally.evaluated(self.step):
-                self.evaluate(clock)
+                await self.evaluate(clock)
             while not self.ended:
                 self.progress.phase("training")
                 self.interrupt.check()
                 self.folder.check_claim()
                 self.flow.admit(self.step)
                 with clock("wait"):
-                    shards = self.flow.take(self.step)
+                    shards = await self.interrupt.beside(self.flow.take(self.step))
                 with clock("learn"):
-                    report = self.learn(shards)
+                    report = await self.learn(shards)
                 self.step += 1
                 try:
-                    self.go_on()
-                    self.watch(shards, report)
-                    self.publish(clock)
+                    self.flow.failure.check()  # a shard that failed while the learner was at its step
+                    await self.watch(shards, report)
+                    await self.publish(clock)
                 finally:  # a step that was learnt is written down, whatever came after it
-                    self.record(shards, report, clock)
+                    await self.record(shards, report, clock)
                 clock = Stopwatch()
                 if self._due(self.config.eval.every):
-                    self.evaluate(clock)
+                    await self.evaluate(clock)
                 if self._due(self.config.checkpoint.every) or self._long_unsaved():
-                    self.save(clock)
+                    await self.save(clock)
             self.flow.abandon("stage_ended")
             if not self.tally.evaluated(self.step):
-                self.evaluate(clock)
+                await self.evaluate(clock)
         except Interrupted:
             self.progress.note(f"interrupted after step {self.step}")
             self.flow.abandon("interrupted")
         except TutorloopError as error:
-            self.rescue(error, clock)
+            await self.rescue(error, clock)
             raise
         self.tally.count(self.flow)
-        self.save(clock)
+        await self.save(clock)
         return self.ended and not self.interrupt.requested
 
     @property
@@ -137,47 +137,33 @@ class Driver:
         """Whether a death now would lose more than `checkpoint.minutes`. What trains does not depend on it."""
         return not self.ended and time.monotonic() - self._saved >= 60 * self.config.checkpoint.minutes
 
-    def learn(self, shards: list[Shard]) -> StepReport:
+    async def learn(self, shards: list[Shard]) -> StepReport:
         """One step on every trainable row, while the pools go on with what is in flight."""
         rows = self.flow.trainable(self.step, shards)
-        reports = self.learner.start_step(self.step - self.flow.first, self.step, shards, rows)
-        pending = reports
-        while pending:
-            try:
-                pump([] if self.lost else self.flow.pools, pending)
-            except TutorloopError as error:  # of a pool: the ranks finish the step, so that it can be saved
-                self.lost = error
-            done, pending = ray.wait(pending, num_returns=len(pending), timeout=0, fetch_local=False)
-            self.learner.finish_step(done)  # a failed rank is heard at once: the others would wait for it
-        return self.learner.finish_step(reports)[0]
+        return await self.learner.step(self.step - self.flow.first, self.step, shards, rows)
 
-    def go_on(self) -> None:
-        """Raises what a pool failed with while the learner was at a step."""
-        if self.lost:
-            raise self.lost
-
-    def rescue(self, error: TutorloopError, clock: Stopwatch) -> None:
+    async def rescue(self, error: TutorloopError, clock: Stopwatch) -> None:
         """Before a failure ends the run: save the last finished step, where the learner can, and say what stands."""
         if not isinstance(error, LearnerError | StorageError | RunFolderError) and self.step > self.flow.first:
             self.progress.phase("saving a checkpoint before the run ends")
             self.flow.abandon("interrupted")
             self.tally.count(self.flow)
             try:
-                self.save(clock)
+                await self.save(clock)
             except TutorloopError as second:  # what has failed holds a part of the checkpoint
                 self.progress.note(f"no checkpoint of step {self.step}: {second.rule}")
         error.remedy = "; ".join(part for part in (error.remedy, standing(self.folder)) if part)
 
-    def watch(self, shards: list[Shard], report: StepReport) -> None:
+    async def watch(self, shards: list[Shard], report: StepReport) -> None:
         """Show a finished step to the skill bank and to the stage's trigger."""
         if self.skills:
-            self.skills.record(shards, report)
-            if said := self.skills.grow(self.step, shards):
+            await self.skills.record(shards, report)
+            if said := await self.skills.grow(self.step, shards):
                 self.progress.note(f"the skill bank after step {self.step}: {said}")
         if self.trigger and self.trigger.observe(sampler_entropy(shards), pass_rate(shards) or 0.0):
             self.progress.note(f"the entropy has collapsed: stage {self.stage} ends after step {self.step}")
 
-    def publish(self, clock: Stopwatch) -> None:
+    async def publish(self, clock: Stopwatch) -> None:
         """Send the learner's weights to everyone who runs them. A synchronous run waits until all have proved them.
 
         A method of rounds publishes at the end of each; one that restarts then begins again from its first weights. A
@@ -192,66 +178,65 @@ class Driver:
             return
         with clock("publish"):
             if self.broadcasts:
-                self.broadcasts.send(self.step, self.flow.pools)
-            manifest, buckets = self.learner.publish(self.step) if takers else (None, [])
+                await self.broadcasts.send(self.step)
+            manifest, buckets = await self.learner.publish(self.step) if takers else (None, [])
         with clock("load"):
             for pool in takers:
-                pool.broadcast("load_weights", manifest, *buckets)
-            while self.config.max_staleness == 0 and not all(pool.settled for pool in (rollouts, *self.followers)):
-                pump(self.flow.pools)
+                pool.publish(self.step, "load_weights", manifest, *buckets)
+            if self.config.max_staleness == 0:
+                for pool in (rollouts, *self.followers):
+                    await pool.loaded()
         if composition.restart and done and not self.ended:
-            self.learner.restart()
+            await self.learner.restart()
 
-    def evaluate(self, clock: Stopwatch) -> None:
+    async def evaluate(self, clock: Stopwatch) -> None:
         """Evaluate the student's published weights; written down whole, or not at all if interrupted."""
-        services = self.flow.services
-        if not self.problems or services.verifiers is None:
+        if not self.problems or self.verifiers is None:
             return
         self.progress.phase("evaluating the student")
-        who = ("student", self.step, self.interrupt, self.recorder)
+        pools = (self.flow.services.rollouts, self.verifiers)
         with clock("evaluate"), self.tally.paused(self.flow):
-            pools = (services.rollouts, services.verifiers, services.pools)
-            for row in evaluate(self.problems, self.plan, *pools, *who):
+            found = evaluate(self.problems, self.plan, *pools, "student", self.step, self.recorder)
+            for row in await self.interrupt.beside(found):
                 row = self.tally.eval_row(self.config, row)
                 self.log.log_eval(row)
                 self.progress.eval(row)
 
-    def save(self, clock: Stopwatch) -> None:
+    async def save(self, clock: Stopwatch) -> None:
         with clock("checkpoint"), self.tally.paused(self.flow):
-            self.recorder.collect(wait=True)  # a resumed run goes on from a file that is whole
+            await self.recorder.collect(wait=True)  # a resumed run goes on from a file that is whole
             state = {
                 "step": self.step,
                 "stage": self.stage,
                 "first": self.flow.first,
                 "trigger": self.trigger.state() if self.trigger else None,
-                "skills": self.skills.save() if self.skills else None,
+                "skills": await self.skills.save() if self.skills else None,
                 "tally": self.tally.state(),
             }
-            self.folder.save_checkpoint(self.step, state, self._write, self.config.checkpoint.keep)
+            await self.folder.save_checkpoint(self.step, state, self._write, self.config.checkpoint.keep)
             self._saved = time.monotonic()
 
-    def _write(self, folder: Path) -> None:
-        self.learner.save(folder / "learner")
+    async def _write(self, folder: Path) -> None:
+        await self.learner.save(folder / "learner")
         for pool in self.averages:
-            pool.call(pool.replicas[:1], "save_average", str(folder / f"{pool.name}.safetensors"))
+            await pool.replicas[0].ask("save_average", str(folder / f"{pool.name}.safetensors"))
 
-    def load(self, checkpoint: Path, state: dict[str, Any]) -> None:
+    async def load(self, checkpoint: Path, state: dict[str, Any]) -> None:
         """Continue from a checkpoint of this stage."""
-        self.learner.load(checkpoint / "learner")
+        await self.learner.load(checkpoint / "learner")
         for pool in self.averages:
-            pool.call(pool.replicas, "load_average", str(checkpoint / f"{pool.name}.safetensors"))
+            await pool.ask("load_average", str(checkpoint / f"{pool.name}.safetensors"))
         if self.trigger:
             self.trigger.resume(state["trigger"])
         if self.skills:
-            self.skills.load(state["skills"])
+            await self.skills.load(state["skills"])
         self.step = self.flow.admitted = state["step"]
 
-    def record(self, shards: list[Shard], report: StepReport, clock: Stopwatch) -> None:
+    async def record(self, shards: list[Shard], report: StepReport, clock: Stopwatch) -> None:
         clock.seconds["total"] = time.monotonic() - clock.start
-        with suppress(TutorloopError):  # it is heard again at the next wait
-            pump(self.flow.pools, timeout=0)  # what has ended meanwhile is busy no more
+        await asyncio.sleep(0)  # what has ended meanwhile is busy no more
         row = self.tally.step_row(self.step, shards, report, clock.seconds, self.flow)
         self.log.log_step(row)
         self.recorder.step(self.step, [*shards, *self.flow.stale], report.untrained)
-        self.recorder.collect()
+        await self.recorder.collect()
         self.progress.step(row, self.recorder.newest)

@@ -4,14 +4,18 @@ While there is something to save, the first signal is a request to stop at the n
 the second stops now. Before and after that the first one stops now.
 """
 
+import asyncio
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
+
+from .pools.failure import Failure
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+T = TypeVar("T")
 TELL_SECONDS = 5.0  # at most, for a word to a terminal that does not take it
 
 
@@ -29,6 +33,7 @@ class Interrupt:
         self._tell, self._saves = tell, False
         self._teller: threading.Thread | None = None
         self._before: dict[int, Any] = {}
+        self._wake: Callable[[], object] = lambda: None
 
     def __enter__(self) -> "Interrupt":
         for number in SIGNALS:
@@ -45,18 +50,30 @@ class Interrupt:
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """In this block a first signal is a request: what runs in it saves before it ends."""
-        self._saves = True
+        """In this block a first signal is a request: what runs in it saves before it ends. Inside the event loop."""
+        loop, self.request = asyncio.get_running_loop(), Failure()
+        self._saves, self._wake = True, lambda: loop.call_soon_threadsafe(self.stop)
         try:
             yield
         finally:
-            self._saves = False
+            self._saves, self._wake = False, lambda: None
+
+    def stop(self) -> None:
+        """Ask what runs in `saving` to stop, as a signal does."""
+        self.requested = True
+        self.request.set(Interrupted())
+
+    async def beside(self, work: Awaitable[T]) -> T:
+        """The result of `work`; Interrupted, as soon as a stop is requested."""
+        self.check()
+        return await self.request.beside(work)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         again, self.requested = self.requested, True
         self.tell("stopping: a checkpoint is saved first (again to stop at once)" if self._saves else "stopping")
         if again or not self._saves:
             raise KeyboardInterrupt
+        self._wake()
 
     def tell(self, text: str) -> None:
         """Say, once, that the signal was heard. From a thread: here it could interrupt a print."""

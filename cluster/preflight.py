@@ -22,10 +22,11 @@ from ..models.vllm_support import check_vllm_architecture
 from ..teacher_service.http_engine import ServerLimits, probe
 from .chat_checks import check_chat, check_template
 from .data import eval_data, fitting, load_prompts
-from .methods.composition import Composition
-from .pool import need_of
-from .room import Need
-from .services import judges, judges_training, key_of, load_functions
+from .learner_group import need_of_learner
+from .methods.parts.composition import Composition
+from .pools.pool import need_of
+from .pools.room import Need
+from .pools.services import judges, judges_training, key_of, load_functions
 from .skill_bank import check_skills
 
 SHOWN = {"answer": "data.answer_field", "solution": "data.solution_field"}  # fields of templates that rows must have
@@ -157,7 +158,7 @@ def _check_shown(config: Config, compositions: Iterable[Composition], prompts: S
     for composition in compositions:
         scoring = composition.scoring
         contexts = [scoring.context] if scoring else []
-        contexts += [ask.context for ask in composition.asks(0, 0)]
+        contexts += [ask.context for ask in composition.samples(0, 0)]
         for context in contexts:
             needed |= fields_of(context, config.templates) & SHOWN.keys()
         if "dataset" in composition.generators:
@@ -234,6 +235,5 @@ def needs_of(config: Config, compositions: Sequence[Composition]) -> list[Need]:
         pools["teacher_rollout"] = config.teacher_rollout
     needs = [need_of(name, pool) for name, pool in pools.items() if pool]
     if config.skills:
-        needs.append(need_of("skills", config.skills, here=True))
-    learner = config.learner
-    return [*needs, Need("learner", learner.ranks, {"CPU": learner.num_cpus, "GPU": learner.num_gpus})]
+        needs.append(need_of("skills", config.skills, on_driver_node=True))
+    return [*needs, need_of_learner(config)]

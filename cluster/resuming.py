@@ -11,9 +11,9 @@ from ..contracts.config import Config
 from ..contracts.errors import RunFolderError
 from ..contracts.recipe import load_config
 from .identity import compare, identity_of
-from .methods.composition import Composition
+from .methods.parts.composition import Composition
 from .preflight import Inputs, check_inputs
-from .run_folder import Checkpoint, RunFolder
+from .recording.run_folder import Checkpoint, RunFolder
 
 
 def begin(

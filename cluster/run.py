@@ -5,6 +5,7 @@ A stage has its own learner, generators and teachers: it starts from the model t
 fresh optimizer.
 """
 
+import asyncio
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -12,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
-from ray import ObjectRef, cloudpickle
+from ray import cloudpickle
 from rich.console import Console
 
 from ..contracts.arrow import encode
@@ -21,30 +21,41 @@ from ..contracts.config import Config, Teacher
 from ..contracts.own_code import package_of
 from ..contracts.records import Prompt, Sampling
 from .driver import Driver, standing
-from .evaluation import EvalPlan, ProblemSet, evaluate
-from .flow import Flow, Services
+from .flow.evaluation import EvalPlan, ProblemSet, evaluate
+from .flow.flow import Flow, Services
 from .interrupt import Interrupt
 from .learner_group import LearnerGroup
 from .methods import compose_stages, own_module
-from .methods.composition import Composition
-from .metrics import MetricsLog
-from .model_card import write_model_card
-from .pool import Pool
+from .methods.parts.composition import Composition
+from .pools.in_process import InProcessBackend
+from .pools.pool import Pool
+from .pools.ray_backend import RayBackend
+from .pools.ray_cluster import cluster
+from .pools.replica import Backend
+from .pools.room import check_room
+from .pools.services import (
+    annotators,
+    heads,
+    judges,
+    stage_generators,
+    stage_teachers,
+    start_generators,
+    start_verifiers,
+)
+from .pools.weight_broadcast import WeightBroadcast
 from .preflight import Inputs, needs_of
-from .progress import Progress, final_table
-from .recording import Recorder
-from .report import write_report
+from .recording.metrics import MetricsLog
+from .recording.model_card import write_model_card
+from .recording.progress import Progress, final_table
+from .recording.recorder import Recorder
+from .recording.report import write_report
+from .recording.run_folder import Checkpoint, RunFolder
+from .recording.samples import truncate_samples
+from .recording.tally import Tally
 from .resuming import begin
-from .room import check_room
-from .run_folder import Checkpoint, RunFolder
-from .runtime import cluster
-from .samples import truncate_samples
-from .services import heads, judges, stage_generators, stage_teachers, start_generators, start_verifiers
 from .skill_bank import SkillBank
 from .stages import EntropyCollapse
 from .startup import Startup
-from .tally import Tally
-from .weight_broadcast import WeightBroadcast
 
 
 @dataclass(slots=True, kw_only=True)
@@ -55,8 +66,8 @@ class Run:
     folder: RunFolder
     inputs: Inputs
     checkpoint: Checkpoint | None
-    verifiers: Pool | None
-    prompts: ObjectRef
+    backend: Backend
+    prompts: Any  # a reference
     problems: list[ProblemSet]
     progress: Progress
     interrupt: Interrupt
@@ -64,6 +75,7 @@ class Run:
     recorder: Recorder
     startup: Startup
     stack: ExitStack
+    verifiers: Pool | None = None
     _log: MetricsLog | None = None
 
     def open(self) -> MetricsLog:
@@ -82,8 +94,9 @@ class Run:
         return self._log
 
 
-def train(config: Config, resume: bool, address: str | None, console: Console) -> bool:
-    """Run `config` to its end. Returns False if it was interrupted (a checkpoint stands). Raises TutorloopError."""
+def train(config: Config, resume: bool, address: str | None, console: Console, local: bool = False) -> bool:
+    """Run `config` to its end, on Ray or (`local`) in this process. Returns False if it was interrupted (a checkpoint
+    stands). Raises TutorloopError."""
     tally = Tally()  # its clock starts here
     folder = RunFolder(Path(config.output_dir).absolute())  # the learner's ranks write too, from folders of their own
     with ExitStack() as stack:
@@ -98,30 +111,38 @@ def train(config: Config, resume: bool, address: str | None, console: Console) -
         inputs, checkpoint = begin(config, compositions, folder, resume, progress.note)
         if checkpoint:
             tally.resume(checkpoint[1]["tally"])
-        startup.phase("ray", "joining Ray" if address else "starting Ray")
-        _take_own_code_along(config)
-        stack.enter_context(cluster(address, progress.note))
-        check_room(needs_of(config, compositions))
-        prompts = ray.put(encode(Prompt, inputs.train))
+        backend = InProcessBackend() if local else _join(config, compositions, address, startup, stack)
+        prompts = backend.put(encode(Prompt, inputs.train))
         run = Run(
             config=config,
             folder=folder,
             inputs=inputs,
             checkpoint=checkpoint,
-            verifiers=start_verifiers(config) if judges(config, compositions) else None,
+            backend=backend,
             prompts=prompts,
-            problems=_problem_sets(inputs),
+            problems=_problem_sets(inputs, backend),
             progress=progress,
             interrupt=interrupt,
             tally=tally,
-            recorder=Recorder(folder.path, config.record, prompts),
+            recorder=Recorder(folder.path, config.record, prompts, backend),
             startup=startup,
             stack=stack.enter_context(ExitStack()),
         )
-        finished, summary = _stages(run, compositions)
+        finished, summary = asyncio.run(_stages(run, compositions))
     console.print(final_table(summary))
     console.out(f"run folder: {folder.path}", highlight=False)
     return finished
+
+
+def _join(
+    config: Config, compositions: list[Composition], address: str | None, startup: Startup, stack: ExitStack
+) -> RayBackend:
+    """Ray, with room for the run."""
+    startup.phase("ray", "joining Ray" if address else "starting Ray")
+    _take_own_code_along(config)
+    stack.enter_context(cluster(address, startup.show))
+    check_room(needs_of(config, compositions))
+    return RayBackend()
 
 
 def _take_own_code_along(config: Config) -> None:
@@ -140,22 +161,25 @@ def _saying_what_stands(folder: RunFolder, progress: Progress) -> Iterator[None]
         raise
 
 
-def _stages(run: Run, compositions: list[Composition]) -> tuple[bool, dict[str, Any]]:
+async def _stages(run: Run, compositions: list[Composition]) -> tuple[bool, dict[str, Any]]:
     """Drive one stage after the other, from the one that the checkpoint was in; whether all ended, and the summary."""
+    if judges(run.config, compositions):
+        run.verifiers = start_verifiers(run.config, run.backend)
+        run.stack.callback(run.verifiers.close)
     state = run.checkpoint[1] if run.checkpoint else {"stage": 0, "first": 0}
     first, last = state["first"], len(compositions) - 1
     for number in range(state["stage"], last + 1):
         with ExitStack() as stack:
-            driver = _assemble(run, number, compositions[number], first, stack)
+            driver = await _assemble(run, number, compositions[number], first, stack)
             if run.checkpoint and number == state["stage"]:
                 run.startup.phase("checkpoint", "loading the checkpoint")
-                driver.load(*run.checkpoint)
+                await driver.load(*run.checkpoint)
             run.startup.end()
             with run.interrupt.saving():
-                finished = driver.train()
+                finished = await driver.train()
             if not finished or number == last:
-                return finished, _write_down(run, driver, finished)
-            run.folder.put(_left_by(run.folder, number), "a stage's model", driver.learner.export)
+                return finished, await _write_down(run, driver, finished)
+            await run.folder.put(_left_by(run.folder, number), "a stage's model", driver.learner.export)
             first = driver.step
     raise AssertionError("a run has at least one stage")
 
@@ -165,7 +189,7 @@ def _left_by(folder: RunFolder, stage: int) -> Path:
     return folder.path / "stages" / f"{stage}"
 
 
-def _assemble(run: Run, number: int, composition: Composition, first: int, stack: ExitStack) -> Driver:
+async def _assemble(run: Run, number: int, composition: Composition, first: int, stack: ExitStack) -> Driver:
     """Start stage `number`, which begins at the run's step `first`. Teachers come last: what evaluates them takes their
     place before."""
     stage = run.config.plan[number]
@@ -173,32 +197,30 @@ def _assemble(run: Run, number: int, composition: Composition, first: int, stack
     if number:
         student = config.student.model_copy(update={"model": str(_left_by(run.folder, number - 1))})
         config = config.model_copy(update={"student": student})
-    learner, generators = _start_student(run, config, composition, stack)
-    generators["student"].check_room(run.inputs.longest)
+    learner, generators = await _start_student(run, config, composition, stack)
+    await generators["student"].check_room(run.inputs.longest)
     broadcasts = None
     if config.rollout.transfer == "broadcast":
-        broadcasts = WeightBroadcast(learner, generators["student"], config.rollout.tensor_parallel)
+        broadcasts = await WeightBroadcast.join(learner, generators["student"], config.rollout.tensor_parallel)
     log = run.open()
     if not run.tally.evals:
-        _evaluate_teachers(run, config, log)
+        await _evaluate_teachers(run, config, log)
     run.startup.phase("teachers", f"loading the teachers of {config.method}")
-    teachers = stage_teachers(config, composition, generators["student"], run.inputs.servers)
+    teachers = stage_teachers(config, composition, generators["student"], run.inputs.servers, run.backend)
     own = {name: pool for name, pool in teachers.items() if pool is not generators["student"]}
-    _ready(own, run, stack)
+    await _ready(own, run, stack)
     if composition.scoring and composition.scoring.top_k:
-        _note_largest_k(run, [own[name] for name in config.named_teachers if name in own])
-    skills = _skills(run, config, composition, stack)
+        await _note_largest_k(run, [own[name] for name in config.named_teachers if name in own])
+    skills = await _skills(run, config, composition, stack)
     following = {name: t.follows for name, t in config.named_teachers.items() if name in own and t.follows}
+    services = annotators(teachers, run.verifiers, skills.pool if skills else None)
     flow = Flow(
         config,
         composition,
-        Services(
-            generators=generators, teachers=teachers, verifiers=run.verifiers, skills=skills.pool if skills else None
-        ),
+        Services(generators=generators, annotators=services),
         prompts=run.prompts,
         teacher_of_row=[prompt.teacher for prompt in run.inputs.train],
         first=first,
-        interrupt=run.interrupt,
     )
     return Driver(
         config=config,
@@ -207,6 +229,7 @@ def _assemble(run: Run, number: int, composition: Composition, first: int, stack
         flow=flow,
         learner=learner,
         skills=skills,
+        verifiers=run.verifiers,
         broadcasts=broadcasts,
         followers=[teachers[name] for name in following],
         averages=[teachers[name] for name, follows in following.items() if follows == "ema"],
@@ -222,71 +245,72 @@ def _assemble(run: Run, number: int, composition: Composition, first: int, stack
     )
 
 
-def _start_student(
+async def _start_student(
     run: Run, config: Config, composition: Composition, stack: ExitStack
 ) -> tuple[LearnerGroup, dict[str, Pool]]:
     """The learner, the generators and the verifiers, which load side by side."""
     run.startup.phase("placing", f"finding room for the learner of {config.method}")
     parts = (composition.terms, composition.correction, heads(config, composition), run.inputs.longest)
-    learner = LearnerGroup(config, *parts, tell=run.progress.note)
+    learner = await LearnerGroup.start(config, run.backend, *parts, tell=run.progress.note)
     stack.callback(learner.close)
-    generators = stage_generators(config, composition)
+    generators = stage_generators(config, composition, run.backend)
     run.startup.phase("learner", f"loading the learner of {config.method}")
-    learner.ready()
+    await learner.ready()
     run.startup.phase("generators", f"loading the generators of {config.method}")
-    _ready(generators, run, stack)
+    await _ready(generators, run, stack)
     if run.verifiers:
         run.startup.phase("verifiers", "starting the verifiers")
-        run.verifiers.ready(run.progress.note)
+        await run.verifiers.ready(run.progress.note)
     return learner, generators
 
 
-def _note_largest_k(run: Run, teachers: Sequence[Pool]) -> None:
+async def _note_largest_k(run: Run, teachers: Sequence[Pool]) -> None:
     for pool in teachers:
-        run.progress.note(f"{pool.name}: top-k up to {pool.least('largest_k')} a token")
+        run.progress.note(f"{pool.name}: top-k up to {await pool.least('largest_k')} a token")
 
 
-def _skills(run: Run, config: Config, composition: Composition, stack: ExitStack) -> SkillBank | None:
+async def _skills(run: Run, config: Config, composition: Composition, stack: ExitStack) -> SkillBank | None:
     """The run's bank, where teachers are shown skills; stages share it."""
     if not composition.scoring or not composition.scoring.views:
         return None
-    bank = SkillBank(config, run.folder.path / "bank", run.prompts, [prompt.prompt_id for prompt in run.inputs.train])
+    prompt_ids = [prompt.prompt_id for prompt in run.inputs.train]
+    bank = SkillBank(config, run.folder.path / "bank", run.prompts, prompt_ids, run.backend)
     stack.callback(bank.pool.close)
     run.startup.phase("skills", "opening the skill bank")
-    bank.pool.ready(run.progress.note)
+    await bank.pool.ready(run.progress.note)
     return bank
 
 
-def _ready(pools: Mapping[str, Pool], run: Run, stack: ExitStack) -> None:
+async def _ready(pools: Mapping[str, Pool], run: Run, stack: ExitStack) -> None:
     for pool in dict.fromkeys(pools.values()):
         stack.callback(pool.close)
-        pool.ready(run.progress.note)
+        await pool.ready(run.progress.note)
 
 
-def _evaluate_teachers(run: Run, config: Config, log: MetricsLog) -> None:
+async def _evaluate_teachers(run: Run, config: Config, log: MetricsLog) -> None:
     """Each teacher generates once, so that the student's goal is known. A self-teacher is the student, and is not;
     nor is one behind http, which only scores."""
     others = [t for t in config.named_teachers.values() if t.model != config.student.model and t.engine != "http"]
     for teacher in others if run.problems else []:
         run.startup.phase("teacher evaluation", f"evaluating the teacher {teacher.model}")
         one: Teacher = teacher.model_copy(update={"replicas": 1})
-        pool = start_generators("teacher as generator", teacher.model, teacher.dtype, one, config)
-        pool.ready(run.progress.note)
+        pool = start_generators("teacher as generator", teacher.model, teacher.dtype, one, config, run.backend)
+        await pool.ready(run.progress.note)
         assert run.verifiers, "preflight refuses an evaluation without a verifier"
-        parts = (eval_plan(config), pool, run.verifiers, [], "teacher", 0, run.interrupt, run.recorder)
-        for row in evaluate(run.problems, *parts):
+        parts = (eval_plan(config), pool, run.verifiers, "teacher", 0, run.recorder)
+        for row in await evaluate(run.problems, *parts):
             row = run.tally.eval_row(config, row)
             log.log_eval(row)
             run.progress.eval(row)
         pool.close()
 
 
-def _problem_sets(inputs: Inputs) -> list[ProblemSet]:
+def _problem_sets(inputs: Inputs, backend: Backend) -> list[ProblemSet]:
     sets = []
     if inputs.in_distribution:
-        sets.append(ProblemSet.of("in_distribution", inputs.in_distribution))
+        sets.append(ProblemSet.of("in_distribution", inputs.in_distribution, backend))
     if inputs.out_of_distribution:
-        sets.append(ProblemSet.of("out_of_distribution", inputs.out_of_distribution))
+        sets.append(ProblemSet.of("out_of_distribution", inputs.out_of_distribution, backend))
     return sets
 
 
@@ -306,12 +330,12 @@ def method_of(config: Config) -> str:
     return " → ".join(stage.method for stage in config.plan)
 
 
-def _write_down(run: Run, driver: Driver, finished: bool) -> dict[str, Any]:
+async def _write_down(run: Run, driver: Driver, finished: bool) -> dict[str, Any]:
     """summary.json, final/ (of a finished run) and report.html."""
     run.progress.phase("writing the summary, the model and the report")
     config, folder = run.config, run.folder
-    memory = {pool.name: pool.peak_memory() for pool in driver.flow.pools}
-    memory["learner"] = driver.learner.peak_memory()
+    replicas = {pool.name: pool.replicas for pool in driver.flow.pools}
+    memory = await run.backend.peak_memory({**replicas, "learner": driver.learner.ranks})
     summary = {
         "method": method_of(config),
         "seed": config.seed,
@@ -327,7 +351,7 @@ def _write_down(run: Run, driver: Driver, finished: bool) -> dict[str, Any]:
     if run.recorder.lost:
         run.progress.note(f"{run.recorder.lost} batches of rollouts were lost before rollouts.jsonl could show them")
     if finished:
-        folder.put(folder.path / "final", "the model", driver.learner.export)
+        await folder.put(folder.path / "final", "the model", driver.learner.export)
         write_model_card(folder.path / "final" / "README.md", config, summary)
     folder.write("summary.json", json.dumps(summary, indent=2))
     write_report(folder.path)

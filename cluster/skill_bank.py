@@ -4,12 +4,11 @@ The bank is a copy in the run's folder, on the driver's machine; the service tha
 version stands in every checkpoint, and a resumed run goes on from that one.
 """
 
+import asyncio
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-
-from ray import ObjectRef
 
 from .. import lab
 from ..contracts.config import Config
@@ -17,11 +16,11 @@ from ..contracts.errors import ConfigError, SkillError, VerifierError
 from ..contracts.records import StepReport
 from ..contracts.verifier_config import Skills
 from ..verifier_service.skills.published import load_published
-from .flow import Shard
-from .pool import Pool
-from .runtime import get
-from .services import key_of
-from .tally import pass_rate
+from .flow.shard import Shard
+from .pools.pool import Pool
+from .pools.replica import Backend
+from .pools.services import key_of
+from .recording.tally import pass_rate
 
 
 def source_of(skills: Skills) -> str:
@@ -50,10 +49,10 @@ def check_skills(skills: Skills) -> None:
 
 
 class SkillBank:
-    """The service and its bank in `folder`. `prompts`: the run's, in the object store; `prompt_ids`: of their rows.
+    """The service and its bank in `folder`. `prompts`: a reference to the run's; `prompt_ids`: of their rows.
     Raises ConfigError, SkillError."""
 
-    def __init__(self, config: Config, folder: Path, prompts: ObjectRef, prompt_ids: Sequence[str]) -> None:
+    def __init__(self, config: Config, folder: Path, prompts: Any, prompt_ids: Sequence[str], backend: Backend) -> None:
         if config.skills is None:
             raise ConfigError(f"{config.method} shows its teachers skills", "no bank is given", "give skills.path")
         from ..verifier_service.skills.worker import SkillWorker  # with it LanceDB, an extra
@@ -68,17 +67,17 @@ class SkillBank:
             "extractor_model": self.settings.extractor_model,
             "api_key": key_of("skills.api_key_env", self.settings.api_key_env),
         }
-        self.pool = Pool("skills", SkillWorker, self.settings, VerifierError, here=True, **arguments)
+        self.pool = Pool("skills", SkillWorker, self.settings, VerifierError, backend, on_driver_node=True, **arguments)
 
-    def record(self, shards: Sequence[Shard], report: StepReport) -> None:
+    async def record(self, shards: Sequence[Shard], report: StepReport) -> None:
         """Count each shown entry's use, and whether it was helpful, harmful or neutral."""
         for shard in shards:
             names = {request.rollout_id: self.prompt_ids[request.row] for request in shard.requests}
             stances = [(names[rollout], values) for rollout, values in report.stances.items() if rollout in names]
             if shard.skills is not None and stances:
-                self._first("count", shard.skills, stances)
+                await self._first("count", shard.skills, stances)
 
-    def grow(self, step: int, shards: Sequence[Shard]) -> str:
+    async def grow(self, step: int, shards: Sequence[Shard]) -> str:
         """Update the bank from a step's rollouts where that is due and too few passed; what was done, in words."""
         own = self.settings
         passed = pass_rate(shards)
@@ -86,23 +85,24 @@ class SkillBank:
             return ""
         judged = [shard for shard in shards if shard.verdicts is not None]
         batches = [batch for shard in judged for batch in (shard.rollouts, shard.verdicts)]
-        said = self._first("grow", own.most_new, own.capacity, self.prompts, *batches)
-        self._refresh_others()
+        said = await self._first("grow", own.most_new, own.capacity, self.prompts, *batches)
+        await self._refresh_others()
         return said
 
-    def save(self) -> int:
+    async def save(self) -> int:
         """Write down what was counted; the version that a checkpoint names."""
-        return self._first("save")
+        return await self._first("save")
 
-    def load(self, version: int) -> None:
+    async def load(self, version: int) -> None:
         """Go on from a checkpoint's version."""
-        self._first("restore", version)
-        self._refresh_others()
+        await self._first("restore", version)
+        await self._refresh_others()
 
-    def _first(self, method: str, *args: Any) -> Any:
-        return get(getattr(self.pool.replicas[0], method).remote(*args), VerifierError, "skills pool")
+    async def _first(self, method: str, *args: Any) -> Any:
+        return await self.pool.replicas[0].ask(method, *args)
 
-    def _refresh_others(self) -> None:
+    async def _refresh_others(self) -> None:
         """Only the first replica writes; the others read what it has written."""
-        if self.pool.replicas[1:]:
-            self.pool.call(self.pool.replicas[1:], "refresh", self._first("save"))
+        if others := self.pool.replicas[1:]:
+            version = await self._first("save")
+            await asyncio.gather(*(replica.ask("refresh", version) for replica in others))

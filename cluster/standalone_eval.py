@@ -1,24 +1,27 @@
 """Evaluate one model outside a run: a generator pool and a verifier pool, and nothing else."""
 
+import asyncio
 from typing import Any
 
 from rich.table import Table
 
 from ..contracts.config import Config
+from ..contracts.records import Prompt
 from ..models.checkpoint import check_weights
 from ..models.loading import check_architecture, load_tokenizer
 from ..models.vllm_support import check_vllm_architecture
 from .chat_checks import check_prompts, check_template
 from .data import eval_data, fitting, load_prompts
-from .evaluation import ProblemSet, evaluate
+from .flow.evaluation import ProblemSet, evaluate
 from .interrupt import Interrupt
-from .metrics import EvalRow
-from .pool import need_of, parts_of
+from .pools.pool import need_of, parts_of
+from .pools.ray_backend import RayBackend
+from .pools.ray_cluster import cluster
+from .pools.room import check_room, say
+from .pools.services import start_generators, start_verifiers
 from .preflight import context_of
-from .room import check_room
+from .recording.metrics import EvalRow
 from .run import eval_plan
-from .runtime import cluster, say
-from .services import start_generators, start_verifiers
 
 
 def evaluate_model(config: Config, address: str | None) -> EvalRow:
@@ -26,7 +29,7 @@ def evaluate_model(config: Config, address: str | None) -> EvalRow:
     model, data = config.student.model, eval_data(config.data, config.eval)
     needs: dict[str, Any] = {"need_answer": config.verifier.needs_gold, "keep_rows": config.verifier.reads_rows}
     needs["thinking"] = config.thinking
-    with Interrupt(say) as interrupt:
+    with Interrupt(say):
         check_architecture(model)
         check_weights(model)
         if config.rollout.engine == "vllm":
@@ -39,14 +42,19 @@ def evaluate_model(config: Config, address: str | None) -> EvalRow:
         check_prompts(model, tokenizer, data.chat_template_kwargs, prompts, data.path)
         with cluster(address):
             check_room([need_of("rollout", config.rollout), need_of("verifier", config.verifier)])
-            generators = start_generators("rollout", model, config.learner.dtype, config.rollout, config)
-            verifiers = start_verifiers(config)
-            generators.ready()
-            verifiers.ready()
-            problems = ProblemSet.of("in_distribution", prompts)
-            (row,) = evaluate([problems], eval_plan(config), generators, verifiers, [], "student", 0, interrupt)
+            row = asyncio.run(_evaluate(config, prompts))
     if len(prompts) < len(loaded):
         row.stats["left_out"] = {"too_long": len(loaded) - len(prompts)}
+    return row
+
+
+async def _evaluate(config: Config, prompts: list[Prompt]) -> EvalRow:
+    backend, student = RayBackend(), config.student.model
+    generators = start_generators("rollout", student, config.learner.dtype, config.rollout, config, backend)
+    verifiers = start_verifiers(config, backend)
+    await asyncio.gather(generators.ready(), verifiers.ready())
+    problems = ProblemSet.of("in_distribution", prompts, backend)
+    (row,) = await evaluate([problems], eval_plan(config), generators, verifiers, "student", 0)
     return row
 
 

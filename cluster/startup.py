@@ -9,14 +9,14 @@ class Startup:
 
     def __init__(self, show: Callable[[str], None]) -> None:
         self.seconds: dict[str, float] = {}
-        self._show = show
+        self.show = show
         self._name, self._since = "", 0.0
 
     def phase(self, name: str, text: str) -> None:
         """`name` in summary.json's `startup_seconds`; a later stage's phases add to those of the same names."""
         self.end()
         self._name, self._since = name, time.monotonic()
-        self._show(text)
+        self.show(text)
 
     def end(self) -> None:
         if self._name:

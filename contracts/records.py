@@ -8,7 +8,6 @@ Shapes: L tokens of prompt and response, R = L - prompt_length response tokens, 
 """
 
 import hashlib
-import time
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -209,7 +208,7 @@ class Verdict:
     )
 
 
-# ---- requests and receipts: small, and the driver reads them -------------------------------------------------------
+# ---- requests (what services answer beside their batches: receipts.py) ----------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -330,32 +329,6 @@ class StepReport:
     dropped: dict[str, int] = field(default_factory=dict)  # reason → rollouts that trained in no term
     stances: dict[str, Stances] = field(default_factory=dict)  # by rollout, of its teacher's views
     untrained: dict[str, str] = field(default_factory=dict)  # reasons of the rollouts that trained in no term
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Receipt:
-    """What a service says about one batch: counts and seconds for the driver's metrics, never tokens."""
-
-    rows: int
-    tokens: int  # generated, scored (prompt included) or, for the verifier, 0
-    seconds: float  # from the call's begin to its end
-    ended: float = field(default_factory=time.time, compare=False)  # when that was, by the clock on the wall
-    lengths: tuple[int, ...] = ()  # tokens of each rollout, prompt included
-    response_lengths: tuple[int, ...] = ()
-    weight_version: int = 0  # the oldest in the batch
-    finish_reasons: tuple[str, ...] = ()  # a generator's, a row each
-    surprisal: float = 0.0  # a generator's: −Σ log μ of the tokens that it sampled, nats
-    truncated: int = 0
-    rewards: tuple[float, ...] = ()  # the verifier's, a row each
-    answers: tuple[str, ...] = ()  # the verifier's parsed answers, a row each
-    paths: tuple[str, ...] = ()  # the verifier's digests of the reasoning paths, a row each
-    abstained: tuple[bool, ...] = ()
-    passed: tuple[bool, ...] = ()
-    parts: dict[str, float] = field(default_factory=dict)  # the verifier's parts of the reward: Σ of their scores
-    errors: dict[str, int] = field(default_factory=dict)  # error class → count
-    faults: dict[str, int] = field(
-        default_factory=dict
-    )  # the verifier's: incorrect by a fault of the response, by class
 
 
 # ---- weights --------------------------------------------------------------------------------------------------------

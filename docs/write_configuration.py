@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from tutorloop.cluster.methods import METHODS
-from tutorloop.cluster.methods.composition import Composition
+from tutorloop.cluster.methods.parts.composition import Composition
 from tutorloop.contracts.config import Config, Section
 from tutorloop.contracts.recipe import SECTIONS
 

@@ -13,7 +13,8 @@ import pyarrow as pa
 from ..contracts.arrow import decode, encode
 from ..contracts.errors import TeacherError
 from ..contracts.protocols import RolloutEngine
-from ..contracts.records import Receipt, Rollout, ScoreRequest, TeacherScores, WeightBucket, WeightManifest
+from ..contracts.receipts import ScoreReceipt
+from ..contracts.records import Rollout, ScoreRequest, TeacherScores, WeightBucket, WeightManifest
 from ..contracts.sections import THINKING
 from ..models.contexts import PLAIN, Prompter
 from ..models.loading import load_tokenizer
@@ -70,7 +71,7 @@ class TeacherWorker:
         prompts: pa.RecordBatch | None = None,
         verdicts: pa.RecordBatch | None = None,
         skills: pa.RecordBatch | None = None,
-    ) -> tuple[pa.RecordBatch, Receipt]:
+    ) -> tuple[pa.RecordBatch, ScoreReceipt]:
         """Scores of the rows that ask for this teacher or for none by name, in their order; a refused one is a row too.
 
         With `request.everyone` of all rows. In a context other than "plain" each response is scored after the prompt
@@ -97,13 +98,12 @@ class TeacherWorker:
             served = [rollout for rollout, score in pairs if rollout and not score.error_class]
         version = self.version
         scores = [replace(score, teacher_version=version) for score in scores] if version else scores
-        receipt = Receipt(
+        receipt = ScoreReceipt(
             rows=len(mine),
             tokens=sum(len(rollout.token_ids) for rollout in served),
             seconds=time.perf_counter() - start,
             lengths=tuple(len(rollout.token_ids) for rollout in served),
             response_lengths=tuple(rollout.response_length for rollout in served),
-            weight_version=min((rollout.oldest_version for rollout in served), default=0),
             errors=dict(refused + Counter(score.error_class for score in scores if score.error_class)),
         )
         return encode(TeacherScores, scores), receipt

@@ -3,19 +3,40 @@
 What a stand-in answers depends on the request alone, so nothing may depend on the order.
 """
 
+import asyncio
+import functools
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from tutorloop.cluster import flow as module
-from tutorloop.cluster.busy import BusyTime
-from tutorloop.cluster.flow import Flow, Services
-from tutorloop.cluster.interrupt import Interrupt
-from tutorloop.cluster.methods.composition import Ask, Composition, sampling_of, student_group
+from tutorloop.cluster.flow.flow import Flow, Services
+from tutorloop.cluster.methods.parts.composition import Composition, SampleSpec, sampling_of, student_group
+from tutorloop.cluster.pools.busy import BusyTime
+from tutorloop.cluster.pools.services import annotators
 from tutorloop.contracts.config import REFERENCE
+from tutorloop.contracts.receipts import Receipt, RolloutReceipt, ScoreReceipt, VerdictReceipt
 from tutorloop.contracts.recipe import parse_config
-from tutorloop.contracts.records import Receipt
 
 ROWS, PROMPTS = 17, object()
+
+
+@dataclass(eq=False)
+class Asked:
+    """A call that was sent, and the future that its caller waits for."""
+
+    method: str
+    cost: int
+    arguments: dict
+    answer: asyncio.Future
+
+
+def in_loop(test):
+    """A test that is a coroutine."""
+
+    @functools.wraps(test)
+    def run_it(*args, **arguments):
+        return asyncio.run(test(*args, **arguments))
+
+    return run_it
 
 
 class StandIn:
@@ -25,23 +46,24 @@ class StandIn:
         self.name, self.world = name, world
         self.replicas, self.queue_depth, self.tokens, self.errors, self.busy = [name], 0, 0, Counter(), BusyTime(1)
 
-    def submit(self, call):
-        assert call.method == {"verifier": "judge", "skills": "retrieve"}.get(
+    async def call(self, method, cost, *, counted=True, **arguments):
+        assert method == {"verifier": "judge", "skills": "retrieve"}.get(
             self.name, "generate" if "rollout" in self.name else "score"
         )
-        self.world.submitted.append((self.name, call))
-        self.world.pending.append((self.name, call))
+        asked = Asked(method, cost, arguments, asyncio.get_running_loop().create_future())
+        self.world.submitted.append((self.name, asked))
+        self.world.pending.append((self.name, asked))
+        return await asked.answer
 
 
 class World:
     """Pools, what they were sent, and how they answer: who passes, how long a response is, under which weights."""
 
-    def __init__(self, rng, monkeypatch, passes=lambda request: True):
+    def __init__(self, rng, passes=lambda request: True):
         self.rng, self.passes, self.version = rng, passes, 0
         self.submitted, self.pending, self.answered = [], [], []
         names = ("rollout", "teacher_rollout", "dataset_rollout", "verifier", "skills", "a", "b", REFERENCE)
         self.pools = {name: StandIn(name, self) for name in names}
-        monkeypatch.setattr(module, "pump", lambda pools: self.answer_one())
 
     def flow(self, composition, *, first=0, step=0, verifier=True, **changes):
         tree = {
@@ -56,37 +78,61 @@ class World:
         }
         config = parse_config(tree, [f"{key}={value}" for key, value in changes.items()])
         composition = composition(config) if callable(composition) else composition
+        teachers = {name: self.pools[name] for name in ("a", "b", REFERENCE)}
         services = Services(
             generators={
                 "student": self.pools["rollout"],
                 "teacher": self.pools["teacher_rollout"],
                 "dataset": self.pools["dataset_rollout"],
             },
-            teachers={name: self.pools[name] for name in ("a", "b", REFERENCE)},
-            verifiers=self.pools["verifier"] if verifier else None,
-            skills=self.pools["skills"],
+            annotators=annotators(teachers, self.pools["verifier"] if verifier else None, self.pools["skills"]),
         )
         self.teacher_of_row = ["ab"[row % 2] for row in range(ROWS)]
-        flow = Flow(config, composition, services, PROMPTS, self.teacher_of_row, first, Interrupt(print))
+        flow = Flow(config, composition, services, PROMPTS, self.teacher_of_row, first)
         flow.admitted = max(first, step)  # a resumed stage has had its first steps
         return flow
 
+    async def settle(self):
+        """Let everything go on that waits for no answer."""
+        for _ in range(30):
+            await asyncio.sleep(0)
+
+    async def admit(self, flow, step):
+        flow.admit(step)
+        await self.settle()
+
+    async def take(self, flow, step):
+        """Take a step while answers come in a random order."""
+        taking = asyncio.ensure_future(flow.take(step))
+        await self.settle()
+        while not taking.done():
+            self.answer_one()
+            await self.settle()
+        return taking.result()
+
+    def answer(self, name, call):
+        """Answer one of the calls that wait."""
+        self.pending.remove((name, call))
+        self.answered.append((name, call))
+        if not call.answer.done():
+            call.answer.set_result(self.result(name, call))
+
     def answer_one(self):
         assert self.pending, "waits for an answer that nobody will give"
-        name, call = self.pending.pop(self.rng.integers(len(self.pending)))
-        self.answered.append((name, call))
-        call.done(*self.result(name, call))
+        self.answer(*self.pending[self.rng.integers(len(self.pending))])
 
-    def answer_all(self):
+    async def answer_all(self):
         while self.pending:
             self.answer_one()
+            await self.settle()
 
     def result(self, name, call):
+        given = call.arguments
         if call.method == "generate":
-            prompts, requests, _ = call.args
-            assert prompts is PROMPTS
+            assert given["prompts"] is PROMPTS
+            requests = given["requests"]
             sizes = tuple(self.length(request) for request in requests)
-            return ("rollouts", requests), Receipt(
+            return ("rollouts", requests), RolloutReceipt(
                 rows=len(requests),
                 tokens=sum(sizes),
                 seconds=0.0,
@@ -96,17 +142,15 @@ class World:
                 weight_version=self.version,
             )
         if call.method == "retrieve":
-            prompts, rows, _ = call.args
-            assert prompts is PROMPTS
-            return ("skills", tuple(rows)), Receipt(rows=len(rows), tokens=0, seconds=0.0)
-        kind, requests = call.args[0]
+            assert given["prompts"] is PROMPTS
+            return ("skills", tuple(given["rows"])), Receipt(rows=len(given["rows"]), seconds=0.0)
+        kind, requests = given["rollouts"]
         assert kind == "rollouts"
         if call.method == "score":
-            return ("scores", name, requests), Receipt(rows=len(requests), tokens=1, seconds=0.0)
+            return ("scores", name, requests), ScoreReceipt(rows=len(requests), tokens=1, seconds=0.0)
         passed = tuple(bool(self.passes(request)) for request in requests)
-        verdict = Receipt(
+        verdict = VerdictReceipt(
             rows=len(passed),
-            tokens=0,
             seconds=0.0,
             rewards=tuple(map(float, passed)),
             passed=passed,
@@ -123,29 +167,31 @@ class World:
         return [(name, call) for name, call in self.submitted if call.method == method]
 
     def requests(self):
-        return [request for _, call in self.calls("generate") for request in call.args[1]]
+        return [request for _, call in self.calls("generate") for request in call.arguments["requests"]]
 
 
 def plain(config):
-    return Composition(terms=(), asks=student_group(config), sampling=sampling_of(config))
+    return Composition(terms=(), samples=student_group(config), sampling=sampling_of(config))
 
 
 def mixed(config):
     """The student always, the teacher at every third position, the dataset at every fourth."""
 
-    def asks(step, position):
-        extra = [Ask(source="teacher", samples=2)] * (position % 3 == 0) + [Ask(source="dataset")] * (position % 4 == 0)
-        return (Ask(samples=3, context="clue@1"), *extra)
+    def samples(step, position):
+        extra = [SampleSpec(source="teacher", samples=2)] * (position % 3 == 0) + [SampleSpec(source="dataset")] * (
+            position % 4 == 0
+        )
+        return (SampleSpec(samples=3, context="clue@1"), *extra)
 
-    return replace(plain(config), asks=asks, generators=("student", "teacher", "dataset"))
+    return replace(plain(config), samples=samples, generators=("student", "teacher", "dataset"))
 
 
-def run(world, composition, steps=3, **changes):
+async def run(world, composition, steps=3, **changes):
     """Admit and take `steps` steps; the shards of each."""
     flow = world.flow(composition, **changes)
     taken = []
     for step in range(steps):
         flow.admit(step)
         world.version = step
-        taken.append(flow.take(step))
+        taken.append(await world.take(flow, step))
     return flow, taken

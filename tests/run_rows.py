@@ -5,8 +5,8 @@ from dataclasses import asdict
 
 import numpy as np
 
-from tutorloop.cluster.metrics import EvalRow, PoolRow, StepRow
-from tutorloop.cluster.statistics import summarise
+from tutorloop.cluster.recording.metrics import EvalRow, PoolRow, StepRow
+from tutorloop.cluster.recording.statistics import summarise
 
 
 def fresh_rng() -> np.random.Generator:

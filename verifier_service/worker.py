@@ -8,7 +8,8 @@ import pyarrow as pa
 
 from ..contracts.arrow import encode, rows_named
 from ..contracts.protocols import Response
-from ..contracts.records import Receipt, Verdict
+from ..contracts.receipts import VerdictReceipt
+from ..contracts.records import Verdict
 from ..contracts.sections import THINKING
 from ..contracts.verifier_config import Verifier
 from .paths import reasoning_path
@@ -44,7 +45,9 @@ class VerifierWorker:
             processes=max(2, int(config.num_cpus)),
         )
 
-    def judge(self, rollouts: pa.RecordBatch, prompts: pa.RecordBatch | None = None) -> tuple[pa.RecordBatch, Receipt]:
+    def judge(
+        self, rollouts: pa.RecordBatch, prompts: pa.RecordBatch | None = None
+    ) -> tuple[pa.RecordBatch, VerdictReceipt]:
         """A verdict for every rollout, in order: its score and whether it passed, or abstained and why.
 
         `prompts`, where the verifier reads more than the gold answer: the batch that holds the rollouts' prompts.
@@ -58,9 +61,8 @@ class VerifierWorker:
             _verdict(rollout_id, response.text, outcome, self.lenient)
             for rollout_id, response, outcome in zip(ids, responses, outcomes, strict=True)
         ]
-        receipt = Receipt(
+        receipt = VerdictReceipt(
             rows=len(verdicts),
-            tokens=0,
             seconds=time.perf_counter() - start,
             rewards=tuple(verdict.score for verdict in verdicts),
             answers=tuple(verdict.answer for verdict in verdicts),

@@ -39,8 +39,8 @@ from . import (
     sgsd,
     star,
 )
-from .checks import check_needs, check_used
-from .composition import Composition
+from .parts.checks import check_needs, check_used
+from .parts.composition import Composition
 
 METHODS: dict[str, Callable[[Config], Composition]] = {
     "sft": sft.compose,

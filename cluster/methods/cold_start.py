@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from ...contracts.config import Config
 from ...contracts.records import seed_of
-from .composition import Ask, Asks, Facts, FollowUp
+from .parts.composition import FollowUp, RolloutSummary, Samples, SampleSpec
 
 
 def teacher_share(step: int, start: float, steps: float) -> float:
@@ -18,26 +18,26 @@ def teacher_share(step: int, start: float, steps: float) -> float:
     return start * max(0.0, 1 - step / steps)
 
 
-def mixed_asks(config: Config, start: float, steps: float) -> Asks:
+def mixed_specs(config: Config, start: float, steps: float) -> Samples:
     """Who answers a prompt; a draw that the run's seed, the step and the position decide alone picks the teacher's."""
     samples = config.rollout.samples_per_prompt
-    student = Ask(samples=samples)
+    student = SampleSpec(samples=samples)
 
-    def asks(step: int, position: int) -> Sequence[Ask]:
+    def specs(step: int, position: int) -> Sequence[SampleSpec]:
         share = teacher_share(step, start, steps)
         if seed_of(config.seed, "cold_start", step, position) / 2**63 >= share:
             return (student,)
         count = math.ceil(share * samples - 1e-9)  # 0.3 · 10 is 3 answers, whatever its last bit
-        return (student, Ask(source="teacher", samples=count))
+        return (student, SampleSpec(source="teacher", samples=count))
 
-    return asks
+    return specs
 
 
 def try_again(tries: int) -> FollowUp:
     """For each answer of the teacher that did not pass: another, or the student's once there were `tries`."""
 
-    def follow_up(facts: Sequence[Facts], attempt: int) -> list[tuple[str, Ask]]:
-        ask = Ask(source="teacher" if attempt < tries else "student")
-        return [(fact.group_id, ask) for fact in facts if fact.source == "teacher" and not fact.passed]
+    def follow_up(rollouts: Sequence[RolloutSummary], attempt: int) -> list[tuple[str, SampleSpec]]:
+        spec = SampleSpec(source="teacher" if attempt < tries else "student")
+        return [(rollout.group_id, spec) for rollout in rollouts if rollout.source == "teacher" and not rollout.passed]
 
     return follow_up

@@ -8,16 +8,24 @@ from collections.abc import Sequence
 
 from ...contracts.config import Config, Section
 from ...contracts.records import Term
-from .composition import Composition, Credit, Facts, correction_of, read_options, sampling_of, student_group
+from .parts.composition import (
+    Composition,
+    Credit,
+    RolloutSummary,
+    correction_of,
+    read_options,
+    sampling_of,
+    student_group,
+)
 
 
 class ConstantAdvantageOptions(Section):
     """It has none."""
 
 
-def push_down(facts: Sequence[Facts], step: int) -> list[Credit | str]:
+def push_down(rollouts: Sequence[RolloutSummary], step: int) -> list[Credit | str]:
     """The same for every rollout."""
-    return [Credit(advantage=-1.0) for _ in facts]
+    return [Credit(advantage=-1.0) for _ in rollouts]
 
 
 def compose(config: Config) -> Composition:
@@ -25,7 +33,7 @@ def compose(config: Config) -> Composition:
     read_options(ConstantAdvantageOptions, config.method_options, "constant_advantage")
     return Composition(
         terms=(Term(name="clipped_policy_gradient"),),
-        asks=student_group(config),
+        samples=student_group(config),
         sampling=sampling_of(config),
         credit=push_down,
         correction=correction_of(config, "truncated"),

@@ -14,9 +14,9 @@ from pydantic import Field
 
 from ...contracts.config import Config
 from ...contracts.errors import ConfigError
-from .composition import Ask, Composition, Credit, Facts, read_options
-from .credit import all_equal, group_relative, group_rows, overlong_penalty
-from .group_rl import Clip, Credited, by_group, policy_gradient, policy_terms
+from .parts.composition import Composition, Credit, RolloutSummary, SampleSpec, read_options
+from .parts.credit import all_equal, group_relative, group_rows, overlong_penalty
+from .parts.group_rl import Clip, Credited, by_group, policy_gradient, policy_terms
 
 
 class DapoOptions(Clip):
@@ -41,22 +41,26 @@ def compose(config: Config) -> Composition:
             "lower method_options.overlong_buffer",
         )
 
-    def rule(group: Sequence[Facts]) -> Credited:
-        if all_equal([fact.reward for fact in group]):
+    def rule(group: Sequence[RolloutSummary]) -> Credited:
+        if all_equal([rollout.reward for rollout in group]):
             return ["zero_variance"] * len(group)
-        signs = [2 * fact.reward - 1 for fact in group]
-        shaped = signs + overlong_penalty([fact.length for fact in group], limit, buffer, options.penalty_factor)
+        signs = [2 * rollout.reward - 1 for rollout in group]
+        shaped = signs + overlong_penalty([rollout.length for rollout in group], limit, buffer, options.penalty_factor)
         return [Credit(advantage=float(advantage)) for advantage in group_relative(shaped, "sample")]
 
     composition = policy_gradient(config, by_group(rule), policy_terms(options, "tokens"))
     samples = config.rollout.samples_per_prompt
-    return replace(composition, follow_up=lambda facts, attempt: refill(facts, attempt, samples, options.max_refills))
+    return replace(
+        composition, follow_up=lambda rollouts, attempt: refill(rollouts, attempt, samples, options.max_refills)
+    )
 
 
-def refill(facts: Sequence[Facts], attempt: int, samples: int, max_refills: int) -> list[tuple[str, Ask]]:
+def refill(
+    rollouts: Sequence[RolloutSummary], attempt: int, samples: int, max_refills: int
+) -> list[tuple[str, SampleSpec]]:
     """A fresh prompt for each group that will be dropped: its judged rewards are equal, or nothing was judged."""
     if attempt > max_refills:
         return []
-    groups = group_rows([fact.group_id for fact in facts])
-    judged = [[facts[row].reward for row in rows if not facts[row].abstained] for rows in groups]
-    return [("", Ask(samples=samples)) for rewards in judged if all_equal(rewards)]
+    groups = group_rows([rollout.group_id for rollout in rollouts])
+    judged = [[rollouts[row].reward for row in rows if not rollouts[row].abstained] for rows in groups]
+    return [("", SampleSpec(samples=samples)) for rewards in judged if all_equal(rewards)]

@@ -6,9 +6,9 @@ Clip as in GRPO, no KL by default: the paper's.
 """
 
 from ...contracts.config import Config
-from .composition import Composition, Credit, read_options
-from .credit import group_relative
-from .group_rl import Policy, by_group, policy_gradient, policy_terms
+from .parts.composition import Composition, Credit, read_options
+from .parts.credit import group_relative
+from .parts.group_rl import Policy, by_group, policy_gradient, policy_terms
 
 
 def compose(config: Config) -> Composition:

@@ -11,8 +11,8 @@ from typing import Literal
 from pydantic import Field
 
 from ...contracts.config import Config
-from .composition import Composition, correction_of, read_options
-from .distil import SignalOptions, distil, signal_of
+from .parts.composition import Composition, correction_of, read_options
+from .parts.distil import SignalOptions, distil, signal_of
 
 
 class EopdOptions(SignalOptions):

@@ -10,8 +10,8 @@ from pydantic import Field
 
 from ...contracts.config import Config, Section
 from ...contracts.records import ScoreRequest, Term
-from .composition import Composition, correction_of, read_options, sampling_of, student_group
-from .distil import signal_of
+from .parts.composition import Composition, correction_of, read_options, sampling_of, student_group
+from .parts.distil import signal_of
 
 
 class GOpdOptions(Section):
@@ -28,7 +28,7 @@ def compose(config: Config) -> Composition:
     own = {"extrapolation": options.extrapolation}
     return Composition(
         terms=(Term(name="policy_gradient", options=own, reference=reference),),
-        asks=student_group(config),
+        samples=student_group(config),
         sampling=sampling_of(config),
         scoring=ScoreRequest(signal="sampled"),
         reference=reference,

@@ -15,8 +15,8 @@ from pydantic import Field
 
 from ...contracts.config import Config
 from ...contracts.records import seed_of
-from .composition import Ask, Asks, Composition, read_options
-from .distil import SignalOptions, distil, refuse, signal_of
+from .parts.composition import Composition, Samples, SampleSpec, read_options
+from .parts.distil import SignalOptions, distil, refuse, signal_of
 
 
 class GkdOptions(SignalOptions):
@@ -41,13 +41,13 @@ def compose(config: Config) -> Composition:
     sources = {0.0: (options.other,), 1.0: ("student",)}.get(options.on_policy, ("student", options.other))
     return replace(
         distil(config, options, {"direction": "jsd", "beta": options.beta}, sources=sources),
-        asks=_asks(config, options),
+        samples=_specs(config, options),
         generators=sources,
     )
 
 
-def _asks(config: Config, options: GkdOptions) -> Asks:
+def _specs(config: Config, options: GkdOptions) -> Samples:
     samples = config.rollout.samples_per_prompt
-    student = Ask(samples=samples)
-    given = Ask(source=options.other, samples=samples if options.other == "teacher" else 1)
+    student = SampleSpec(samples=samples)
+    given = SampleSpec(source=options.other, samples=samples if options.other == "teacher" else 1)
     return lambda step, position: (student if coin(config.seed, step) < options.on_policy else given,)

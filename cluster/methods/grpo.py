@@ -12,9 +12,9 @@ from typing import Literal
 from pydantic import Field
 
 from ...contracts.config import Config
-from .composition import Composition, Credit, Crediting, Facts, read_options
-from .credit import Pace, Std, all_equal, group_relative, pace
-from .group_rl import Credited, Policy, by_group, policy_gradient, policy_terms
+from .parts.composition import Composition, Credit, Crediting, RolloutSummary, read_options
+from .parts.credit import Pace, Std, all_equal, group_relative, pace
+from .parts.group_rl import Credited, Policy, by_group, policy_gradient, policy_terms
 
 
 class GrpoOptions(Policy):
@@ -40,8 +40,8 @@ def compose(config: Config) -> Composition:
 def group_relative_credit(options: GrpoOptions) -> Crediting:
     """GRPO's advantages and group weights."""
 
-    def rule(group: Sequence[Facts]) -> Credited:
-        rewards = [fact.reward for fact in group]
+    def rule(group: Sequence[RolloutSummary]) -> Credited:
+        rewards = [rollout.reward for rollout in group]
         if options.drop_zero_variance and all_equal(rewards):
             return ["zero_variance"] * len(group)
         weight = pace(rewards, options.group_weight)

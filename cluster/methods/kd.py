@@ -10,8 +10,8 @@ from typing import Literal
 from pydantic import Field
 
 from ...contracts.config import Config
-from .composition import Ask, Composition, read_options
-from .distil import SignalOptions, distil, signal_of
+from .parts.composition import Composition, SampleSpec, read_options
+from .parts.distil import SignalOptions, distil, signal_of
 
 
 class KdOptions(SignalOptions):
@@ -28,9 +28,9 @@ def compose(config: Config) -> Composition:
     exact = signal_of(config, "kd", ("topk", "exact")) == "exact"
     divergence = {"direction": "forward", **({"hinton": True} if exact else {})}
     samples = config.rollout.samples_per_prompt if options.answers == "teacher" else 1
-    ask = Ask(source=options.answers, samples=samples)
+    spec = SampleSpec(source=options.answers, samples=samples)
     return replace(
         distil(config, options, divergence, sources=(options.answers,)),
-        asks=lambda step, position: (ask,),
+        samples=lambda step, position: (spec,),
         generators=(options.answers,),
     )

@@ -13,9 +13,9 @@ from pydantic import Field
 from ...contracts.config import Config
 from ...contracts.errors import ConfigError
 from ...contracts.records import ScoreRequest, Term
-from .composition import Composition, read_options
-from .group_rl import policy_gradient, policy_terms
 from .grpo import GrpoOptions, group_relative_credit
+from .parts.composition import Composition, read_options
+from .parts.group_rl import policy_gradient, policy_terms
 
 
 class KdrlOptions(GrpoOptions):

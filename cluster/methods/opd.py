@@ -5,8 +5,8 @@ the sampled signal, with the student's current logprobs in the advantage (ours).
 """
 
 from ...contracts.config import Config
-from .composition import Composition, read_options
-from .distil import DistilOptions, distil
+from .parts.composition import Composition, read_options
+from .parts.distil import DistilOptions, distil
 
 
 def compose(config: Config) -> Composition:

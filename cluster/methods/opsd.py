@@ -9,8 +9,8 @@ signal; fixed first weights are what it recommends. entry_clip: the baseline of 
 from pydantic import Field
 
 from ...contracts.config import Config
-from .composition import Composition, read_options
-from .distil import Direction, DistilOptions, check_self_teacher, distil
+from .parts.composition import Composition, read_options
+from .parts.distil import Direction, DistilOptions, check_self_teacher, distil
 
 
 class OpsdOptions(DistilOptions):

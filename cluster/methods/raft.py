@@ -10,9 +10,9 @@ from typing import Literal
 from pydantic import Field
 
 from ...contracts.config import Config, Section
-from .composition import Composition, Credit, Facts, read_options
-from .credit import best_of
-from .group_rl import Credited, by_group, likelihood
+from .parts.composition import Composition, Credit, RolloutSummary, read_options
+from .parts.credit import best_of
+from .parts.group_rl import Credited, by_group, likelihood
 
 
 class RaftOptions(Section):
@@ -27,13 +27,13 @@ def compose(config: Config) -> Composition:
     return likelihood(config, by_group(best_one if best else positives), min_samples=2 if best else 1)
 
 
-def positives(group: Sequence[Facts]) -> Credited:
+def positives(group: Sequence[RolloutSummary]) -> Credited:
     """All answers that passed."""
-    return [Credit(advantage=1.0) if fact.passed else "incorrect" for fact in group]
+    return [Credit(advantage=1.0) if rollout.passed else "incorrect" for rollout in group]
 
 
-def best_one(group: Sequence[Facts]) -> Credited:
+def best_one(group: Sequence[RolloutSummary]) -> Credited:
     """The answer that passed with the highest reward; the others that passed are `not_best`."""
-    chosen = best_of([fact.reward for fact in group], [fact.passed for fact in group])
+    chosen = best_of([rollout.reward for rollout in group], [rollout.passed for rollout in group])
     kept = positives(group)
     return [value if index == chosen or isinstance(value, str) else "not_best" for index, value in enumerate(kept)]

@@ -12,8 +12,8 @@ from pydantic import Field
 
 from ...contracts.config import Config, Section
 from ...contracts.records import Term
-from .composition import Composition, correction_of, read_options
-from .group_rl import by_group, policy_gradient
+from .parts.composition import Composition, correction_of, read_options
+from .parts.group_rl import by_group, policy_gradient
 from .raft import positives
 
 

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pydantic import Field
 
 from ...contracts.config import Config
-from .composition import Composition, Credit, Facts, read_options
-from .credit import whitened
-from .group_rl import Credited, Policy, judged_in_order, policy_gradient, policy_terms
+from .parts.composition import Composition, Credit, RolloutSummary, read_options
+from .parts.credit import whitened
+from .parts.group_rl import Credited, Policy, judged_in_order, policy_gradient, policy_terms
 
 
 class ReinforceOptions(Policy):
@@ -24,11 +24,13 @@ class ReinforceOptions(Policy):
 def compose(config: Config) -> Composition:
     options = read_options(ReinforceOptions, config.method_options, config.method)
 
-    def credit(facts: Sequence[Facts], step: int) -> Credited:
-        judged = judged_in_order(facts)
-        groups = [facts[index].group_id for index in judged] if options.baseline else None
-        made: list[Credit | str] = ["abstained"] * len(facts)
-        for index, advantage in zip(judged, whitened([facts[index].reward for index in judged], groups), strict=True):
+    def credit(rollouts: Sequence[RolloutSummary], step: int) -> Credited:
+        judged = judged_in_order(rollouts)
+        groups = [rollouts[index].group_id for index in judged] if options.baseline else None
+        made: list[Credit | str] = ["abstained"] * len(rollouts)
+        for index, advantage in zip(
+            judged, whitened([rollouts[index].reward for index in judged], groups), strict=True
+        ):
             made[index] = Credit(advantage=float(advantage))
         return made
 

@@ -8,9 +8,9 @@ all-right ones alone does little.
 from collections.abc import Sequence
 
 from ...contracts.config import Config
-from .composition import Composition, Credit, Facts, read_options
-from .credit import all_equal, plus_minus_one
-from .group_rl import Clip, Credited, by_group, policy_gradient, policy_terms
+from .parts.composition import Composition, Credit, RolloutSummary, read_options
+from .parts.credit import all_equal, plus_minus_one
+from .parts.group_rl import Clip, Credited, by_group, policy_gradient, policy_terms
 
 
 def compose(config: Config) -> Composition:
@@ -18,9 +18,9 @@ def compose(config: Config) -> Composition:
     return policy_gradient(config, by_group(mixed), policy_terms(options, "sequences"))
 
 
-def mixed(group: Sequence[Facts]) -> Credited:
+def mixed(group: Sequence[RolloutSummary]) -> Credited:
     """±1 in a group with both verdicts, else why not."""
-    passed = [fact.passed for fact in group]
+    passed = [rollout.passed for rollout in group]
     if all_equal(passed):
         return ["all_right" if passed[0] else "all_wrong"] * len(group)
     return [Credit(advantage=float(sign)) for sign in plus_minus_one(passed)]

@@ -15,9 +15,9 @@ from pydantic import AfterValidator, Field
 
 from ...contracts.config import Config, Section
 from ...contracts.errors import ConfigError
-from .composition import Composition, Credit, Facts, read_options
-from .credit import improve_threshold
-from .group_rl import Credited, in_rounds, likelihood
+from .parts.composition import Composition, Credit, RolloutSummary, read_options
+from .parts.credit import improve_threshold
+from .parts.group_rl import Credited, in_rounds, likelihood
 
 
 def _rising(values: tuple[float, ...]) -> tuple[float, ...]:
@@ -46,14 +46,14 @@ def compose(config: Config) -> Composition:
         )
     cost = options.length_cost / config.rollout.max_new_tokens
 
-    def credit(facts: Sequence[Facts], step: int) -> Credited:
+    def credit(rollouts: Sequence[RolloutSummary], step: int) -> Credited:
         least = improve_threshold(step, options.round_steps, options.thresholds)
-        return [_judge(fact, fact.reward - cost * fact.length >= least) for fact in facts]
+        return [_judge(rollout, rollout.reward - cost * rollout.length >= least) for rollout in rollouts]
 
     return in_rounds(likelihood(config, credit), config, options.round_steps)
 
 
-def _judge(fact: Facts, enough: bool) -> Credit | str:
-    if fact.abstained:
+def _judge(rollout: RolloutSummary, enough: bool) -> Credit | str:
+    if rollout.abstained:
         return "abstained"
     return Credit(advantage=1.0) if enough else "below_threshold"

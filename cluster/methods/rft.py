@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pydantic import Field
 
 from ...contracts.config import Config, Section
-from .composition import Composition, Credit, Facts, read_options
-from .credit import first_of_each
-from .group_rl import Credited, by_group, in_rounds, likelihood
+from .parts.composition import Composition, Credit, RolloutSummary, read_options
+from .parts.credit import first_of_each
+from .parts.group_rl import Credited, by_group, in_rounds, likelihood
 
 
 class RftOptions(Section):
@@ -27,9 +27,9 @@ def compose(config: Config) -> Composition:
     return in_rounds(likelihood(config, by_group(distinct)), config, options.round_steps or config.steps)
 
 
-def distinct(group: Sequence[Facts]) -> Credited:
+def distinct(group: Sequence[RolloutSummary]) -> Credited:
     """The first passed answer of each path."""
-    passed = [index for index, fact in enumerate(group) if fact.passed]
+    passed = [index for index, rollout in enumerate(group) if rollout.passed]
     first = dict(zip(passed, first_of_each([group[index].path for index in passed]), strict=True))
     return [
         "incorrect" if index not in first else Credit(advantage=1.0) if first[index] else "duplicate_path"

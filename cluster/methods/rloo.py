@@ -6,9 +6,9 @@ a step has the direction of the paper's sum over each answer; the KL is a loss (
 """
 
 from ...contracts.config import Config
-from .composition import Composition, Credit, read_options
-from .credit import leave_one_out
-from .group_rl import Policy, by_group, policy_gradient, policy_terms
+from .parts.composition import Composition, Credit, read_options
+from .parts.credit import leave_one_out
+from .parts.group_rl import Policy, by_group, policy_gradient, policy_terms
 
 
 def compose(config: Config) -> Composition:

@@ -8,8 +8,8 @@ fixed at its first weights. The divergences of the stronger signals are ours. `t
 from pydantic import Field
 
 from ...contracts.config import Config
-from .composition import Composition, read_options
-from .distil import DistilOptions, check_self_teacher, distil
+from .parts.composition import Composition, read_options
+from .parts.distil import DistilOptions, check_self_teacher, distil
 
 
 class SdftOptions(DistilOptions):

@@ -15,10 +15,10 @@ from pydantic import Field
 
 from ...contracts.config import Config
 from ...contracts.records import Term
-from .composition import Composition, Credit, Facts, correction_of, read_options
-from .credit import group_relative
-from .distil import Direction, DistilOptions, check_self_teacher, distil
-from .group_rl import by_group
+from .parts.composition import Composition, Credit, RolloutSummary, correction_of, read_options
+from .parts.credit import group_relative
+from .parts.distil import Direction, DistilOptions, check_self_teacher, distil
+from .parts.group_rl import by_group
 
 
 class SdpoOptions(DistilOptions):
@@ -37,7 +37,7 @@ class SdpoOptions(DistilOptions):
     grpo_weight: float = Field(0.0, ge=0, lt=1, description="λ: share of GRPO's loss beside the teacher's")
 
 
-def group_advantage(members: Sequence[Facts]) -> list[Credit | str]:
+def group_advantage(members: Sequence[RolloutSummary]) -> list[Credit | str]:
     """GRPO's (r − mean)/(std + ε) of one prompt group, with the sample's standard deviation."""
     return [Credit(advantage=float(a)) for a in group_relative([f.reward for f in members], "sample")]
 

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from ...contracts.config import Config, Section
 from ...contracts.records import Term
-from .composition import Ask, Composition, Credit, Facts, read_options, sampling_of, train_all
+from .parts.composition import Composition, Credit, RolloutSummary, SampleSpec, read_options, sampling_of, train_all
 
 
 class SeqkdOptions(Section):
@@ -22,22 +22,22 @@ class SeqkdOptions(Section):
     )
 
 
-def keep_valid(facts: Sequence[Facts], step: int) -> list[Credit | str]:
+def keep_valid(rollouts: Sequence[RolloutSummary], step: int) -> list[Credit | str]:
     """Whether it is right plays no part: a verifier that failed on a response still leaves it out, as `abstained`."""
-    return [_valid(fact) for fact in facts]
+    return [_valid(rollout) for rollout in rollouts]
 
 
-def _valid(fact: Facts) -> Credit | str:
-    if fact.truncated:
+def _valid(rollout: RolloutSummary) -> Credit | str:
+    if rollout.truncated:
         return "invalid"
-    if fact.answer:
+    if rollout.answer:
         return Credit()
-    return "abstained" if fact.abstained else "invalid"
+    return "abstained" if rollout.abstained else "invalid"
 
 
-def keep_verified(facts: Sequence[Facts], step: int) -> list[Credit | str]:
+def keep_verified(rollouts: Sequence[RolloutSummary], step: int) -> list[Credit | str]:
     """Only what passed."""
-    return [Credit() if f.passed else "abstained" if f.abstained else "incorrect" for f in facts]
+    return [Credit() if f.passed else "abstained" if f.abstained else "incorrect" for f in rollouts]
 
 
 FILTERS = {"none": train_all, "valid": keep_valid, "verified": keep_verified}
@@ -46,10 +46,10 @@ FILTERS = {"none": train_all, "valid": keep_valid, "verified": keep_verified}
 def compose(config: Config) -> Composition:
     """The teacher answers each prompt `rollout.samples_per_prompt` times."""
     options = read_options(SeqkdOptions, config.method_options, "seqkd")
-    ask = Ask(source="teacher", samples=config.rollout.samples_per_prompt)
+    spec = SampleSpec(source="teacher", samples=config.rollout.samples_per_prompt)
     return Composition(
         terms=(Term(name="nll", sources=("teacher",)),),
-        asks=lambda step, position: (ask,),
+        samples=lambda step, position: (spec,),
         sampling=sampling_of(config),
         generators=("teacher",),
         scored=(),

@@ -5,7 +5,7 @@ Source: maximum likelihood. The mean is over tokens of the whole step, not of mi
 
 from ...contracts.config import Config, Section
 from ...contracts.records import Term
-from .composition import Ask, Composition, read_options, sampling_of
+from .parts.composition import Composition, SampleSpec, read_options, sampling_of
 
 
 class SftOptions(Section):
@@ -17,7 +17,7 @@ def compose(config: Config) -> Composition:
     read_options(SftOptions, config.method_options, "sft")
     return Composition(
         terms=(Term(name="nll", sources=("dataset",)),),
-        asks=lambda step, position: (Ask(source="dataset"),),
+        samples=lambda step, position: (SampleSpec(source="dataset"),),
         sampling=sampling_of(config),
         generators=("dataset",),
         scored=(),

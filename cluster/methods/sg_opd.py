@@ -13,10 +13,10 @@ from pydantic import Field
 
 from ...contracts.config import Config, Section
 from ...contracts.records import ScoreRequest, Term
-from .cold_start import mixed_asks, try_again
-from .composition import Composition, correction_of, read_options, sampling_of, student_group
-from .distil import refuse, signal_of
-from .verdict_signs import group_sign, outcome_sign
+from .cold_start import mixed_specs, try_again
+from .parts.composition import Composition, correction_of, read_options, sampling_of, student_group
+from .parts.distil import refuse, signal_of
+from .parts.verdict_signs import group_sign, outcome_sign
 
 
 class SgOpdOptions(Section):
@@ -57,7 +57,7 @@ def compose(config: Config) -> Composition:
     gated = replace(_gated(options), of_batch=cold)
     base = Composition(
         terms=(gated,),
-        asks=student_group(config),
+        samples=student_group(config),
         sampling=sampling_of(config),
         scoring=requests.get(signal, ScoreRequest(signal="sampled")),
         reference=gated.reference,
@@ -72,7 +72,7 @@ def compose(config: Config) -> Composition:
     return replace(
         base,
         terms=(gated, Term(name=name, options=own, sources=("teacher",), of_batch=True)),
-        asks=mixed_asks(config, options.cold_start, max(1.0, options.cold_steps * config.steps)),
+        samples=mixed_specs(config, options.cold_start, max(1.0, options.cold_steps * config.steps)),
         generators=("student", "teacher"),
         scored=("student", "teacher") if forward else ("student",),
         follow_up=try_again(options.tries),

@@ -16,8 +16,16 @@ from pydantic import Field
 
 from ...contracts.config import Config, Section
 from ...contracts.records import ScoreRequest, Term
-from .composition import Composition, Credit, Facts, correction_of, read_options, sampling_of, student_group
-from .distil import check_self_teacher, refuse, signal_of
+from .parts.composition import (
+    Composition,
+    Credit,
+    RolloutSummary,
+    correction_of,
+    read_options,
+    sampling_of,
+    student_group,
+)
+from .parts.distil import check_self_teacher, refuse, signal_of
 
 
 class SgsdOptions(Section):
@@ -49,7 +57,7 @@ def compose(config: Config) -> Composition:
     top_k = options.top_k if local else 0
     return Composition(
         terms=(Term(name="skill_gate", options=own, reduction="sequences"),),
-        asks=student_group(config),
+        samples=student_group(config),
         sampling=replace(sampling_of(config), mask_special=options.mask_special),
         scoring=ScoreRequest(signal=signal, top_k=top_k, context=options.template, views=options.pairs),
         needs_verdicts=True,
@@ -58,12 +66,12 @@ def compose(config: Config) -> Composition:
     )
 
 
-def _outcome(spare_truncated: bool) -> Callable[[Sequence[Facts], int], list[Credit | str]]:
+def _outcome(spare_truncated: bool) -> Callable[[Sequence[RolloutSummary], int], list[Credit | str]]:
     """The verifier's sign: 1 passed, −1 not, 0 where it abstained (and where it was cut off, if that is spared)."""
 
-    def credit(facts: Sequence[Facts], step: int) -> list[Credit | str]:
-        unjudged = [fact.abstained or (spare_truncated and fact.truncated) for fact in facts]
-        signs = [0.0 if no else 1.0 if fact.passed else -1.0 for fact, no in zip(facts, unjudged, strict=True)]
+    def credit(rollouts: Sequence[RolloutSummary], step: int) -> list[Credit | str]:
+        unjudged = [rollout.abstained or (spare_truncated and rollout.truncated) for rollout in rollouts]
+        signs = [0.0 if no else 1.0 if rollout.passed else -1.0 for rollout, no in zip(rollouts, unjudged, strict=True)]
         return [Credit(advantage=sign) for sign in signs]
 
     return credit

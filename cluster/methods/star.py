@@ -16,9 +16,9 @@ from ...contracts.config import Config, Section
 from ...contracts.errors import ConfigError
 from ...contracts.records import Correction
 from ...models.contexts import fields_of
-from .composition import Ask, Composition, Facts, read_options
-from .credit import group_rows
-from .group_rl import by_group, in_rounds, likelihood
+from .parts.composition import Composition, RolloutSummary, SampleSpec, read_options
+from .parts.credit import group_rows
+from .parts.group_rl import by_group, in_rounds, likelihood
 from .raft import positives
 
 GOLD = {"answer", "solution"}
@@ -47,15 +47,15 @@ def compose(config: Config) -> Composition:
             f"method_options.template {options.template} shows {', '.join(sorted(shown)) or 'the problem alone'}",
             "use answer@1 or solution@1",
         )
-    hinted = Ask(context=options.template)
-    composition = replace(composition, follow_up=lambda facts, attempt: rationalise(facts, attempt, hinted))
+    hinted = SampleSpec(context=options.template)
+    composition = replace(composition, follow_up=lambda rollouts, attempt: rationalise(rollouts, attempt, hinted))
     return in_rounds(composition, config, options.round_steps, restart=True)
 
 
-def rationalise(facts: Sequence[Facts], attempt: int, hinted: Ask) -> list[tuple[str, Ask]]:
+def rationalise(rollouts: Sequence[RolloutSummary], attempt: int, hinted: SampleSpec) -> list[tuple[str, SampleSpec]]:
     """After the first attempt: the hinted question, for each group that was judged and where nothing passed."""
     if attempt > 1:
         return []
-    judged = [fact for fact in facts if not fact.abstained]
-    groups = [[judged[row] for row in rows] for rows in group_rows([fact.group_id for fact in judged])]
-    return [(group[0].group_id, hinted) for group in groups if not any(fact.passed for fact in group)]
+    judged = [rollout for rollout in rollouts if not rollout.abstained]
+    groups = [[judged[row] for row in rows] for rows in group_rows([rollout.group_id for rollout in judged])]
+    return [(group[0].group_id, hinted) for group in groups if not any(rollout.passed for rollout in group)]

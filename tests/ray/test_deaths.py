@@ -1,5 +1,6 @@
 """What a pool does that cannot start, has no room, or loses a replica: on a real cluster of two small nodes."""
 
+import asyncio
 import json
 import os
 import signal
@@ -19,9 +20,10 @@ from rich.console import Console
 from tiny import tiny_qwen3
 
 from tutorloop.cluster import run
-from tutorloop.cluster.pool import Call, Pool, need_of, pump
-from tutorloop.cluster.room import check_room
-from tutorloop.cluster.runtime import cluster
+from tutorloop.cluster.pools.pool import Pool, need_of
+from tutorloop.cluster.pools.ray_backend import RayBackend
+from tutorloop.cluster.pools.ray_cluster import cluster
+from tutorloop.cluster.pools.room import check_room
 from tutorloop.contracts import config
 from tutorloop.contracts.errors import (
     ConfigError,
@@ -31,8 +33,8 @@ from tutorloop.contracts.errors import (
     RolloutError,
     TutorloopError,
 )
+from tutorloop.contracts.receipts import Receipt
 from tutorloop.contracts.recipe import parse_config
-from tutorloop.contracts.records import Receipt
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +61,7 @@ class Worker:
     def generate(self, seconds: float) -> tuple[None, Receipt]:
         print("the last words\tof a worker", file=sys.stderr, flush=True)
         time.sleep(seconds)
-        return None, Receipt(rows=1, tokens=1, seconds=seconds, weight_version=0)
+        return None, Receipt(rows=1, tokens=1, seconds=seconds)
 
     def pid(self) -> int:
         return os.getpid()
@@ -68,58 +70,64 @@ class Worker:
 def pool_of(**settings: Any) -> Pool:
     own = {"replicas": 1, "num_cpus": 0.1, **settings}
     error = own.pop("error", None)
-    return Pool("rollout", Worker, config.Pool(**own), RolloutError, error=error)
+    return Pool("rollout", Worker, config.Pool(**own), RolloutError, RayBackend(), error=error)
+
+
+async def refused(error: Exception) -> str:
+    """What a pool says whose workers' constructor raises."""
+    pool = pool_of(error=error)
+    with pytest.raises(type(error) if isinstance(error, TutorloopError) else RolloutError) as caught:
+        await pool.ready()
+    pool.close()
+    return str(caught.value)
 
 
 @pytest.mark.parametrize("error", [ModelError("a rule", "a value", "a remedy"), ConfigError("another")])
 def test_what_a_constructor_refuses_reaches_the_user_as_itself(joined: None, error: TutorloopError) -> None:
-    pool = pool_of(error=error)
-    with pytest.raises(type(error)) as caught:
-        pool.ready()
-    pool.close()
-    assert str(caught.value) == str(error)
+    assert asyncio.run(refused(error)) == str(error)
 
 
 def test_another_error_of_a_constructor_is_said_with_its_place(joined: None) -> None:
-    pool = pool_of(error=ValueError("no such head: 7"))
-    with pytest.raises(RolloutError) as caught:
-        pool.ready()
-    pool.close()
-    said = str(caught.value)
+    said = asyncio.run(refused(ValueError("no such head: 7")))
     assert "ValueError: no such head: 7" in said and "raise error" in said and "--resume" not in said
     assert len(said.splitlines()) <= 8
 
 
 def test_a_death_is_described(joined: None) -> None:
-    pool = pool_of(replicas=2)
-    pool.ready()
-    pid: Any = ray.get(pool.replicas[1].pid.remote())
-    for _ in range(2):
-        pool.submit(Call("generate", (600.0,), 1, lambda *_: None))
-    time.sleep(1)  # they have begun
-    os.kill(pid, signal.SIGKILL)
-    with pytest.raises(RolloutError) as caught:
-        while True:
-            pump([pool])
-    pool.close()
-    said = str(caught.value)
+    async def die() -> tuple[int, str]:
+        pool = pool_of(replicas=2)
+        await pool.ready()
+        _, pid = await pool.ask("pid")
+        calls = [asyncio.ensure_future(pool.call("generate", 1, seconds=600.0)) for _ in range(2)]
+        await asyncio.sleep(1)  # they have begun
+        os.kill(pid, signal.SIGKILL)
+        (done,), _ = await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
+        with pytest.raises(RolloutError) as caught:
+            done.result()
+        pool.close()
+        return pid, str(caught.value)
+
+    pid, said = asyncio.run(die())
     assert f"replica 1 of 2 of the rollout pool has died (pid {pid} on " in said
     assert "SIGKILL" in said and "| the last words  of a worker" in said and f"-{pid}.err" in said
     assert "\t" not in said and 2 <= len(said.splitlines()) <= 8
 
 
 def test_a_busy_cluster_is_waited_for_aloud(joined: None) -> None:
-    holders = [pool_of(replicas=4, num_cpus=1)]
-    holders[0].ready()
-    waiting, told = pool_of(replicas=2, num_cpus=0.5), []
+    async def wait() -> list[str]:
+        holders = [pool_of(replicas=4, num_cpus=1)]
+        await holders[0].ready()
+        waiting, told = pool_of(replicas=2, num_cpus=0.5), []
 
-    def tell(text: str) -> None:
-        told.append(text)
-        holders.pop().close()
+        def tell(text: str) -> None:
+            told.append(text)
+            holders.pop().close()
 
-    waiting.ready(tell)
-    waiting.close()
-    (said,) = told
+        await waiting.ready(tell)
+        waiting.close()
+        return told
+
+    (said,) = asyncio.run(wait())
     assert said.startswith("rollout pool (2 of 2 replicas) waits for 0.5 CPU; free on the freest of 2 machines: 0 CPU")
     assert "this run has 4 CPU by Worker" in said
 

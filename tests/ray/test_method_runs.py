@@ -192,7 +192,7 @@ def test_several_teachers_score_one_rollout(tmp_path: Path, address: str) -> Non
 
 
 OWN = """
-from tutorloop.cluster.methods.composition import Composition, sampling_of, student_group
+from tutorloop.cluster.methods.parts.composition import Composition, sampling_of, student_group
 from tutorloop.contracts.records import ScoreRequest, Term
 from tutorloop.learner.terms.base import LossTerm, TermOutput
 
@@ -204,8 +204,9 @@ def squared(student, rows, *, scale=1.0):
 
 def compose(config):
     term = Term(name="squared", loss=LossTerm(squared, "sampled"), options={"scale": 0.5})
-    asks = student_group(config)
-    return Composition(terms=(term,), asks=asks, sampling=sampling_of(config), scoring=ScoreRequest(signal="sampled"))
+    samples = student_group(config)
+    sampling, scoring = sampling_of(config), ScoreRequest(signal="sampled")
+    return Composition(terms=(term,), samples=samples, sampling=sampling, scoring=scoring)
 """
 
 

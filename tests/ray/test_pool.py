@@ -1,5 +1,6 @@
-"""A pool's order on real actors: what is asked after a broadcast is answered by what it brought."""
+"""A pool's order on real actors: what is asked after new weights is answered by them."""
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -11,11 +12,12 @@ import pytest
 import ray
 from ray import cloudpickle
 
-from tutorloop.cluster.pool import Call, Pool, pump
-from tutorloop.cluster.runtime import cluster
+from tutorloop.cluster.pools.pool import Pool
+from tutorloop.cluster.pools.ray_backend import RayBackend
+from tutorloop.cluster.pools.ray_cluster import cluster
 from tutorloop.contracts import config
 from tutorloop.contracts.errors import RolloutError
-from tutorloop.contracts.records import Receipt
+from tutorloop.contracts.receipts import RolloutReceipt
 
 
 class Worker:
@@ -36,7 +38,7 @@ class Worker:
         time.sleep(seconds)
         with self.lock:
             self.running -= 1
-        return None, Receipt(rows=self.most, tokens=self.version, seconds=seconds, weight_version=self.version)
+        return None, RolloutReceipt(rows=self.most, tokens=self.version, seconds=seconds, weight_version=self.version)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -47,32 +49,41 @@ def ray_cluster():
     assert not ray.is_initialized()
 
 
-@pytest.mark.parametrize("at_once", [1, 3])
-def test_calls_after_a_broadcast_are_answered_by_its_weights(at_once):
-    pool = Pool("rollout", Worker, config.Pool(replicas=2, num_cpus=0.1), RolloutError, at_once=at_once)
-    pool.ready()
-    before, after = [], []
-    for version in range(1, 5):
-        for _ in range(4 * at_once):
-            pool.submit(Call("generate", (0.05,), 1, lambda _, receipt: before.append(receipt)))
-        pool.broadcast("load_weights", version)
-        for _ in range(4 * at_once):
-            wanted = version
-
-            def answered(_, receipt, wanted=wanted):
-                after.append((wanted, receipt))
-
-            pool.submit(Call("generate", (0.05,), 1, answered))
-        while pool.queue_depth or not pool.settled:
-            pump([pool])
-    pool.close()
-    assert len(before) == len(after) == 16 * at_once
+@pytest.mark.parametrize("concurrent_calls", [1, 3])
+def test_calls_after_new_weights_are_answered_by_them(concurrent_calls):
+    before, after = asyncio.run(publish_four_times(concurrent_calls))
+    assert len(before) == len(after) == 16 * concurrent_calls
     assert all(receipt.weight_version == wanted for wanted, receipt in after)
-    assert max(receipt.rows for _, receipt in after) == at_once  # as many side by side, and no more
+    assert max(receipt.rows for _, receipt in after) == concurrent_calls  # as many side by side, and no more
+
+
+async def publish_four_times(concurrent_calls):
+    """What was asked before each publication, and after it with the version wanted."""
+    settings = config.Pool(replicas=2, num_cpus=0.1)
+    pool = Pool("rollout", Worker, settings, RolloutError, RayBackend(), concurrent_calls=concurrent_calls)
+    await pool.ready()
+    before, after = [], []
+
+    async def ask(answers, wanted):
+        _, receipt = await pool.call("generate", 1, seconds=0.05)
+        answers.append((wanted, receipt))
+
+    for version in range(1, 5):
+        async with asyncio.TaskGroup() as group:
+            for _ in range(4 * concurrent_calls):
+                group.create_task(ask(before, version))
+            await asyncio.sleep(0)
+            pool.publish(version, "load_weights", version)
+            for _ in range(4 * concurrent_calls):
+                group.create_task(ask(after, version))
+        await pool.loaded()
+        assert pool.queue_depth == 0
+    pool.close()
+    return before, after
 
 
 PRIVATE = """
-from tutorloop.cluster.runtime import cluster
+from tutorloop.cluster.pools.ray_cluster import cluster
 with cluster(None):
     import ray
     print(ray._private.worker.global_worker.node.get_session_dir_path())

@@ -22,7 +22,8 @@ from typer.testing import CliRunner
 
 from tutorloop.actors.worker import RolloutWorker
 from tutorloop.cli.main import app
-from tutorloop.cluster import run, services
+from tutorloop.cluster import run
+from tutorloop.cluster.pools import services
 from tutorloop.contracts.config import Config
 from tutorloop.contracts.errors import ResourceError, WeightsMismatch
 from tutorloop.contracts.recipe import load_config, parse_config

@@ -1,15 +1,16 @@
 """What a run says of itself: figures only of what was measured, and each alarm once, from real shards of work."""
 
+import asyncio
 from dataclasses import asdict, replace
 
 import pytest
 from flow_cases import World, plain, run
 from run_rows import eval_row, fresh_rng, step_row
 
-from tutorloop.cluster.alarms import Alarms
-from tutorloop.cluster.busy import BusyTime, Watch
-from tutorloop.cluster.methods.composition import Ask
-from tutorloop.cluster.tally import Tally
+from tutorloop.cluster.methods.parts.composition import SampleSpec
+from tutorloop.cluster.pools.busy import BusyTime, Watch
+from tutorloop.cluster.recording.alarms import Alarms
+from tutorloop.cluster.recording.tally import Tally
 from tutorloop.contracts.records import StepReport
 
 
@@ -21,18 +22,18 @@ def report(flow, shards, **changes):
 
 
 def tallied(
-    monkeypatch, composition=plain, steps=1, receipts=None, verifier=True, passes=lambda request: True, **changes
+    composition=plain, steps=1, receipts=None, verifier=True, passes=lambda request: True, **changes
 ):
     """The rows of some steps. `receipts`: what the verifier's and the generators' receipts say instead."""
-    world = World(fresh_rng(), monkeypatch, passes)
-    flow, taken = run(world, composition, steps, verifier=verifier, max_staleness=steps)
+    world = World(fresh_rng(), passes)
+    flow, taken = asyncio.run(run(world, composition, steps, verifier=verifier, max_staleness=steps))
     tally, rows = Tally(), []
     tally.watch.begin(flow.pools)
     for step, shards in enumerate(taken):
         for shard in shards:
             for name, own in (receipts or {}).items():
-                if getattr(shard, name):
-                    setattr(shard, name, replace(getattr(shard, name), **own(getattr(shard, name))))
+                if name in shard.receipts:
+                    shard.receipts[name] = replace(shard.receipts[name], **own(shard.receipts[name]))
         flow.trainable(step, shards)
         rows.append(tally.step_row(step + 1, shards, report(flow, shards, **changes), {"total": 1.0}, flow))
     return tally, rows
@@ -44,8 +45,8 @@ def silent(receipt):
     return {**nothing, "errors": {}}
 
 
-def test_steps_count_from_1_and_warn_of_nothing_where_nothing_is_wrong(monkeypatch):
-    tally, rows = tallied(monkeypatch, steps=3)
+def test_steps_count_from_1_and_warn_of_nothing_where_nothing_is_wrong():
+    tally, rows = tallied(steps=3)
     assert [row.step for row in rows] == [1, 2, 3] and not any(row.warnings for row in rows)
     assert rows[0].pass_rate == rows[0].reward == rows[0].groups["all_right"] == 1
     assert rows[0].rollouts == {"taken": 12, "trained": 12} and not rows[0].dropped
@@ -53,20 +54,20 @@ def test_steps_count_from_1_and_warn_of_nothing_where_nothing_is_wrong(monkeypat
 
 
 @pytest.mark.parametrize("source", ["student", "dataset"])
-def test_what_nobody_judged_has_no_figure(monkeypatch, source):
+def test_what_nobody_judged_has_no_figure(source):
     def composition(config):
-        ask = Ask(source=source, samples=3)
-        return replace(plain(config), asks=lambda step, position: (ask,), generators=(source,))
+        ask = SampleSpec(source=source, samples=3)
+        return replace(plain(config), samples=lambda step, position: (ask,), generators=(source,))
 
-    tally, (row,) = tallied(monkeypatch, composition, verifier=source == "dataset")
+    tally, (row,) = tallied(composition, verifier=source == "dataset")
     assert (row.reward, row.pass_rate, row.abstained, row.reward_parts) == (None, None, None, {})
     assert row.groups == {"given_share": float(source == "dataset")} and row.response_length is not None
     assert (row.staleness_mean is None) == (source == "dataset") == (row.sampler_entropy is None)
     assert tally.summary()["accuracy"] == {} and ("staleness" in tally.summary()) == (source == "student")
 
 
-def test_responses_without_an_answer_are_told_of_once(monkeypatch):
-    tally, rows = tallied(monkeypatch, steps=4, receipts={"judged": silent})
+def test_responses_without_an_answer_are_told_of_once():
+    tally, rows = tallied(steps=4, receipts={"verdicts": silent})
     (warning,) = [text for row in rows for text in row.warnings]
     assert not rows[0].warnings and rows[1].warnings  # 12 rollouts are too few, 24 are not
     assert "\\boxed" in warning and "data.prompt_suffix" in warning and "verifier.answers=any" in warning
@@ -79,23 +80,23 @@ def test_responses_without_an_answer_are_told_of_once(monkeypatch):
     assert again.tokens == tally.tokens and not again.busy
 
 
-def test_one_answer_is_enough(monkeypatch):
+def test_one_answer_is_enough():
     def one(receipt):
         return {**silent(receipt), "answers": ("3",) + ("",) * (receipt.rows - 1)}
 
-    assert not any(row.warnings for row in tallied(monkeypatch, steps=4, receipts={"judged": one})[1])
+    assert not any(row.warnings for row in tallied(steps=4, receipts={"verdicts": one})[1])
 
 
-def test_a_step_of_nothing_but_cut_off_responses_is_an_alarm(monkeypatch):
-    _, rows = tallied(monkeypatch, steps=2, receipts={"generated": lambda r: {"truncated": r.rows}})
+def test_a_step_of_nothing_but_cut_off_responses_is_an_alarm():
+    _, rows = tallied(steps=2, receipts={"rollouts": lambda r: {"truncated": r.rows}})
     (warning,) = [text for row in rows for text in row.warnings]
     assert "rollout.max_new_tokens=256" in warning and "eos_token_id" in warning
 
 
 @pytest.mark.parametrize("passes", [True, False])
-def test_groups_that_are_all_alike_train_nothing(monkeypatch, passes):
+def test_groups_that_are_all_alike_train_nothing(passes):
     still = {"metrics": {"grad_norm": 0.0}}
-    tally, rows = tallied(monkeypatch, steps=4, passes=lambda request: passes, **still)
+    tally, rows = tallied(steps=4, passes=lambda request: passes, **still)
     assert all(row.rollouts == {"taken": 12, "trained": 0} for row in rows)
     assert rows[-1].dropped == {"no_gradient": 48} == tally.summary()["dropped"]
     (warning,) = [text for row in rows for text in row.warnings]
@@ -103,15 +104,15 @@ def test_groups_that_are_all_alike_train_nothing(monkeypatch, passes):
     assert f"are right ({100 * passes} %)" in warning and "samples_per_prompt" in warning
 
 
-def test_missing_scores_stale_rollouts_and_abstentions(monkeypatch):
+def test_missing_scores_stale_rollouts_and_abstentions():
     refused = {"rollouts": 0, "tokens": 0, "dropped": {"teacher_refused": 12}}
-    _, rows = tallied(monkeypatch, steps=2, **refused)
+    _, rows = tallied(steps=2, **refused)
     assert [len(row.warnings) for row in rows] == [1, 0] and "no rollout got a score" in rows[0].warnings[0]
 
     def abstains(receipt):
         return {**silent(receipt), "abstained": (True,) * receipt.rows, "errors": {"timeout": receipt.rows}}
 
-    _, rows = tallied(monkeypatch, steps=2, receipts={"judged": abstains})
+    _, rows = tallied(steps=2, receipts={"verdicts": abstains})
     assert [len(row.warnings) for row in rows] == [1, 0] and "abstained on 12 of 12" in rows[0].warnings[0]
     assert "timeout 12" in rows[0].warnings[0] and rows[0].abstained == 12 and rows[0].pass_rate is None
 
@@ -119,7 +120,7 @@ def test_missing_scores_stale_rollouts_and_abstentions(monkeypatch):
         faults = {"timeout": 1, "too_large": receipt.rows - 1}
         return {**silent(receipt), "answers": ("7",) * receipt.rows, "faults": faults}
 
-    tally, rows = tallied(monkeypatch, steps=2, receipts={"judged": at_fault})
+    tally, rows = tallied(steps=2, receipts={"verdicts": at_fault})
     shards = rows[0].response_faults["timeout"]
     (warning,) = [text for row in rows for text in row.warnings]
     assert "12 of 12 responses" in warning and f"too_large {12 - shards}, timeout {shards}" in warning
@@ -132,7 +133,7 @@ def test_missing_scores_stale_rollouts_and_abstentions(monkeypatch):
     again.resume({name: value for name, value in tally.state().items() if name != "response_faults"})  # of 0.5.0
     assert again.summary()["response_faults"] == {}
 
-    flow, taken = run(World(fresh_rng(), monkeypatch), plain, 1)
+    flow, taken = asyncio.run(run(World(fresh_rng()), plain, 1))
     row = step_row(fresh_rng(), 1, learner={"grad_norm": 1.0}, response_faults={})
     alarms = Alarms()
     said = [alarms.step(flow.config, row, taken[0], {"stale": 5}) for _ in range(2)]
@@ -140,8 +141,8 @@ def test_missing_scores_stale_rollouts_and_abstentions(monkeypatch):
     assert Alarms(**asdict(alarms)) == alarms
 
 
-def test_an_evaluation_raises_them_too(monkeypatch):
-    flow, _ = run(World(fresh_rng(), monkeypatch), plain, 1)
+def test_an_evaluation_raises_them_too():
+    flow, _ = asyncio.run(run(World(fresh_rng()), plain, 1))
     tally = Tally()
     row = replace(eval_row(fresh_rng(), 0), answered_share=0.0, truncated_share=1.0)
     said = tally.eval_row(flow.config, row).warnings

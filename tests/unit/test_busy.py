@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 from run_rows import fresh_rng
 
-from tutorloop.cluster.busy import BusyTime
+from tutorloop.cluster.pools.busy import BusyTime
 
 
 class Clock:

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from tutorloop.cluster import claim
-from tutorloop.cluster.claim import Claim, holder_of
+from tutorloop.cluster.recording import claim
+from tutorloop.cluster.recording.claim import Claim, holder_of
 from tutorloop.contracts.errors import RunFolderError, StorageError
 
 # Takes each folder that it is told of, says what came of it, and holds on to it until it is told to go on.
 HOLDER = """
 import sys
 from pathlib import Path
-from tutorloop.cluster.claim import Claim
+from tutorloop.cluster.recording.claim import Claim
 from tutorloop.contracts.errors import RunFolderError
 
 for line in sys.stdin:
@@ -212,7 +212,7 @@ def test_a_full_disk_is_the_machines(tmp_path: Path) -> None:
     script = f"""
 import resource, signal
 from pathlib import Path
-from tutorloop.cluster.claim import Claim
+from tutorloop.cluster.recording.claim import Claim
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
 try:

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from flow_cases import World
+from flow_cases import World, in_loop
 
 from tutorloop.cluster.methods import METHODS
-from tutorloop.cluster.methods.composition import Credit, Facts, natural
+from tutorloop.cluster.methods.parts.composition import Credit, RolloutSummary, natural
 from tutorloop.contracts.errors import NotFinite
 from tutorloop.contracts.recipe import parse_config
 from tutorloop.learner.packing import plan_updates
@@ -43,36 +43,38 @@ class Judging(World):
         return payload, receipt
 
 
-def trained(monkeypatch, order, method, options):
+async def trained(order, method, options):
     """What the learner is given of two steps, answered in the order that `order` decides."""
-    world = Judging(np.random.default_rng(order), monkeypatch, passes=lambda request: request.seed % 3 == 0)
+    world = Judging(np.random.default_rng(order), passes=lambda request: request.seed % 3 == 0)
     flow = world.flow(METHODS[method], method=method, prompts_per_step=12, **{"rollout.replicas": 5}, **options)
     given = []
     for step in range(2):
         flow.admit(step)
         world.version = step
-        shards = flow.take(step)
+        shards = await world.take(flow, step)
         rows = flow.trainable(step, shards)
         plan = plan_updates(rows, 2, 64, 2)
-        given.append(([(shard.requests, shard.scores) for shard in shards], rows, plan))
+        given.append(([(shard.requests, shard.for_learner("scores")) for shard in shards], rows, plan))
     return given, flow.dropped, len({shard.attempt for shard in shards})
 
 
 @pytest.mark.parametrize("method", list(RUNS))
-def test_a_step_is_the_same_whoever_answers_first(monkeypatch, method):
-    first, dropped, attempts = trained(monkeypatch, 0, method, RUNS[method])
+@in_loop
+async def test_a_step_is_the_same_whoever_answers_first(method):
+    first, dropped, attempts = await trained(0, method, RUNS[method])
     assert all(rows for _, rows, _ in first)
     assert (attempts > 1) == (method in ("dapo", "sg_opd", "star")), "what is asked on top is among it"
     for order in range(1, ORDERS):
-        assert trained(monkeypatch, order, method, RUNS[method])[:2] == (first, dropped)
+        assert (await trained(order, method, RUNS[method]))[:2] == (first, dropped)
 
 
-def test_rows_that_were_asked_for_at_once_stay_as_they_were_asked(monkeypatch):
-    world = World(np.random.default_rng(), monkeypatch)
+@in_loop
+async def test_rows_that_were_asked_for_at_once_stay_as_they_were_asked():
+    world = World(np.random.default_rng())
     flow = world.flow(METHODS["grpo"], step=3, prompts_per_step=12, **{"rollout.replicas": 5})
-    flow.admit(3)
+    await world.admit(flow, 3)
     world.version, asked = 3, world.requests()
-    taken = [request for shard in flow.take(3) for request in shard.requests]
+    taken = [request for shard in await world.take(flow, 3) for request in shard.requests]
     assert taken == asked and [int(r.group_id) for r in taken[::3]] == list(range(36, 48))
 
 
@@ -91,8 +93,8 @@ def test_credit_does_not_depend_on_the_order_of_the_facts(method):
         "reference": {"model": "s"} if method in ("g_opd", "exopd") else None,
     }
     credit = METHODS[method](parse_config(tree, [])).credit
-    facts = [
-        Facts(
+    rollouts = [
+        RolloutSummary(
             rollout_id=f"{group}-{mark}{sample}",
             group_id=str(group),
             source="teacher" if mark else "student",
@@ -109,10 +111,10 @@ def test_credit_does_not_depend_on_the_order_of_the_facts(method):
         for mark, count in (("", 12), ("t", 2))
         for sample in range(count)
     ]
-    wanted = dict(zip([fact.rollout_id for fact in facts], credit(facts, 3), strict=True))
+    wanted = dict(zip([rollout.rollout_id for rollout in rollouts], credit(rollouts, 3), strict=True))
     for _ in range(ORDERS):
-        shuffled = [facts[i] for i in rng.permutation(len(facts))]
-        assert dict(zip([fact.rollout_id for fact in shuffled], credit(shuffled, 3), strict=True)) == wanted
+        shuffled = [rollouts[i] for i in rng.permutation(len(rollouts))]
+        assert dict(zip([rollout.rollout_id for rollout in shuffled], credit(shuffled, 3), strict=True)) == wanted
 
 
 NEEDS_TEACHER = {
@@ -127,9 +129,12 @@ def test_ids_are_ordered_as_numbers():
 
 
 @pytest.mark.parametrize("credit", [Credit(advantage=float("nan")), Credit(weight=float("inf"))])
-def test_credit_that_is_no_number_is_named(monkeypatch, credit):
-    world = World(np.random.default_rng(), monkeypatch)
-    flow = world.flow(lambda config: replace(METHODS["grpo"](config), credit=lambda facts, step: [credit] * len(facts)))
+@in_loop
+async def test_credit_that_is_no_number_is_named(credit):
+    world = World(np.random.default_rng())
+    flow = world.flow(
+        lambda config: replace(METHODS["grpo"](config), credit=lambda rollouts, step: [credit] * len(rollouts))
+    )
     flow.admit(0)
     with pytest.raises(NotFinite, match=re.escape("rollout 0-0")):
-        flow.trainable(0, flow.take(0))
+        flow.trainable(0, await world.take(flow, 0))

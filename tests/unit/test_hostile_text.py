@@ -18,9 +18,9 @@ from tiny import tiny_tokenizer
 from typer.testing import CliRunner
 
 from tutorloop.cli.main import app
-from tutorloop.cluster.metrics import MetricsLog, read_rows
-from tutorloop.cluster.progress import Progress, final_table, plain
-from tutorloop.cluster.report import write_report
+from tutorloop.cluster.recording.metrics import MetricsLog, read_rows
+from tutorloop.cluster.recording.progress import Progress, final_table, plain
+from tutorloop.cluster.recording.report import write_report
 from tutorloop.contracts.arrow import decode, encode
 from tutorloop.contracts.protocols import Response
 from tutorloop.contracts.records import Prompt, Rollout, Verdict

@@ -18,7 +18,7 @@ from tutorloop.cluster import identity
 from tutorloop.cluster.identity import Identity, compare, digest_of_code, digest_of_model, identity_of
 from tutorloop.cluster.methods import compose_stages
 from tutorloop.cluster.preflight import check_inputs
-from tutorloop.cluster.run_folder import RunFolder
+from tutorloop.cluster.recording.run_folder import RunFolder
 from tutorloop.contracts.config import Config
 from tutorloop.contracts.errors import RunFolderError
 from tutorloop.contracts.recipe import load_config

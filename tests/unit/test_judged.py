@@ -5,8 +5,8 @@ import json
 import pytest
 
 from tutorloop.cluster.methods import compose_stages
+from tutorloop.cluster.pools.services import judges, judges_training
 from tutorloop.cluster.preflight import check_inputs, needs_of
-from tutorloop.cluster.services import judges, judges_training
 from tutorloop.contracts.errors import DataError
 from tutorloop.contracts.recipe import parse_config
 

@@ -13,11 +13,11 @@ import yaml
 
 from tutorloop.cluster.methods import METHODS, compose, compose_stages
 from tutorloop.cluster.methods.cold_start import teacher_share, try_again
-from tutorloop.cluster.methods.composition import Ask, Composition, Facts
 from tutorloop.cluster.methods.gkd import coin
+from tutorloop.cluster.methods.parts.composition import Composition, RolloutSummary, SampleSpec
+from tutorloop.cluster.methods.parts.verdict_signs import group_sign, outcome_sign
 from tutorloop.cluster.methods.sdpo import group_advantage
 from tutorloop.cluster.methods.seqkd import keep_valid, keep_verified
-from tutorloop.cluster.methods.verdict_signs import group_sign, outcome_sign
 from tutorloop.contracts.config import Config
 from tutorloop.contracts.recipe import load_config, parse_config
 from tutorloop.learner.terms import bind_terms
@@ -50,7 +50,7 @@ def only(method: str, teacher: dict | None = None, options: dict | None = None, 
     return composition
 
 
-def fact(**values: Any) -> Facts:
+def rollout(**values: Any) -> RolloutSummary:
     base = {
         "rollout_id": "r",
         "group_id": "g",
@@ -59,7 +59,7 @@ def fact(**values: Any) -> Facts:
         "length": 3,
         "truncated": False,
     }
-    return Facts(**{**base, **values})
+    return RolloutSummary(**{**base, **values})
 
 
 # ---- what each asks for ---------------------------------------------------------------------------------------------
@@ -69,7 +69,9 @@ def fact(**values: Any) -> Facts:
 def test_every_recipe_composes_and_its_terms_are_known(recipe: Path) -> None:
     for composition in compose_stages(load_config(recipe)):
         bind_terms(composition.terms)
-        asked = {ask.source for step in range(50) for position in range(8) for ask in composition.asks(step, position)}
+        asked = {
+            ask.source for step in range(50) for position in range(8) for ask in composition.samples(step, position)
+        }
         assert asked <= set(composition.generators)
         assert {source for term in composition.terms for source in term.sources} <= set(composition.generators)
 
@@ -131,7 +133,7 @@ def test_opd_in_three_strengths(
     assert composition.sampling.topk_support == support
     assert [(t.name, t.options) for t in composition.terms] == [(term, own)]
     assert composition.correction.kind == correction
-    assert list(composition.asks(0, 0)) == [Ask(samples=4)]
+    assert list(composition.samples(0, 0)) == [SampleSpec(samples=4)]
 
 
 def test_the_recipes_correction_comes_before_the_methods() -> None:
@@ -155,11 +157,11 @@ def test_combined_teachers_have_a_term_each_and_score_everything() -> None:
 def test_given_answers() -> None:
     sft = only("sft")
     assert sft.scoring is None and sft.scored == () and sft.generators == ("dataset",)
-    assert list(sft.asks(3, 1)) == [Ask(source="dataset")]
+    assert list(sft.samples(3, 1)) == [SampleSpec(source="dataset")]
     assert [(t.name, t.sources) for t in sft.terms] == [("nll", ("dataset",))]
 
     seqkd = only("seqkd", TEACHER, {"filter": "verified"})
-    assert list(seqkd.asks(0, 0)) == [Ask(source="teacher", samples=4)]
+    assert list(seqkd.samples(0, 0)) == [SampleSpec(source="teacher", samples=4)]
     assert seqkd.needs_verdicts and seqkd.scoring is None and not only("seqkd", TEACHER).needs_verdicts
 
     kd = only("kd", {**TEACHER, "signal": "exact"}, {"temperature": 2.0})
@@ -167,24 +169,24 @@ def test_given_answers() -> None:
     assert [(t.name, t.options, t.sources) for t in kd.terms] == [("exact_divergence", own, ("dataset",))]
     assert kd.scored == kd.generators == ("dataset",)
     kd = only("kd", {**TEACHER, "signal": "topk"}, {"answers": "teacher"})
-    assert list(kd.asks(0, 0)) == [Ask(source="teacher", samples=4)] and kd.scored == ("teacher",)
+    assert list(kd.samples(0, 0)) == [SampleSpec(source="teacher", samples=4)] and kd.scored == ("teacher",)
     assert kd.terms[0].options == {"direction": "forward", "rest": "tail"}
 
 
 def test_filters_of_the_teachers_answers() -> None:
-    facts = [
-        fact(passed=True, answer="7"),
-        fact(passed=False, answer="8"),
-        fact(passed=False, answer=""),
-        fact(passed=False, answer="7", truncated=True),
-        fact(passed=False, abstained=True),
+    rollouts = [
+        rollout(passed=True, answer="7"),
+        rollout(passed=False, answer="8"),
+        rollout(passed=False, answer=""),
+        rollout(passed=False, answer="7", truncated=True),
+        rollout(passed=False, abstained=True),
     ]
 
     def kept(credits: list) -> list:
         return [credit if isinstance(credit, str) else "" for credit in credits]
 
-    assert kept(keep_valid(facts, 0)) == ["", "", "invalid", "invalid", "abstained"]
-    assert kept(keep_verified(facts, 0)) == ["", "incorrect", "incorrect", "incorrect", "abstained"]
+    assert kept(keep_valid(rollouts, 0)) == ["", "", "invalid", "invalid", "abstained"]
+    assert kept(keep_verified(rollouts, 0)) == ["", "incorrect", "incorrect", "incorrect", "abstained"]
 
 
 def test_eopd_gates_a_second_forward_term() -> None:
@@ -210,7 +212,7 @@ def test_g_opd_reads_the_reference_unless_it_is_plain_opd() -> None:
 def test_constant_advantage_is_minus_one_and_asks_no_teacher() -> None:
     composition = only("constant_advantage")
     assert composition.scoring is None and not composition.needs_verdicts
-    credits = composition.credit([fact(), fact(passed=False), fact(abstained=True)], 0)
+    credits = composition.credit([rollout(), rollout(passed=False), rollout(abstained=True)], 0)
     assert [getattr(credit, "advantage", None) for credit in credits] == [-1.0] * 3
 
 
@@ -236,7 +238,7 @@ def test_sdpo_scores_judged_groups_on_the_students_ids() -> None:
     blend = only("sdpo", {**SELF, "signal": "sampled"}, {"grpo_weight": 0.3})
     weights = {"policy_gradient": 0.7, "clipped_policy_gradient": 0.3}
     assert {t.name: t.weight for t in blend.terms} == weights and all(t.of_batch for t in blend.terms)
-    first, second = group_advantage([fact(reward=1.0), fact(reward=0.0)])
+    first, second = group_advantage([rollout(reward=1.0), rollout(reward=0.0)])
     assert getattr(first, "advantage", 0) == pytest.approx(0.5 / math.sqrt(0.5), abs=1e-5)
     assert getattr(second, "advantage", 0) == pytest.approx(-0.5 / math.sqrt(0.5), abs=1e-5)
 
@@ -248,16 +250,16 @@ def test_gkds_coin_falls_by_step_and_its_ends_are_exact() -> None:
     teacher = {**TEACHER, "signal": "exact"}
     for share in (0.2, 0.5, 0.9):
         composition = only("gkd", teacher, {"on_policy": share}, seed=3)
-        steps = [composition.asks(step, 0)[0].source for step in range(2000)]
+        steps = [composition.samples(step, 0)[0].source for step in range(2000)]
         assert set(steps) == set(composition.generators) == set(composition.scored) == {"student", "dataset"}
         deviation = math.sqrt(share * (1 - share) / len(steps))
         assert abs(steps.count("student") / len(steps) - share) < 4 * deviation
-        assert all(composition.asks(7, position) == composition.asks(7, 0) for position in range(5))
+        assert all(composition.samples(7, position) == composition.samples(7, 0) for position in range(5))
     assert coin(3, 5) == coin(3, 5) != coin(4, 5)
     for share, source in ((0, "teacher"), (1, "student")):
         options = {"on_policy": share, **({"other": "teacher"} if share == 0 else {})}
         composition = only("gkd", teacher, options)
-        assert {composition.asks(step, 0)[0].source for step in range(500)} == {source}
+        assert {composition.samples(step, 0)[0].source for step in range(500)} == {source}
         assert composition.generators == composition.scored == composition.terms[0].sources == (source,)
     for beta in (0.0, 1.0):
         assert only("gkd", teacher, {"beta": beta}).terms[0].options["beta"] == beta
@@ -277,19 +279,19 @@ def test_the_cold_start_asks_the_teacher_in_a_share_of_the_prompts() -> None:
     assert composition.generators == ("student", "teacher") and composition.scored == ("student",)
     for step in (0, 5, 12, 19, 20, 60):
         share = 0.5 * max(0.0, 1 - step / 20)
-        asks = [composition.asks(step, position) for position in range(1500)]
-        assert all(ask[0] == Ask(samples=8) for ask in asks)
+        asks = [composition.samples(step, position) for position in range(1500)]
+        assert all(ask[0] == SampleSpec(samples=8) for ask in asks)
         taught = [ask[1] for ask in asks if len(ask) > 1]
         assert abs(len(taught) / len(asks) - share) <= 4 * math.sqrt(share * (1 - share) / len(asks))
-        assert set(taught) <= {Ask(source="teacher", samples=math.ceil(Fraction(20 - step, 40) * 8))}
-    assert composition.asks(3, 4) == composition.asks(3, 4)
+        assert set(taught) <= {SampleSpec(source="teacher", samples=math.ceil(Fraction(20 - step, 40) * 8))}
+    assert composition.samples(3, 4) == composition.samples(3, 4)
     gated, given = composition.terms
     assert (gated.name, gated.sources, given.name, given.sources) == ("sign_gate", ("student",), "nll", ("teacher",))
     assert gated.of_batch and given.of_batch
 
     none = only("sg_opd", TEACHER, {"cold_start": 0.0})
     assert none.generators == ("student",) and none.follow_up is None and not none.terms[0].of_batch
-    assert {len(none.asks(0, position)) for position in range(50)} == {1}
+    assert {len(none.samples(0, position)) for position in range(50)} == {1}
 
 
 def test_the_teacher_tries_again_and_then_the_student_answers() -> None:
@@ -303,7 +305,7 @@ def test_the_teacher_tries_again_and_then_the_student_answers() -> None:
         while True:
             answers.append(source)
             passed = source == "teacher" and len(answers) >= right_at
-            judged = [fact(source=source, passed=passed), fact(source="student", passed=False)]
+            judged = [rollout(source=source, passed=passed), rollout(source="student", passed=False)]
             extra = follow_up(judged, attempt)
             if not extra:
                 break
@@ -318,11 +320,11 @@ def test_signs_against_a_slow_rule() -> None:
     seed = random.randrange(2**32)
     print("seed", seed)
     draw = random.Random(seed)
-    facts = []
+    rollouts = []
     for index in range(200):
         reward = draw.choice([0.0, 0.25, 0.5, 1.0]) if index >= 20 else 0.1
-        facts.append(
-            fact(
+        rollouts.append(
+            rollout(
                 group_id=f"g{index // 10}",
                 source="teacher" if draw.random() < 0.2 else "student",
                 truncated=draw.random() < 0.2,
@@ -331,8 +333,8 @@ def test_signs_against_a_slow_rule() -> None:
                 passed=reward > 0.5,
             )
         )
-    outcome, group = outcome_sign(facts, 0), group_sign(facts, 0)
-    for index, one in enumerate(facts):
+    outcome, group = outcome_sign(rollouts, 0), group_sign(rollouts, 0)
+    for index, one in enumerate(rollouts):
         if one.source == "teacher":
             expected = "" if one.passed else "abstained" if one.abstained else "teacher_incorrect"
             assert [c if isinstance(c, str) else "" for c in (outcome[index], group[index])] == [expected] * 2
@@ -340,7 +342,7 @@ def test_signs_against_a_slow_rule() -> None:
         neutral = one.truncated or one.abstained
         peers = [
             Fraction(p.reward)
-            for p in facts
+            for p in rollouts
             if p.group_id == one.group_id and p.source == "student" and not p.truncated and not p.abstained
         ]
         gap = 0 if neutral else Fraction(one.reward) - sum(peers) / len(peers)

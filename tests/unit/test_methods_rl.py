@@ -9,7 +9,7 @@ import pytest
 import torch
 from run_rows import fresh_rng
 
-from tutorloop.cluster.methods.composition import Ask, Composition, Credit, Facts
+from tutorloop.cluster.methods.parts.composition import Composition, Credit, RolloutSummary, SampleSpec
 from tutorloop.contracts.config import Config
 from tutorloop.contracts.errors import ConfigError
 from tutorloop.contracts.recipe import load_config, parse_config
@@ -37,14 +37,14 @@ def method(name: str, *overrides: str, **options: object) -> Composition:
     return composed(parse_config({**PLAIN, "method": name, "method_options": options}, overrides))
 
 
-def fact(group: str, reward: float, **changes) -> Facts:
+def rollout(group: str, reward: float, **changes) -> RolloutSummary:
     """One judged answer of 10 tokens; `abstained` ones say reward 0 as the verifier does."""
     own = {"source": "student", "context": "plain", "length": 10, "truncated": False, "passed": reward >= 0.5}
-    return Facts(rollout_id="r", group_id=group, reward=reward, **{**own, **changes})
+    return RolloutSummary(rollout_id="r", group_id=group, reward=reward, **{**own, **changes})
 
 
-def facts_of(rewards: list[list[float]]) -> list[Facts]:
-    return [fact(f"g{row}", reward) for row, group in enumerate(rewards) for reward in group]
+def facts_of(rewards: list[list[float]]) -> list[RolloutSummary]:
+    return [rollout(f"g{row}", reward) for row, group in enumerate(rewards) for reward in group]
 
 
 def advantages(credits: list) -> list:
@@ -55,8 +55,8 @@ def golden(name: str) -> dict:
     return json.loads((Path(__file__).parents[1] / "golden" / f"{name}.json").read_text())
 
 
-def abstained(group: str = "g0") -> Facts:
-    return fact(group, 0.0, abstained=True, passed=False)
+def abstained(group: str = "g0") -> RolloutSummary:
+    return rollout(group, 0.0, abstained=True, passed=False)
 
 
 MIXED, RIGHT, WRONG = [1.0, 0.0, 0.0, 1.0], [1.0] * 4, [0.0] * 4
@@ -77,12 +77,12 @@ def test_recipes_compose_and_their_terms_bind(name):
 @pytest.mark.parametrize("name", RL + LIKELIHOOD)
 def test_the_student_answers_a_group_and_what_was_not_judged_is_dropped(name):
     composition = method(name)
-    assert composition.asks(0, 0) == (Ask(samples=4),) and composition.generators == ("student",)
-    facts = [abstained(), *facts_of([MIXED, RIGHT, WRONG]), abstained("g9")]
-    credits = composition.credit(facts, 0)
-    assert len(credits) == len(facts)
+    assert composition.samples(0, 0) == (SampleSpec(samples=4),) and composition.generators == ("student",)
+    rollouts = [abstained(), *facts_of([MIXED, RIGHT, WRONG]), abstained("g9")]
+    credits = composition.credit(rollouts, 0)
+    assert len(credits) == len(rollouts)
     assert credits[0] == credits[-1] == "abstained" and "abstained" not in credits[1:-1]
-    assert list(credits[1:-1]) == list(composition.credit(facts[1:-1], 0))  # they change no mean
+    assert list(credits[1:-1]) == list(composition.credit(rollouts[1:-1], 0))  # they change no mean
     assert list(composition.credit([abstained(), abstained("g1")], 0)) == ["abstained"] * 2
     assert list(composition.credit([], 0)) == []
 
@@ -90,7 +90,7 @@ def test_the_student_answers_a_group_and_what_was_not_judged_is_dropped(name):
 @pytest.mark.parametrize("name", sorted(set(RL) - {"reinforce_pp", "raft_pp"}))
 def test_group_methods_need_a_group(name):
     assert method(name).min_samples == 2
-    credit = method(name).credit([fact("g0", 1.0), abstained()], 0)[0]
+    credit = method(name).credit([rollout("g0", 1.0), abstained()], 0)[0]
     assert isinstance(credit, str) or credit.advantage == 0  # one judged answer has nothing to be compared with
 
 
@@ -132,21 +132,21 @@ def test_likelihood_methods_train_nll_without_a_correction(name):
 )
 def test_advantages_golden_with_answers_in_any_order(name, options, expected):
     read = golden("grpo")
-    facts = facts_of(read["inputs"]["rewards"])
+    rollouts = facts_of(read["inputs"]["rewards"])
     wanted = np.array(read["expected"][expected]).ravel()
-    order = fresh_rng().permutation(len(facts))
-    credits = method(name, **options).credit([facts[index] for index in order], 0)
+    order = fresh_rng().permutation(len(rollouts))
+    credits = method(name, **options).credit([rollouts[index] for index in order], 0)
     assert advantages(credits) == pytest.approx(wanted[order].tolist(), abs=read["tol"])
     assert all(credit.weight == 1 for credit in credits)
 
 
 def test_grpo_group_weights_golden_and_dropped_groups():
     read = golden("grpo")
-    facts = facts_of(read["inputs"]["rewards"])
+    rollouts = facts_of(read["inputs"]["rewards"])
     for rule, name in (("frontier", "frontier_weight_4p1mp"), ("paced", "paced_weight_p1mp")):
-        weights = [credit.weight for credit in method("grpo", group_weight=rule).credit(facts, 0)]
+        weights = [credit.weight for credit in method("grpo", group_weight=rule).credit(rollouts, 0)]
         assert weights == pytest.approx(np.repeat(read["expected"][name], 4).tolist(), abs=read["tol"])
-    credits = method("grpo", drop_zero_variance=True).credit(facts, 0)
+    credits = method("grpo", drop_zero_variance=True).credit(rollouts, 0)
     kept = [int(isinstance(credit, Credit)) for credit in credits[::4]]
     assert kept == read["expected"]["keep_group_dynamic_sampling"]
     assert set(credits[4:12]) == {"zero_variance"}
@@ -217,16 +217,16 @@ def test_kdrl_asks_for_the_sampled_signal_alone():
 
 def test_dapo_drops_equal_groups_and_asks_for_as_many_fresh_prompts():
     composition = method("dapo", max_refills=2)
-    judged_alike = [fact("g4", 1.0), abstained("g4")]
-    facts = [*facts_of([MIXED, RIGHT, WRONG]), abstained("g3"), *judged_alike]
-    credits = composition.credit(facts, 0)
+    judged_alike = [rollout("g4", 1.0), abstained("g4")]
+    rollouts = [*facts_of([MIXED, RIGHT, WRONG]), abstained("g3"), *judged_alike]
+    credits = composition.credit(rollouts, 0)
     assert [isinstance(credit, Credit) for credit in credits[:4]] == [True] * 4
     assert credits[4:] == ["zero_variance"] * 8 + ["abstained", "zero_variance", "abstained"]
-    fresh = [("", Ask(samples=4))] * 4
-    assert composition.follow_up(facts, 1) == composition.follow_up(facts, 2) == fresh
-    assert composition.follow_up(facts, 3) == []
+    fresh = [("", SampleSpec(samples=4))] * 4
+    assert composition.follow_up(rollouts, 1) == composition.follow_up(rollouts, 2) == fresh
+    assert composition.follow_up(rollouts, 3) == []
     assert composition.follow_up(facts_of([MIXED]), 1) == []
-    assert method("dapo", max_refills=0).follow_up(facts, 1) == []
+    assert method("dapo", max_refills=0).follow_up(rollouts, 1) == []
 
 
 @pytest.mark.parametrize("max_refills", [0, 1, 4, 50])
@@ -237,27 +237,29 @@ def test_dapo_refills_until_the_step_is_full_or_the_budget_is_spent(max_refills)
     everything, call, attempt, asked = [], 12, 1, 12
     while call:
         rewards = (rng.random((call, 4)) < rng.choice([0.1, 0.5], (call, 1))).astype(float)
-        facts = [fact(f"{attempt}-{row}", reward) for row, group in enumerate(rewards) for reward in group]
-        everything += facts
-        follow_up = composition.follow_up(facts, attempt)
+        rollouts = [rollout(f"{attempt}-{row}", reward) for row, group in enumerate(rewards) for reward in group]
+        everything += rollouts
+        follow_up = composition.follow_up(rollouts, attempt)
         call, attempt, asked = len(follow_up), attempt + 1, asked + len(follow_up)
     assert attempt - 2 <= max_refills
     credits = composition.credit(everything, 0)
-    trained = {fact.group_id for fact, credit in zip(everything, credits, strict=True) if isinstance(credit, Credit)}
-    assert len({fact.group_id for fact in everything}) == asked
+    trained = {
+        rollout.group_id for rollout, credit in zip(everything, credits, strict=True) if isinstance(credit, Credit)
+    }
+    assert len({rollout.group_id for rollout in everything}) == asked
     assert len(trained) == 12 if attempt - 2 < max_refills else len(trained) <= 12
 
 
 def test_dapo_penalises_the_last_tokens_of_the_limit():
     """Limit 50, buffer a fifth: 45 tokens cost half the factor. Rewards are ±1, and the penalty makes no variance."""
     composition = method("dapo")
-    facts = [fact("g", 1.0), fact("g", 1.0, length=45), fact("g", 0.0), fact("g", 0.0, length=50)]
+    rollouts = [rollout("g", 1.0), rollout("g", 1.0, length=45), rollout("g", 0.0), rollout("g", 0.0, length=50)]
     shaped = np.array([1, 1 - 0.5, -1, -1 - 1.0])
     expected = (shaped - shaped.mean()) / (shaped.std(ddof=1) + 1e-6)
-    assert advantages(composition.credit(facts, 0)) == pytest.approx(expected.tolist(), abs=1e-9)
-    equal = [fact("g", 1.0), fact("g", 1.0, length=50)]
+    assert advantages(composition.credit(rollouts, 0)) == pytest.approx(expected.tolist(), abs=1e-9)
+    equal = [rollout("g", 1.0), rollout("g", 1.0, length=50)]
     assert composition.credit(equal, 0) == ["zero_variance"] * 2
-    plain = method("dapo", overlong_buffer=0).credit(facts, 0)
+    plain = method("dapo", overlong_buffer=0).credit(rollouts, 0)
     assert advantages(plain) == pytest.approx([3**0.5 / 2, 3**0.5 / 2, -(3**0.5) / 2, -(3**0.5) / 2], abs=1e-5)
 
 
@@ -266,10 +268,10 @@ def test_dapo_penalises_the_last_tokens_of_the_limit():
 
 def test_raft_and_raft_pp_keep_positives():
     read = golden("rejection_ft")
-    facts = facts_of(read["inputs"]["rewards"])
+    rollouts = facts_of(read["inputs"]["rewards"])
     mask = np.array(read["expected"]["raft_positive_mask"]).ravel().astype(bool)
     for name in ("raft", "raft_pp"):
-        assert method(name).credit(facts, 0) == [Credit(advantage=1.0) if kept else "incorrect" for kept in mask]
+        assert method(name).credit(rollouts, 0) == [Credit(advantage=1.0) if kept else "incorrect" for kept in mask]
 
 
 def test_raft_keeps_the_best_golden():
@@ -279,7 +281,7 @@ def test_raft_keeps_the_best_golden():
         group = credits[4 * row : 4 * row + 4]
         assert [index for index, credit in enumerate(group) if isinstance(credit, Credit)] == [best] * (best >= 0)
     assert credits[4:8] == [Credit(advantage=1.0), *["not_best"] * 3] and credits[8:12] == ["incorrect"] * 4
-    graded = [fact("g", 0.6), fact("g", 0.9), fact("g", 2.0, passed=False)]
+    graded = [rollout("g", 0.6), rollout("g", 0.9), rollout("g", 2.0, passed=False)]
     assert method("raft", keep="best").credit(graded, 0) == ["not_best", Credit(advantage=1.0), "incorrect"]
 
 
@@ -294,10 +296,10 @@ def test_reinforce_rej_golden_and_its_reasons():
 
 def test_rft_trains_each_path_of_a_prompt_once():
     paths = [("a", 1), ("b", 0), ("b", 1), ("a", 1), ("b", 1), ("c", 0)]
-    facts = [fact("g0", float(right), path=path) for path, right in paths] + [fact("g1", 1.0, path="a")]
+    rollouts = [rollout("g0", float(right), path=path) for path, right in paths] + [rollout("g1", 1.0, path="a")]
     kept = Credit(advantage=1.0)
     expected = [kept, "incorrect", kept, "duplicate_path", "duplicate_path", "incorrect", kept]
-    assert method("rft").credit(facts, 0) == expected
+    assert method("rft").credit(rollouts, 0) == expected
     assert method("rft").round_steps == 40 and method("rft", round_steps=8).round_steps == 8
     assert not method("rft").restart
 
@@ -305,31 +307,31 @@ def test_rft_trains_each_path_of_a_prompt_once():
 def test_rest_raises_its_threshold_within_a_round():
     composition = method("rest", round_steps=4, thresholds=[0.5, 0.8], length_cost=0.5)
     assert composition.round_steps == 4 and not composition.restart
-    facts = [fact("g", 1.0), fact("g", 1.0, length=30), fact("g", 0.0), abstained("g")]
+    rollouts = [rollout("g", 1.0), rollout("g", 1.0, length=30), rollout("g", 0.0), abstained("g")]
     short, long = Credit(advantage=1.0), Credit(advantage=1.0)  # scores 0.9 and 0.7
     for step in range(8):
         second = long if step % 4 < 2 else "below_threshold"
-        assert composition.credit(facts, step) == [short, second, "below_threshold", "abstained"]
+        assert composition.credit(rollouts, step) == [short, second, "below_threshold", "abstained"]
 
 
 def test_star_rationalises_failed_prompts_once_golden():
     read = golden("rejection_ft")
-    facts = facts_of(read["inputs"]["rewards"])
+    rollouts = facts_of(read["inputs"]["rewards"])
     composition = method("star", template="solution@1", round_steps=7)
-    asked = composition.follow_up(facts, 1)
+    asked = composition.follow_up(rollouts, 1)
     wanted = [f"g{row}" for row, failed in enumerate(read["expected"]["star_rationalise_prompts"]) if failed]
-    assert asked == [(group, Ask(context="solution@1")) for group in wanted]
-    hinted = [fact("g2", 0.0, context="solution@1")]
+    assert asked == [(group, SampleSpec(context="solution@1")) for group in wanted]
+    hinted = [rollout("g2", 0.0, context="solution@1")]
     assert composition.follow_up(hinted, 2) == [] == composition.follow_up([abstained()], 1)
     assert composition.restart and composition.round_steps == 7
-    assert method("star").follow_up(facts, 1)[0][1].context == "answer@1"
+    assert method("star").follow_up(rollouts, 1)[0][1].context == "answer@1"
 
 
 def test_star_trains_what_passed_with_or_without_the_hint():
-    facts = [fact("a", 1.0), fact("b", 0.0), fact("c", 0.0)]
-    facts += [fact("b", 1.0, context="answer@1"), fact("c", 0.0, context="answer@1")]
+    rollouts = [rollout("a", 1.0), rollout("b", 0.0), rollout("c", 0.0)]
+    rollouts += [rollout("b", 1.0, context="answer@1"), rollout("c", 0.0, context="answer@1")]
     kept = Credit(advantage=1.0)
-    assert method("star").credit(facts, 0) == [kept, "incorrect", "incorrect", kept, "incorrect"]
+    assert method("star").credit(rollouts, 0) == [kept, "incorrect", "incorrect", kept, "incorrect"]
 
 
 # ---- refusals ----------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 import tutorloop
-from tutorloop.cluster.metrics import MetricsLog, read_rows
+from tutorloop.cluster.recording.metrics import MetricsLog, read_rows
 from tutorloop.contracts.errors import ConfigError, RunFolderError
 
 
@@ -231,9 +231,8 @@ def test_two_runs_in_one_process_do_not_mix(tmp_path):
 
 
 def test_reading_rows_loads_neither_torch_nor_ray(tmp_path):
-    code = (
-        "import sys, tutorloop.cluster.report; print([m for m in ('torch', 'ray', 'tensorboardX') if m in sys.modules])"
-    )
+    watched = ("torch", "ray", "tensorboardX")
+    code = f"import sys, tutorloop.cluster.recording.report; print([m for m in {watched} if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
 

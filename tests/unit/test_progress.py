@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 from run_rows import eval_row, fresh_rng, step_row, summary_of
 
-from tutorloop.cluster.progress import Progress, accuracy_figures, clock, final_table, plain
+from tutorloop.cluster.recording.progress import Progress, accuracy_figures, clock, final_table, plain
 
 SAMPLE = {
     "step": 3,

@@ -8,10 +8,10 @@ import pytest
 from run_rows import fresh_rng, step_row
 from test_hostile_text import STEERS, TEXTS
 
-from tutorloop.cluster.metrics import MetricsLog
-from tutorloop.cluster.progress import excerpt, sample_facts
-from tutorloop.cluster.report import write_report
-from tutorloop.cluster.samples import (
+from tutorloop.cluster.recording.metrics import MetricsLog
+from tutorloop.cluster.recording.progress import excerpt, sample_facts
+from tutorloop.cluster.recording.report import write_report
+from tutorloop.cluster.recording.samples import (
     ROLLOUTS_FILE,
     lines_of,
     newest_sample,

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from run_rows import eval_row, fresh_rng, step_row, summary_of
 
-from tutorloop.cluster.curves import _bins, _curves
-from tutorloop.cluster.metrics import EvalRow, StepRow
-from tutorloop.cluster.plots import Panel, Series, svg
-from tutorloop.cluster.report import write_report
+from tutorloop.cluster.recording.curves import _bins, _curves
+from tutorloop.cluster.recording.metrics import EvalRow, StepRow
+from tutorloop.cluster.recording.plots import Panel, Series, svg
+from tutorloop.cluster.recording.report import write_report
 from tutorloop.contracts.errors import RunFolderError
 
 HOSTILE = "<script>alert('x')</script>&\"' \x1b[31m $\\frac{"

@@ -1,5 +1,6 @@
 """A run's folder: who may use it, and checkpoints that are whole or not there."""
 
+import asyncio
 import errno
 import os
 import subprocess
@@ -12,8 +13,8 @@ from pathlib import Path
 import pytest
 from run_rows import fresh_rng, step_row
 
-from tutorloop.cluster.metrics import MetricsLog, read_rows
-from tutorloop.cluster.run_folder import RunFolder
+from tutorloop.cluster.recording.metrics import MetricsLog, read_rows
+from tutorloop.cluster.recording.run_folder import RunFolder
 from tutorloop.contracts.config import Config
 from tutorloop.contracts.errors import CheckpointError, LearnerError, RunFolderError, StorageError
 from tutorloop.contracts.recipe import parse_config
@@ -34,7 +35,7 @@ def config(**changes: object) -> Config:
     return parse_config({**tree, **changes})
 
 
-def write_learner(folder: Path) -> None:
+async def write_learner(folder: Path) -> None:
     (folder / "learner").mkdir()
     (folder / "learner" / "weights").write_bytes(bytes(range(256)) * 40)
 
@@ -43,7 +44,7 @@ def saved(tmp_path: Path, *steps: int, keep: int = 2) -> RunFolder:
     folder = RunFolder(tmp_path / "run")
     folder.create(config())
     for step in steps:
-        folder.save_checkpoint(step, {"step": step}, write_learner, keep)
+        asyncio.run(folder.save_checkpoint(step, {"step": step}, write_learner, keep))
     return folder
 
 
@@ -150,12 +151,12 @@ def test_the_newest_checkpoint_comes_back_and_old_ones_go(tmp_path: Path) -> Non
 def test_a_failed_write_leaves_the_older_checkpoint(tmp_path: Path) -> None:
     folder = saved(tmp_path, 1)
 
-    def fails(path: Path) -> None:
-        write_learner(path)
+    async def fails(path: Path) -> None:
+        await write_learner(path)
         raise OSError(28, "No space left on device")
 
     with pytest.raises(StorageError, match="No space"):
-        folder.save_checkpoint(2, {}, fails, keep=1)
+        asyncio.run(folder.save_checkpoint(2, {}, fails, keep=1))
     found = folder.latest_checkpoint()
     assert found is not None and found[1]["step"] == 1
 
@@ -164,7 +165,7 @@ def test_a_killed_writers_rest_is_cleared_and_a_saved_step_is_replaced_whole(tmp
     folder = saved(tmp_path, 999999, 1000000)
     (folder.checkpoints / ".step-000002.tmp" / "learner").mkdir(parents=True)
     (folder.checkpoints / "step-000003.bak").mkdir()
-    folder.save_checkpoint(1000000, {"step": 1000000, "again": True}, write_learner, 2)
+    asyncio.run(folder.save_checkpoint(1000000, {"step": 1000000, "again": True}, write_learner, 2))
     found = folder.latest_checkpoint()
     assert found is not None and found[1]["again"]
     names = ["step-000003.bak", "step-1000000", "step-999999"]
@@ -192,23 +193,23 @@ def test_a_full_disk_keeps_what_stands_and_says_so(full_disk: Path) -> None:
 
     with folder.claimed(config(), False, print):
         folder.create(config())
-        folder.save_checkpoint(1, {"step": 1}, write_learner, 2)
-        folder.put(folder.path / "final", "the model", write_learner)
+        asyncio.run(folder.save_checkpoint(1, {"step": 1}, write_learner, 2))
+        asyncio.run(folder.put(folder.path / "final", "the model", write_learner))
         before = files()
 
-        def too_much(path: Path) -> None:
+        async def too_much(path: Path) -> None:
             (path / "weights").write_bytes(b"x" * 2**21)
 
-        def in_an_actor(path: Path) -> None:
+        async def in_an_actor(path: Path) -> None:
             raise LearnerError("the learner must finish its call", "PytorchStreamWriter failed writing file")
 
         for write in (too_much, in_an_actor):
             with pytest.raises(StorageError, match=r"a checkpoint needs room .*\n.* MiB free"):
-                folder.save_checkpoint(2, {"step": 2}, write, 2)
+                asyncio.run(folder.save_checkpoint(2, {"step": 2}, write, 2))
             with pytest.raises(StorageError, match="the model needs room"):
-                folder.put(folder.path / "final", "the model", write)
+                asyncio.run(folder.put(folder.path / "final", "the model", write))
         with pytest.raises(StorageError, match="the run needs room"), folder.room_for("the run"):
-            too_much(full_disk)
+            asyncio.run(too_much(full_disk))
         with pytest.raises(StorageError, match=r"config\.yaml needs room"):
             folder.create(config(seed=7))
         assert before == files()

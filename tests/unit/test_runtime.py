@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from tutorloop.cluster import address as addresses
-from tutorloop.cluster.address import Address, find, prove, read
-from tutorloop.cluster.deaths import cause_of, first_line, last_lines, oom_kills, tail_of
 from tutorloop.cluster.interrupt import Interrupt, Interrupted, unbroken
-from tutorloop.cluster.runtime import cluster
+from tutorloop.cluster.pools import address as addresses
+from tutorloop.cluster.pools.address import Address, find, prove, read
+from tutorloop.cluster.pools.deaths import cause_of, first_line, last_lines, oom_kills, tail_of
+from tutorloop.cluster.pools.ray_cluster import cluster
+from tutorloop.cluster.pools.surroundings import SOCKET, SOCKET_PATH_BYTES, check_shared_memory, give_token, temp_dir
 from tutorloop.cluster.startup import Startup
-from tutorloop.cluster.surroundings import SOCKET, SOCKET_PATH_BYTES, check_shared_memory, give_token, temp_dir
 from tutorloop.contracts.errors import ResourceError
 
 # ---- addresses -------------------------------------------------------------------------------------------------------
@@ -220,7 +220,7 @@ def test_a_token_is_given_where_home_keeps_none(tmp_path: Path) -> None:
 
 
 def test_small_shared_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tutorloop.cluster import surroundings
+    from tutorloop.cluster.pools import surroundings
 
     told: list[str] = []
     for room, said in ((64 * 2**20, True), (1 << 40, False)):

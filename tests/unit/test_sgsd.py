@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from flow_cases import PROMPTS, World
+from flow_cases import PROMPTS, World, in_loop
 
 from tutorloop.cluster.methods import compose
-from tutorloop.cluster.methods.composition import Composition, Facts, sampling_of, student_group
+from tutorloop.cluster.methods.parts.composition import Composition, RolloutSummary, sampling_of, student_group
 from tutorloop.contracts.errors import ConfigError
 from tutorloop.contracts.recipe import parse_config
 from tutorloop.contracts.records import Prompt, SampleRequest, ScoreRequest
@@ -30,9 +30,9 @@ def composed(options=None, **changes):
     return compose(parse_config({**tree, "method_options": options or {}}, []))
 
 
-def fact(**known):
+def rollout(**known):
     base = {"rollout_id": "r", "group_id": "g", "source": "student", "context": "plain", "length": 3}
-    return Facts(**{**base, "truncated": False, **known})
+    return RolloutSummary(**{**base, "truncated": False, **known})
 
 
 def test_the_defaults_are_the_papers():
@@ -55,15 +55,15 @@ def test_the_local_support_asks_for_the_views_best_ids():
 
 
 def test_outcomes_become_signs():
-    facts = [
-        fact(passed=True),
-        fact(passed=False),
-        fact(passed=False, abstained=True),
-        fact(passed=False, truncated=True),
+    rollouts = [
+        rollout(passed=True),
+        rollout(passed=False),
+        rollout(passed=False, abstained=True),
+        rollout(passed=False, truncated=True),
     ]
-    signs = [credit.advantage for credit in composed().credit(facts, 0)]
+    signs = [credit.advantage for credit in composed().credit(rollouts, 0)]
     assert signs == [1.0, -1.0, 0.0, -1.0]
-    signs = [credit.advantage for credit in composed({"truncated": "neutral"}).credit(facts, 0)]
+    signs = [credit.advantage for credit in composed({"truncated": "neutral"}).credit(rollouts, 0)]
     assert signs == [1.0, -1.0, 0.0, 0.0]
 
 
@@ -97,26 +97,25 @@ def test_a_bank_that_no_method_shows_is_refused():
 
 def viewed(config):
     asked = ScoreRequest(signal="sampled", context="skills@1", views=3)
-    return Composition(terms=(), asks=student_group(config), sampling=sampling_of(config), scoring=asked)
+    return Composition(terms=(), samples=student_group(config), sampling=sampling_of(config), scoring=asked)
 
 
-def test_teachers_wait_for_the_skills_of_a_shard_and_get_them(monkeypatch):
+@in_loop
+async def test_teachers_wait_for_the_skills_of_a_shard_and_get_them():
     """In whatever order generation, retrieval and verdicts come, each score call has the pairs of its own prompts."""
     for seed in range(20):
-        world = World(np.random.default_rng(seed), monkeypatch)
+        world = World(np.random.default_rng(seed))
         flow = world.flow(viewed)
         flow.admit(0)
-        shards = flow.take(0)
-        world.answer_all()
-        retrieved = [call.args for _, call in world.calls("retrieve")]
-        assert len(retrieved) == len(shards)
+        shards = await world.take(flow, 0)
+        await world.answer_all()
+        assert len(world.calls("retrieve")) == len(shards)
         for shard in shards:
-            rows = tuple(request.row for request in shard.requests)
-            assert shard.skills == ("skills", rows) and not shard.held
+            assert shard.skills == ("skills", tuple(request.row for request in shard.requests))
         for _, call in world.calls("score"):
-            (_, requests), request, prompts, _, skills = call.args
-            assert request.views == 3 and prompts is PROMPTS
-            assert skills == ("skills", tuple(asked.row for asked in requests))
+            (_, requests), given = call.arguments["rollouts"], call.arguments
+            assert given["request"].views == 3 and given["prompts"] is PROMPTS and "verdicts" not in given
+            assert given["skills"] == ("skills", tuple(asked.row for asked in requests))
 
 
 def test_special_tokens_and_newlines_are_masked():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from run_rows import fresh_rng
 
-from tutorloop.cluster.statistics import intervals, majority, pass_at_k, summarise
+from tutorloop.cluster.recording.statistics import intervals, majority, pass_at_k, summarise
 from tutorloop.contracts.errors import RecordError
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "eval_metrics.json").read_text())

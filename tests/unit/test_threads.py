@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from tutorloop.cluster import threads
+from tutorloop.cluster.pools import threads
 from tutorloop.contracts.config import Config
 from tutorloop.models import loading
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pyarrow as pa
 
 from ...contracts.arrow import decode, encode, rows_named
-from ...contracts.records import Prompt, Receipt, Rollout, Stances, Verdict
+from ...contracts.receipts import Receipt
+from ...contracts.records import Prompt, Rollout, Stances, Verdict
 from ...contracts.skills import SkillPairs
 from .build import online_update
 from .chat import ChatModel
@@ -59,7 +60,7 @@ class SkillWorker:
         wanted = {prompt.prompt_id: prompt.text for prompt in decode(Prompt, prompts, rows)}
         self._find({key: text for key, text in wanted.items() if (key, k) not in self._found}, k)
         found = [self._found[key, k] for key in wanted]
-        receipt = Receipt(rows=len(found), tokens=0, seconds=time.perf_counter() - start)
+        receipt = Receipt(rows=len(found), seconds=time.perf_counter() - start)
         return encode(SkillPairs, found), receipt
 
     def _find(self, problems: dict[str, str], k: int) -> None:

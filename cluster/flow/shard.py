@@ -1,0 +1,97 @@
+"""A shard: some rollouts of one step and source, by reference, and what is known about them.
+
+A batch is a reference (into Ray's object store; in one process the batch itself); the driver never reads it. What it
+does read are the receipts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...contracts.receipts import Receipt, RolloutReceipt, VerdictReceipt
+from ...contracts.records import SampleRequest
+from ..methods.parts.annotations import ROLLOUTS, SKILLS, VERDICTS, Annotation
+from ..methods.parts.composition import Credit, RolloutSummary
+
+OF_VERDICTS = {"rewards": "reward", "passed": "passed", "abstained": "abstained", "answers": "answer", "paths": "path"}
+
+
+@dataclass(slots=True, eq=False)
+class Shard:
+    """`batches` and `receipts` by what made them: "rollouts", or the annotation; and, of a service with several pools,
+    the pool (teacher.math)."""
+
+    step: int
+    requests: tuple[SampleRequest, ...]
+    attempt: int = 1  # 2 and more: a follow-up
+    batches: dict[str, Any] = field(default_factory=dict)
+    receipts: dict[str, Receipt] = field(default_factory=dict)
+    to_learner: dict[str, str] = field(default_factory=dict)  # which of the batches the learner reads, as what
+    ready: bool = False
+    outcomes: list[Credit | str] = field(default_factory=list)  # what each rollout trains with, or why it does not
+
+    @property
+    def source(self) -> str:
+        return self.requests[0].source
+
+    def add(self, name: str, batch: Any, receipt: Receipt, annotation: Annotation | None = None) -> None:
+        self.batches[name], self.receipts[name] = batch, receipt
+        if annotation and annotation.to_learner:
+            self.to_learner[name] = annotation.to_learner
+
+    def for_learner(self, kind: str) -> list[Any]:
+        """Its batches of `kind` (scores, credits), in an order that is not that of the answers."""
+        return [self.batches[name] for name in sorted(self.to_learner) if self.to_learner[name] == kind]
+
+    @property
+    def rollouts(self) -> Any:
+        return self.batches.get(ROLLOUTS)
+
+    @property
+    def verdicts(self) -> Any:
+        return self.batches.get(VERDICTS)
+
+    @property
+    def skills(self) -> Any:
+        """The skill-mistake pairs of its prompts."""
+        return self.batches.get(SKILLS)
+
+    @property
+    def generated(self) -> RolloutReceipt | None:
+        receipt = self.receipts.get(ROLLOUTS)
+        return receipt if isinstance(receipt, RolloutReceipt) else None
+
+    @property
+    def judged(self) -> VerdictReceipt | None:
+        receipt = self.receipts.get(VERDICTS)
+        return receipt if isinstance(receipt, VerdictReceipt) else None
+
+    def staleness(self, step: int) -> int:
+        """Weight versions between its sampling and `step`; 0 for what the student did not sample."""
+        assert self.generated is not None
+        return step - self.generated.weight_version if self.source == "student" else 0
+
+    def summaries(self) -> list[RolloutSummary]:
+        """What the receipts say about each rollout."""
+        assert self.generated is not None
+        counts = zip(self.requests, self.generated.response_lengths, self.generated.finish_reasons, strict=True)
+        known: list[dict[str, Any]] = [
+            {
+                "rollout_id": request.rollout_id,
+                "group_id": request.group_id,
+                "source": request.source,
+                "context": request.context,
+                "length": length,
+                "truncated": reason == "length",
+            }
+            for request, length, reason in counts
+        ]
+        if self.judged:
+            verdicts = zip(*(getattr(self.judged, column) for column in OF_VERDICTS), strict=True)
+            for own, verdict in zip(known, verdicts, strict=True):
+                own.update(zip(OF_VERDICTS.values(), verdict, strict=True))
+        return [RolloutSummary(**own) for own in known]
+
+
+def summaries_of(shards: Sequence[Shard]) -> list[RolloutSummary]:
+    return [one for shard in shards for one in shard.summaries()]

@@ -1,0 +1,230 @@
+"""Replicas as actors on a Ray cluster, batches in its object store; Ray's failures as errors named after the pool."""
+
+import asyncio
+import random
+import socket
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+from ray import ObjectRef
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+
+from ...contracts.errors import LearnerError, RolloutError, TutorloopError
+from ...contracts.receipts import Receipt
+from .deaths import first_line, obituary, tail_of
+from .replica import Replica
+from .room import Need, Tell, wait_for_actors, wait_for_groups
+
+names: dict[str, str] = {}  # actor id → what it is called: replica 1 of 2 of the rollout pool
+
+
+class RayReplica:
+    """An actor, and the placement group that ends with it."""
+
+    def __init__(self, actor: Any, boundary: type[TutorloopError], who: str, group: PlacementGroup | None) -> None:
+        self.actor, self.group = actor, group
+        self._boundary, self._who = boundary, who
+
+    def ready(self) -> Awaitable[None]:
+        return self.ask("started")
+
+    def call(self, method: str, arguments: Mapping[str, Any]) -> tuple[ObjectRef, Awaitable[Receipt]]:
+        batch, receipt = getattr(self.actor, method).options(num_returns=2).remote(**arguments)
+        return batch, self._answer(receipt)
+
+    def ask(self, method: str, *args: Any) -> Awaitable[Any]:
+        return self._answer(getattr(self.actor, method).remote(*args))
+
+    def read(self, function: Callable[[Any], Any]) -> Awaitable[Any]:
+        return self._answer(self.actor.__ray_call__.remote(function))
+
+    async def stream(self, method: str, *args: Any) -> tuple[list[ObjectRef], Any]:
+        found = getattr(self.actor, method).options(num_returns="streaming").remote(*args)
+        refs = [ref async for ref in found]
+        return refs[:-1], await self._answer(refs[-1]) if refs else None
+
+    def end(self) -> None:
+        ray.kill(self.actor)
+        if self.group:
+            remove_placement_group(self.group)
+
+    def _answer(self, ref: ObjectRef) -> asyncio.Future[Any]:
+        return _answer(ref, self._boundary, self._who)
+
+
+class RayBackend:
+    """See replica.py: Backend."""
+
+    put = staticmethod(ray.put)
+
+    def run(self, function: Callable[..., Any], *args: Any) -> Awaitable[Any]:
+        return _answer(_task(function).remote(*args), RolloutError, "task")
+
+    def start(
+        self,
+        who: str,
+        worker: type,
+        boundary: type[TutorloopError],
+        need: Need,
+        concurrent_calls: int,
+        arguments: dict[str, Any],
+    ) -> RayReplica:
+        """A replica whose model is split gets a placement group of one bundle: its GPUs are on one node."""
+        group = placement_group([dict(need.each)], strategy="STRICT_PACK") if need.split else None
+        strategy = PlacementGroupSchedulingStrategy(group) if group else None
+        if need.on_driver_node:
+            strategy = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        options = _resources(need) | ({"scheduling_strategy": strategy} if strategy else {})
+        options["max_concurrency"] = 1 if concurrent_calls == 1 else concurrent_calls + 1  # a weight update beside them
+        return RayReplica(_make_actor(who, worker, options, arguments), boundary, f"{need.pool} pool", group)
+
+    async def started(self, need: Need, replicas: Sequence[Replica], tell: Tell) -> None:
+        own = [replica for replica in replicas if isinstance(replica, RayReplica)]
+        if groups := [replica.group for replica in own if replica.group]:
+            await wait_for_groups(f"{need.pool} pool", need.each, groups, tell)
+        await wait_for_actors(f"{need.pool} pool", need.each, [replica.actor for replica in own], tell)
+        await asyncio.gather(*(replica.ready() for replica in own))
+
+    async def start_ranks(
+        self, worker: type, need: Need, arguments: Callable[[int, str, int], dict[str, Any]], tell: Tell
+    ) -> list[RayReplica]:
+        """One placement group with a bundle a rank, as close together as there is room."""
+        bundle = dict(need.each) or {"CPU": 0.001}
+        group = placement_group([bundle] * need.replicas, strategy="PACK")
+        in_all = {name: amount * need.replicas for name, amount in bundle.items()}
+        await wait_for_groups("learner", in_all, [group], tell)
+        places = [PlacementGroupSchedulingStrategy(group, rank) for rank in range(need.replicas)]
+        where = _task(meeting_place).options(scheduling_strategy=places[0]).remote()
+        host, port = await _answer(where, LearnerError, "learner's node")
+        if host == ray.util.get_node_ip_address() and _nodes_of(group) == 1:
+            host = "127.0.0.1"
+        ranks = []
+        for rank, place in enumerate(places):
+            who = f"rank {rank} of {need.replicas} of the learner"
+            options = _resources(need) | {"scheduling_strategy": place}
+            actor = _make_actor(who, worker, options, arguments(rank, host, port))
+            ranks.append(RayReplica(actor, LearnerError, "learner", None if rank else group))
+        return ranks
+
+    async def peak_memory(self, replicas: Mapping[str, Sequence[Replica]]) -> dict[str, int]:
+        """Of each actor and the processes that it runs."""
+        found = {}
+        for name, own in replicas.items():
+            found[name] = sum(await asyncio.gather(*(replica.read(_peak_bytes) for replica in own)))
+        return found
+
+
+def _resources(need: Need) -> dict[str, Any]:
+    return {"num_cpus": need.each.get("CPU", 0), "num_gpus": need.each.get("GPU", 0)}
+
+
+def _make_actor(who: str, worker: type, options: dict[str, Any], arguments: dict[str, Any]) -> Any:
+    """An actor of a class. What its constructor raises is kept for `started`: Ray would make a dead actor of it."""
+
+    class Actor(worker):
+        def __init__(self, **arguments: Any) -> None:
+            self._refusal: Exception | None = None
+            try:
+                super().__init__(**arguments)
+            except Exception as error:
+                self._refusal = error
+
+        def started(self) -> None:
+            if self._refusal is not None:
+                raise self._refusal
+
+    Actor.__name__ = Actor.__qualname__ = worker.__name__
+    actor = ray.remote(Actor).options(**options).remote(**arguments)
+    names[actor._actor_id.hex()] = who
+    return actor
+
+
+@cache
+def _task(function: Callable[..., Any]) -> Any:
+    return ray.remote(num_cpus=0)(function)
+
+
+def meeting_place(_: Any = None) -> tuple[str, int]:
+    """Address and a free port of the node this runs on."""
+    return ray.util.get_node_ip_address(), free_port()
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens at.
+
+    Whoever asked listens there some seconds later. Ports of the range from which the system takes those of outgoing
+    connections are left alone: one of Ray's many could have it by then.
+    """
+    for port in random.sample(range(20000, 30000), 100):
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("", port))
+            return port
+    raise LearnerError("a node has a free port for the learner's ranks", "100 of 20000-29999 are taken")
+
+
+def _nodes_of(group: PlacementGroup) -> int:
+    return len(set(placement_group_table(group)["bundles_to_node_id"].values()))
+
+
+def _peak_bytes(_: Any) -> int:
+    own, total = psutil.Process(), 0
+    for process in [own, *own.children(recursive=True)]:
+        with suppress(OSError, IndexError):  # it has ended meanwhile
+            status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
+            total += 1024 * int(status.split("VmHWM:")[1].split()[0])
+    return total
+
+
+# ---- answers and failures -------------------------------------------------------------------------------------------
+
+
+def _answer(ref: ObjectRef, boundary: type[TutorloopError], who: str) -> asyncio.Future[Any]:
+    """What is referred to, once it is there. A failure is ours: an actor's own error as itself, a lost actor as
+    `boundary`."""
+    loop = asyncio.get_running_loop()
+    answer: asyncio.Future[Any] = loop.create_future()
+
+    def settle(done: Any) -> None:
+        error = done.exception()
+        if answer.done():  # nobody waits any more
+            return
+        if error is None:
+            answer.set_result(done.result())
+        else:
+            answer.set_exception(failure_of(error, boundary, who) if isinstance(error, RayError) else error)
+
+    def arrived(done: Any) -> None:  # in a thread of Ray's
+        with suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(settle, done)
+
+    ref.future().add_done_callback(arrived)
+    return answer
+
+
+def failure_of(error: RayError, boundary: type[TutorloopError], who: str) -> TutorloopError:
+    """Ray's failure as one of ours."""
+    if isinstance(error, RayTaskError):
+        cause = error.cause if isinstance(error.cause, BaseException) else None
+        if isinstance(cause, TutorloopError):
+            return cause
+        return boundary(f"the {who} must finish its call", _text_of(error, cause))
+    if isinstance(error, RayActorError):
+        if error._actor_init_failed:  # before its constructor: the class could not be read there
+            return boundary(f"the {who} must start", "\n".join(tail_of(str(error), 6)))
+        name = names.get(error.actor_id or "", f"an actor of the {who}")
+        return boundary(f"the {who} keeps its actors", obituary(name, error.actor_id, str(error)))
+    return boundary(f"the {who} must finish its call", first_line(str(error)))  # an object is lost, a node has died
+
+
+def _text_of(error: RayTaskError, cause: BaseException | None) -> str:
+    """An exception of someone else's: what it says, and where it was raised."""
+    said = f"{type(cause).__name__}: {cause}" if cause is not None else first_line(str(error))
+    trace = [line for line in tail_of(str(error), 12) if line.strip(" ^~") and line.strip() not in said]
+    return "\n".join([*tail_of(said, 8), *(f"| {line}" for line in trace[-4:])])

@@ -1,0 +1,218 @@
+"""Starting a stage's pools: generators, teachers and reference, verifiers; and the heads that the learner needs."""
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ...actors.engines import CALLS_AT_ONCE
+from ...actors.worker import RolloutWorker
+from ...contracts.config import REFERENCE, Config, Lora, Reference, Teacher
+from ...contracts.config import Pool as PoolConfig
+from ...contracts.errors import ConfigError, RolloutError, TeacherError, VerifierError
+from ...contracts.verifier_config import Verifier
+from ...teacher_service.http_engine import ServerLimits
+from ...teacher_service.worker import TeacherWorker
+from ...verifier_service.function_verifier import load_function
+from ...verifier_service.worker import VerifierWorker
+from ..methods.parts.annotations import TEACHER
+from ..methods.parts.composition import Composition
+from .pool import Pool, parts_of
+from .replica import Backend
+from .self_teaching import SelfTeachingWorker
+from .threads import threads_of
+
+JUDGED_AT_ONCE = 4  # calls at one replica: a shard that waits for a poison sample holds up none of the others
+
+
+def stage_generators(config: Config, composition: Composition, backend: Backend) -> dict[str, Pool]:
+    """Who answers prompts, by source. The student also hands out the dataset's solutions."""
+    student, rollout = config.student, config.rollout
+    rollouts = start_generators("rollout", student.model, config.learner.dtype, rollout, config, backend, student.lora)
+    generators = {"student": rollouts, "dataset": rollouts}
+    if "teacher" in composition.generators:
+        (teacher,) = config.named_teachers.values()
+        place = config.teacher_rollout
+        generators["teacher"] = start_generators(
+            "teacher_rollout", teacher.model, teacher.dtype, place, config, backend
+        )
+    return generators
+
+
+def start_generators(
+    name: str,
+    model: str,
+    dtype: str,
+    pool: PoolConfig,
+    config: Config,
+    backend: Backend,
+    lora: Lora | None = None,
+) -> Pool:
+    """A pool of rollout workers with `model`; with `lora` they take adapters of it. The student's rollout pool scores
+    too, where a teacher shares it."""
+    rollout = config.rollout
+    arguments: dict[str, Any] = {
+        "engine": rollout.engine,
+        "model": model,
+        "dtype": dtype,
+        "max_batch": rollout.batch_size,
+        **_shown(config),
+        "lora": lora,
+        "concurrent_calls": CALLS_AT_ONCE.get(rollout.engine, 1),
+        **_placement(config, rollout.engine, pool),
+    }
+    if rollout.engine == "vllm":
+        arguments |= {"max_running": rollout.batch_size, "in_flight": rollout.in_flight}
+    shared = {key: teacher for key, teacher in config.named_teachers.items() if teacher.shared}
+    if not shared or pool is not rollout:
+        return Pool(name, RolloutWorker, pool, RolloutError, backend, **arguments)
+    ((teacher_id, teacher),) = shared.items()
+    own = {"teacher_id": teacher_id, "tokens_per_batch": teacher.tokens_per_batch}
+    return Pool(name, SelfTeachingWorker, pool, RolloutError, backend, **arguments, **own)
+
+
+def _shown(config: Config) -> dict[str, Any]:
+    """What a worker is told of prompts and responses."""
+    return {
+        "templates": config.templates,
+        "template_kwargs": config.data.chat_template_kwargs,
+        "suffix": config.data.prompt_suffix,
+        "thinking": config.thinking,
+    }
+
+
+def _placement(config: Config, engine: str, pool: PoolConfig) -> dict[str, Any]:
+    """What an engine is told of its replica's CPUs and GPUs."""
+    place: dict[str, Any] = {"device": "cuda" if pool.num_gpus else "cpu", "threads": threads_of(config, pool)}
+    if engine != "vllm":
+        return place
+    share = pool.num_gpus if 0 < pool.num_gpus < 1 else 1.0
+    return place | {"tensor_parallel": parts_of(pool), "gpu_share": share}
+
+
+def judges_training(config: Config, compositions: Iterable[Composition]) -> bool:
+    """Whether a stage's rollouts are judged: all that a model samples, where there is a verifier. The dataset's own
+    solutions are not."""
+    sources = {source for composition in compositions for source in composition.generators}
+    return config.verifier.kind != "none" and bool(sources - {"dataset"})
+
+
+def judges(config: Config, compositions: Iterable[Composition]) -> bool:
+    """Whether anything is, in training or in an evaluation: a verifier pool is started for it, and not otherwise."""
+    evaluates = bool(config.eval.path or config.eval.ood_path) and config.verifier.kind != "none"
+    return evaluates or judges_training(config, compositions)
+
+
+def start_verifiers(config: Config, backend: Backend) -> Pool:
+    """Reward functions of one's own are loaded here and travel by value: other nodes do not have their files."""
+    verifier = config.verifier
+    arguments = {
+        "config": verifier,
+        "functions": load_functions(verifier),
+        "api_key": key_of("verifier.api_key_env", verifier.api_key_env),
+        "thinking": config.thinking,
+    }
+    return Pool(
+        "verifier", VerifierWorker, verifier, VerifierError, backend, concurrent_calls=JUDGED_AT_ONCE, **arguments
+    )
+
+
+def load_functions(verifier: Verifier) -> dict[str, bytes]:
+    """The pickled reward functions of one's own that a verifier names. Raises ConfigError."""
+    kinds = [verifier.kind, *(reward.kind for reward in verifier.rewards)]
+    return {kind: load_function(kind) for kind in kinds if ":" in kind}
+
+
+def stage_teachers(
+    config: Config, composition: Composition, rollouts: Pool, servers: Mapping[str, ServerLimits], backend: Backend
+) -> dict[str, Pool]:
+    """The teachers that the stage asks, and the reference model under its own name. `servers`: limits of http ones."""
+    named = config.named_teachers if composition.scoring else {}
+    hidden = composition.scoring is not None and composition.scoring.signal == "hidden"
+    teachers: dict[str, Pool] = {}
+    for name, teacher in named.items():
+        pool_name = "teacher" if len(named) == 1 else f"teacher.{name}"
+        if teacher.shared:
+            teachers[name] = rollouts
+        elif teacher.engine == "http":
+            teachers[name] = _ask_servers(name, pool_name, teacher, config, servers[name], backend)
+        else:
+            own = {"hidden": hidden} if teacher.engine == "vllm" else {}
+            teachers[name] = _start_teacher(name, pool_name, teacher, config, teacher.engine, own, backend)
+    if composition.reference and config.reference:
+        teachers[REFERENCE] = _start_teacher(
+            REFERENCE, REFERENCE, config.reference, config, "transformers", {}, backend
+        )
+    return teachers
+
+
+def annotators(teachers: Mapping[str, Pool], verifiers: Pool | None, skills: Pool | None) -> dict[str, dict[str, Pool]]:
+    """The pools that say something about rollouts: by service, and by teacher where there may be several."""
+    services = {
+        "verifier": {"": verifiers},
+        "skills": {"": skills},
+        REFERENCE: {"": teachers.get(REFERENCE)},
+        TEACHER: {name: pool for name, pool in teachers.items() if name != REFERENCE},
+    }
+    return {service: {name: pool for name, pool in pools.items() if pool} for service, pools in services.items()}
+
+
+def _ask_servers(
+    name: str, pool_name: str, teacher: Teacher, config: Config, limits: ServerLimits, backend: Backend
+) -> Pool:
+    arguments = {
+        "engine": "http",
+        "model": teacher.model,
+        "tokenizer": config.student.model,
+        "urls": teacher.urls,
+        "requests_per_url": teacher.requests_per_url,
+        "timeout_seconds": teacher.timeout_seconds,
+        "api_key": key_of("teacher.api_key_env", teacher.api_key_env),
+        "limits": limits,
+    }
+    return _teacher_pool(name, pool_name, teacher, config, arguments, backend)
+
+
+def key_of(setting: str, variable: str) -> str:
+    """The servers' key from the environment, never from the recipe. Raises ConfigError."""
+    key = os.environ.get(variable, "") if variable else ""
+    if variable and not key:
+        rule = f"{setting} names an environment variable that holds the servers' key"
+        raise ConfigError(rule, f"{variable} is not set", f"export {variable}=…")
+    return key
+
+
+def _start_teacher(
+    name: str,
+    pool_name: str,
+    teacher: Teacher | Reference,
+    config: Config,
+    engine: str,
+    own: dict[str, Any],
+    backend: Backend,
+) -> Pool:
+    """`own`: what the engine takes besides."""
+    arguments = {
+        "engine": engine,
+        "model": teacher.model,
+        "dtype": teacher.dtype,
+        "tokens_per_batch": teacher.tokens_per_batch,
+        **_placement(config, engine, teacher),
+        **own,
+    }
+    if isinstance(teacher, Teacher) and teacher.follows:  # it starts where the stage's student starts
+        following = {"follows": teacher.follows, "ema_decay": teacher.ema_decay, "lora": config.student.lora}
+        arguments |= {"model": config.student.model, **following}
+    return _teacher_pool(name, pool_name, teacher, config, arguments, backend)
+
+
+def _teacher_pool(
+    name: str, pool_name: str, pool: PoolConfig, config: Config, arguments: dict[str, Any], backend: Backend
+) -> Pool:
+    return Pool(pool_name, TeacherWorker, pool, TeacherError, backend, teacher_id=name, **_shown(config), **arguments)
+
+
+def heads(config: Config, composition: Composition) -> dict[str, tuple[str, str]]:
+    """Teachers whose frozen head the exact divergence needs."""
+    if composition.scoring is None or composition.scoring.signal != "hidden":
+        return {}
+    return {name: (teacher.model, teacher.dtype) for name, teacher in config.named_teachers.items()}

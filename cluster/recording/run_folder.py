@@ -1,0 +1,264 @@
+"""A run's folder: what it holds, whether it can take this run, and checkpoints that are whole or not there.
+
+A checkpoint is written beside its place and renamed into it, with a manifest of sizes and digests that is checked
+before a run resumes from it.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ...contracts.config import Config
+from ...contracts.errors import CheckpointError, ConfigError, InputError, RunFolderError, StorageError, TutorloopError
+from ...contracts.recipe import parse_config
+from ..identity import Identity, local_models
+from .claim import FULL, Claim, holder_of, is_claim
+
+Write = Callable[[Path], Awaitable[None]]  # fills a folder
+Checkpoint = tuple[Path, dict[str, Any]]  # its folder and its state
+
+CONFIG, IDENTITY = "config.yaml", "identity.json"
+NO_RUNS = ("lost+found", "Thumbs.db", "desktop.ini", "@eaDir")  # what systems leave, beside what is hidden
+FULL_BYTES = 16 * 2**20  # with less room than this, a failed write is a full disk
+# First or last parts of the keys that may differ between a run and its continuation: where it runs, how long, and what
+# is written about it; and the rate, as a person chooses. Everything else decides the weights.
+MAY_DIFFER = (
+    *("steps", "output_dir", "eval", "checkpoint", "metrics", "record", "replicas", "num_cpus", "num_gpus"),
+    *("learning_rate", "min_learning_rate"),  # lowered to go on before what was not finite
+)
+
+
+@dataclass(slots=True)
+class RunFolder:
+    """The output folder of one run. `identity`: what the run reads, which its checkpoints name."""
+
+    path: Path
+    identity: Identity | None = None
+    _claim: Claim | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @contextmanager
+    def claimed(self, config: Config, resume: bool, tell: Callable[[str], None]) -> Iterator[None]:
+        """Hold the folder for this process alone. `tell` hears of a dead one's claim.
+
+        Raises RunFolderError, StorageError before anything of the folder is touched.
+        """
+        self.check(config, resume)
+        self._claim = Claim.take(self.path, tell)
+        try:
+            self.check(config, resume)  # another may have come and gone
+            yield
+        finally:
+            self._claim.release()
+            self._claim = None
+
+    def check(self, config: Config, resume: bool) -> None:
+        """Before anything starts: may this run use the folder? Writes nothing. Raises RunFolderError."""
+        try:
+            self._check(config, resume)
+        except OSError as error:  # it cannot be listed, its name is too long
+            found = f"{self.path}: {error.strerror}"
+            raise RunFolderError("output_dir can be read and written", found, "choose another output_dir") from error
+
+    def _check(self, config: Config, resume: bool) -> None:
+        parent = next(folder for folder in [self.path, *self.path.parents] if folder.exists())
+        if not parent.is_dir():
+            raise RunFolderError("output_dir is a folder", f"{parent} is a file", "choose another output_dir")
+        if resume:
+            if not (self.path / CONFIG).is_file():
+                raise RunFolderError(
+                    "--resume continues the run in output_dir", f"{self.path} holds none", "run without it"
+                )
+            self._check_same(config, self._saved_config())
+        elif parent == self.path and any(map(_is_of_a_run, self.path.iterdir())):
+            holder = holder_of(self.path)
+            found = f"{self.path} holds another run" + (f", of {holder}" if holder else "")
+            remedy = "continue it with --resume, or choose another with output_dir=…"
+            raise RunFolderError("a run starts in an empty or new folder", found, remedy)
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise RunFolderError("output_dir can be written", f"{parent} is not writable", "choose another output_dir")
+
+    def _saved_config(self) -> Config:
+        file = self.path / CONFIG
+        try:
+            return parse_config(yaml.safe_load(file.read_text(encoding="utf-8")) or {})
+        except (yaml.YAMLError, UnicodeDecodeError, ConfigError, TypeError, ValueError) as error:
+            remedy = "restore it, or start a new run in another output_dir"
+            raise RunFolderError("a run's config.yaml is as it was written", f"{file}: {error}", remedy) from error
+
+    def _check_same(self, config: Config, saved: Config) -> None:
+        """The keys that decide the weights. The places of data and models may differ where it is known what was read
+        there: that is compared once it has been read again."""
+        places = {"data.path", "skills.path", *local_models(config)} if (self.path / IDENTITY).is_file() else set()
+        new, old = _leaves(config.model_dump()), _leaves(saved.model_dump())
+        differing = [
+            f"{key}: {old.get(key)!r} before, {new.get(key)!r} now"
+            for key in sorted(new.keys() | old.keys())
+            if new.get(key) != old.get(key)
+            and not {key.split(".")[0], key.split(".")[-1]} & set(MAY_DIFFER)
+            and not (key in places and key in new and key in old)
+        ]
+        if differing:
+            rule = f"a resumed run keeps its configuration, but for {', '.join(MAY_DIFFER)}"
+            remedy = "restore it, or start a new run in another output_dir"
+            raise RunFolderError(rule, "\n         ".join(differing), remedy)
+
+    def recorded(self, checkpoint: Checkpoint | None) -> Identity | None:
+        """What the run in this folder has read: as its checkpoint says, or the folder itself. None where neither does,
+        as in a run of 0.4.0. Raises RunFolderError."""
+        file = self.path / IDENTITY
+        if checkpoint and checkpoint[1].get("identity"):
+            return checkpoint[1]["identity"]
+        try:
+            return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        except ValueError as error:
+            remedy = "restore it, or remove it to continue without comparing"
+            raise RunFolderError("a run's identity.json is as it was written", f"{file}: {error}", remedy) from error
+
+    def check_claim(self) -> None:
+        """Raises RunFolderError where another process works in the folder by now."""
+        if self._claim:
+            self._claim.check()
+
+    def create(self, config: Config) -> None:
+        """The folder holds a run from here on."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if self.identity is not None:
+            self.write(IDENTITY, json.dumps(self.identity, indent=1))
+        self.write(CONFIG, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+
+    def write(self, name: str, text: str) -> None:
+        """Replace a file as a whole. Raises StorageError."""
+        aside = self.path / f".{name}.tmp"
+        try:
+            with self.room_for(name):
+                aside.write_text(text, encoding="utf-8")
+                aside.replace(self.path / name)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
+
+    @contextmanager
+    def room_for(self, what: str) -> Iterator[None]:
+        """A block that writes into the folder, here or in an actor: one that fails for want of room says so. Raises
+        StorageError, and what else the block raises."""
+        try:
+            yield
+        except (InputError, StorageError):
+            raise
+        except (OSError, TutorloopError) as error:
+            free = shutil.disk_usage(self.path).free
+            if free >= FULL_BYTES and not any(os.strerror(number) in str(error) for number in FULL):
+                raise
+            reason = error.strerror if isinstance(error, OSError) else str(error).split("\n", maxsplit=1)[0]
+            found = f"{reason} ({free / 2**20:.1f} MiB free on the disk of {self.path})"
+            remedy = "make room, then continue with --resume from the newest checkpoint"
+            raise StorageError(f"{what} needs room on the disk", found, remedy) from error
+
+    async def put(self, final: Path, what: str, write: Write) -> None:
+        """A folder that is whole or not there: `write` fills it beside its place. Raises StorageError, and then the one
+        that stood there stands."""
+        aside, old = (final.with_name(f".{final.name}.{end}") for end in ("tmp", "old"))
+        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            with self.room_for(what):
+                aside.mkdir(parents=True)
+                await write(aside)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        if final.exists():
+            final.replace(old)
+        aside.replace(final)
+        _sync(final.parent)
+        shutil.rmtree(old, ignore_errors=True)
+
+    # ---- checkpoints ----
+
+    async def save_checkpoint(self, step: int, state: dict[str, Any], write: Write, keep: int) -> Path:
+        """`write(folder)` puts the actors' files in; then the state, the manifest, and the rename.
+
+        Raises StorageError where there is no room, and leaves the checkpoints before it.
+        """
+        self.check_claim()
+        for left in self.checkpoints.glob(".step-*"):  # by a process that was killed while it wrote it
+            shutil.rmtree(left)
+        final, state = self.checkpoints / f"step-{step:06d}", {**state, "identity": self.identity}
+        await self.put(final, "a checkpoint", lambda aside: self._write_checkpoint(aside, state, write))
+        for old in self.all_checkpoints()[:-keep]:
+            shutil.rmtree(old)
+        return final
+
+    async def _write_checkpoint(self, aside: Path, state: dict[str, Any], write: Write) -> None:
+        await write(aside)
+        (aside / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+        files = sorted(file for file in aside.rglob("*") if file.is_file())
+        manifest = {str(file.relative_to(aside)): [file.stat().st_size, _digest(file)] for file in files}
+        (aside / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        for file in [*files, aside / "manifest.json"]:
+            _sync(file)
+
+    def all_checkpoints(self) -> list[Path]:
+        """Oldest first; none of them has been verified."""
+        found = [path for path in self.checkpoints.glob("step-*") if path.name.removeprefix("step-").isdigit()]
+        return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+    def latest_checkpoint(self) -> Checkpoint | None:
+        """The newest checkpoint, verified, and its state; None where there is none. Raises CheckpointError."""
+        found = self.all_checkpoints()
+        if not found:
+            return None
+        newest = found[-1]
+        remedy = f"remove {newest} to resume from the one before it, or start again in another output_dir"
+        try:
+            written = json.loads((newest / "manifest.json").read_text(encoding="utf-8"))
+            manifest = {name: (size, digest) for name, (size, digest) in written.items()}
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise CheckpointError("a checkpoint has its manifest", f"{newest}: {error}", remedy) from error
+        for name in sorted({"state.json", *manifest}):
+            file = newest / name
+            size, digest = manifest.get(name, (0, ""))
+            actual = file.stat().st_size if file.is_file() else None
+            if actual != size or _digest(file) != digest:
+                found_text = f"{file}: {'missing' if actual is None else f'{actual} bytes of {size}'}"
+                if actual == size:
+                    found_text = f"{file}: its bytes changed"
+                raise CheckpointError("a checkpoint is as it was written", found_text, remedy)
+        return newest, json.loads((newest / "state.json").read_text(encoding="utf-8"))
+
+
+def _is_of_a_run(path: Path) -> bool:
+    """Whether a folder that holds it is another run's: what is hidden, a system's or only claims it is none."""
+    return not (path.name.startswith(".") or path.name in NO_RUNS or is_claim(path))
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Every value by its dotted key."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return leaves
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as data:
+        return hashlib.file_digest(data, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,52 @@
+"""Receipts: what a service says about one batch that it has made. The driver reads these and never the batch.
+
+A base with what every service says, and one record for each service that says more. Tuples hold a value a row, in the
+batch's order.
+"""
+
+import time
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """Of any service. `seconds` go from the call's begin to its end."""
+
+    rows: int
+    tokens: int = 0  # generated, or read by a teacher (prompt included)
+    seconds: float
+    ended: float = field(default_factory=time.time, compare=False)  # when that was, by the clock on the wall
+    errors: dict[str, int] = field(default_factory=dict)  # what the service could not do: error class → count
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutReceipt(Receipt):
+    """Of a batch of rollouts."""
+
+    lengths: tuple[int, ...] = ()  # tokens of each rollout, prompt included
+    response_lengths: tuple[int, ...] = ()
+    weight_version: int = 0  # the oldest in the batch
+    finish_reasons: tuple[str, ...] = ()
+    surprisal: float = 0.0  # −Σ log μ of the tokens that were sampled, nats
+    truncated: int = 0  # rollouts that the token limit ended
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreReceipt(Receipt):
+    """Of a teacher's scores. The lengths are those of the rows really scored, as they were scored."""
+
+    lengths: tuple[int, ...] = ()
+    response_lengths: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerdictReceipt(Receipt):
+    """Of the verifier's verdicts."""
+
+    rewards: tuple[float, ...] = ()
+    passed: tuple[bool, ...] = ()
+    abstained: tuple[bool, ...] = ()
+    answers: tuple[str, ...] = ()  # as they were parsed
+    paths: tuple[str, ...] = ()  # digests of the reasoning paths
+    parts: dict[str, float] = field(default_factory=dict)  # of a composite reward: Σ of each part's scores
+    faults: dict[str, int] = field(default_factory=dict)  # incorrect by a fault of the response, by error class
