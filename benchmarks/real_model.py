@@ -27,7 +27,7 @@ from tutorloop.lab.real import real_models
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PROMPTS, NEW_TOKENS, STEPS = 16, 48, 5  # a step; the first is not counted
-SYSTEMS = {"synchronous": 0, "one step ahead": 1, "TRL": None}  # max_staleness of ours
+SYSTEMS = {"synchronous": 0, "one step ahead": 1, "one process": 0, "TRL": None}  # max_staleness of ours
 WORDS = ("apple", "river", "stone", "cloud", "tiger", "piano", "green", "winter", "basket", "engine")
 
 
@@ -61,7 +61,8 @@ def measure(system: str, peer: str, folder: Path) -> dict:
         "output_dir": run,
     }
     command = [sys.executable, "-m", "tutorloop.cli.main", "train", str(ROOT / "recipes" / "smollm2_opd.yaml")]
-    peak = _run([*command, *(f"{key}={value}" for key, value in overrides.items())], folder)
+    local = ["--local"] if system == "one process" else []
+    peak = _run([*command, *local, *(f"{key}={value}" for key, value in overrides.items())], folder)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = [line for line in lines if line["kind"] == "step"][1:]
     stages = {s: statistics.median(row["seconds"].get(s, 0.0) for row in steps) for s in ("wait", "learn", "publish")}

@@ -65,7 +65,6 @@ class Interrupt:
 
     async def beside(self, work: Awaitable[T]) -> T:
         """The result of `work`; Interrupted, as soon as a stop is requested."""
-        self.check()
         return await self.request.beside(work)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

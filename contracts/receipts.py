@@ -1,11 +1,14 @@
 """Receipts: what a service says about one batch that it has made. The driver reads these and never the batch.
 
-A base with what every service says, and one record for each service that says more. Tuples hold a value a row, in the
-batch's order.
+A base with what every service says, and one record for each service that says more. The tuples that PER_ROW names
+hold a value a row, in the batch's order.
 """
 
 import time
 from dataclasses import dataclass, field
+from typing import ClassVar
+
+from .errors import RecordError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,6 +21,15 @@ class Receipt:
     ended: float = field(default_factory=time.time, compare=False)  # when that was, by the clock on the wall
     errors: dict[str, int] = field(default_factory=dict)  # what the service could not do: error class → count
 
+    PER_ROW: ClassVar[tuple[str, ...]] = ()
+
+    def check_rows(self, rows: int) -> None:
+        """Raises RecordError where it does not speak of `rows` rollouts, one by one."""
+        wrong = [f"{name} of {len(getattr(self, name))}" for name in self.PER_ROW if len(getattr(self, name)) != rows]
+        if wrong:
+            found = f"{', '.join(wrong)}; {rows} rollouts were sent"
+            raise RecordError(f"a {type(self).__name__} has a value for each rollout", found)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutReceipt(Receipt):
@@ -29,6 +41,8 @@ class RolloutReceipt(Receipt):
     finish_reasons: tuple[str, ...] = ()
     surprisal: float = 0.0  # −Σ log μ of the tokens that were sampled, nats
     truncated: int = 0  # rollouts that the token limit ended
+
+    PER_ROW: ClassVar[tuple[str, ...]] = ("lengths", "response_lengths", "finish_reasons")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,3 +64,5 @@ class VerdictReceipt(Receipt):
     paths: tuple[str, ...] = ()  # digests of the reasoning paths
     parts: dict[str, float] = field(default_factory=dict)  # of a composite reward: Σ of each part's scores
     faults: dict[str, int] = field(default_factory=dict)  # incorrect by a fault of the response, by error class
+
+    PER_ROW: ClassVar[tuple[str, ...]] = ("rewards", "passed", "abstained", "answers", "paths")

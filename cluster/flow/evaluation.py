@@ -107,9 +107,11 @@ async def _judged(
     async def judge(number: int, part: tuple[SampleRequest, ...]) -> None:
         asked = {"prompts": problems.prompts, "requests": part, "sampling": plan.sampling}
         rollouts, generated = await generators.call("generate", len(part), counted=False, **asked)
+        generated.check_rows(len(part))
         found.generated.append(generated)
         read = {"rollouts": rollouts, "prompts": problems.prompts}
         verdicts, judged = await verifiers.call("judge", len(part), counted=False, **read)
+        judged.check_rows(len(part))
         for request, passed, answer in zip(part, judged.passed, judged.answers, strict=True):
             correct[request.row, request.sample_index] = passed
             found.answers[request.row][request.sample_index] = answer

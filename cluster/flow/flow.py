@@ -183,15 +183,16 @@ class Flow:
         """Ask for what the method wants on top of a judged shard."""
         assert self.composition.follow_up
         row_of = {request.group_id: request.row for request in shard.requests}
+        numbers: defaultdict[str, Iterator[int]] = defaultdict(count)
         requests = []
-        for i, (group, spec) in enumerate(self.composition.follow_up(shard.summaries(), shard.attempt)):
-            name = f"{shard.requests[0].rollout_id}+{shard.attempt}.{i}"
+        for group, spec in self.composition.follow_up(shard.summaries(), shard.attempt):
+            name = f"{group}+{shard.attempt}.{next(numbers[group])}"  # of the group alone: shards may be cut otherwise
             fresh = np.random.default_rng(seed_of(self.config.seed, "fresh", name)).integers(len(self.teacher_of_row))
-            row = row_of[group] if group else int(fresh)
+            row = int(fresh) if spec.fresh else row_of[group]
             for sample in range(spec.samples):
                 rollout_id = f"{name}-{sample}"
                 seed = seed_of(self.config.seed, "sample", rollout_id)
-                requests.append(_request(rollout_id, group or name, sample, row, seed, spec))
+                requests.append(_request(rollout_id, name if spec.fresh else group, sample, row, seed, spec))
         self._begin(shard.step, requests, step, shard.attempt + 1)
 
     # ---- handing over ----
@@ -199,8 +200,7 @@ class Flow:
     async def take(self, step: int) -> list[Shard]:
         """Wait for the step's shards; those that exceed the staleness bound are refused and counted.
 
-        They come in the order of their rollouts' ids: what trains, to the last bit, does not depend on who answered
-        first. Where the generators get new weights only every round, the steps inside a round are no staleness.
+        They come in the order of their first rollouts' ids. Where the generators get new weights only every round, the steps inside a round are no staleness.
         Raises whatever a shard of any step failed with.
         """
         await self.failure.beside(asyncio.wait({self._steps[step]}))
@@ -215,15 +215,22 @@ class Flow:
         return [shard for shard in shards if shard.staleness(step) <= bound]
 
     def trainable(self, step: int, shards: Sequence[Shard]) -> list[tuple[int, TrainRow]]:
-        """Tokens and credit of each row that the method trains; the others are counted with their reason."""
+        """Tokens and credit of each row that the method trains; the others are counted with their reason.
+
+        Rows are in the order of their rollouts' ids: neither who answered first nor how many replicas there are, which
+        decides how a step is cut into shards, changes the last bit of what trains.
+        """
         places = [(batch, row) for batch, shard in enumerate(shards) for row in range(len(shard.requests))]
         lengths = [length for shard in shards if shard.generated for length in shard.generated.lengths]
-        rollouts = summaries_of(shards)
+        known = list(zip(places, lengths, summaries_of(shards), strict=True))
+        known.sort(key=lambda own: natural(own[2].rollout_id))
+        for shard in shards:
+            shard.outcomes = [""] * len(shard.requests)
         rows = []
-        credits = self.composition.credit(rollouts, step - self.first)
-        for (batch, row), length, rollout, credit in zip(places, lengths, rollouts, credits, strict=True):
+        credits = self.composition.credit([rollout for _, _, rollout in known], step - self.first)
+        for ((batch, row), length, rollout), credit in zip(known, credits, strict=True):
             outcome = credit if rollout.length else "empty_response"
-            shards[batch].outcomes.append(outcome)
+            shards[batch].outcomes[row] = outcome
             if isinstance(outcome, str):
                 self.dropped[outcome] += 1
             elif not math.isfinite(outcome.advantage) or not math.isfinite(outcome.weight):

@@ -35,6 +35,8 @@ class Shard:
         return self.requests[0].source
 
     def add(self, name: str, batch: Any, receipt: Receipt, annotation: Annotation | None = None) -> None:
+        """Take in what a service has made. Raises RecordError for one that does not fit its rollouts."""
+        receipt.check_rows(len(self.requests))
         self.batches[name], self.receipts[name] = batch, receipt
         if annotation and annotation.to_learner:
             self.to_learner[name] = annotation.to_learner

@@ -63,4 +63,7 @@ def refill(
         return []
     groups = group_rows([rollout.group_id for rollout in rollouts])
     judged = [[rollouts[row].reward for row in rows if not rollouts[row].abstained] for rows in groups]
-    return [("", SampleSpec(samples=samples)) for rewards in judged if all_equal(rewards)]
+    spec = SampleSpec(samples=samples, fresh=True)
+    return [
+        (rollouts[rows[0]].group_id, spec) for rows, rewards in zip(groups, judged, strict=True) if all_equal(rewards)
+    ]

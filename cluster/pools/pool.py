@@ -29,6 +29,7 @@ class Member:
     calls: int = 0
     cost: int = 0
     version: int | None = None
+    loading: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,6 +66,7 @@ class Pool:
         self.tokens, self.busy = 0, BusyTime(settings.replicas)
         self.errors: Counter[str] = Counter()
         self.version: int | None = None  # of the weights that were published
+        self._taking_in: tuple[str, tuple[Any, ...]] = ("", ())  # how a replica gets that version
         self.failure = Failure()
         self._most_calls = max(2, concurrent_calls)
         self._members: list[Member] = []
@@ -138,19 +140,31 @@ class Pool:
     # ---- weights ----
 
     def publish(self, version: int, method: str, *args: Any) -> None:
-        """Have every replica take `version` in by `method(*args)`, behind what it has in flight."""
-        self.version = version
+        """Have every replica take `version` in by `method(*args)`, behind what it has in flight. One that still takes
+        an older version in goes on to the newest when it has."""
+        self.version, self._taking_in = version, (method, args)
         for member in self._members:
-            self._keep(self._loaded(member, version, member.replica.ask(method, *args)), self._loads)
+            if not member.loading:
+                self._load(member)
+
+    def _load(self, member: Member) -> None:
+        assert self.version is not None
+        method, args = self._taking_in
+        member.loading = True
+        self._keep(self._loaded(member, self.version, member.replica.ask(method, *args)), self._loads)
 
     async def _loaded(self, member: Member, version: int, answer: Any) -> None:
         try:
             await answer
         except Exception as error:  # whoever waits for this pool hears it
             self.failure.set(error)
-        else:
-            member.version = version
-            self._dispatch()
+            return
+        member.version, member.loading = version, False
+        if version != self.version:
+            self._load(member)
+        elif all(other.version == version for other in self._members):
+            self._taking_in = ("", ())  # the buckets may go
+        self._dispatch()
 
     async def loaded(self) -> None:
         """Once every replica holds the published weights. Raises WeightsMismatch."""

@@ -21,9 +21,7 @@ def report(flow, shards, **changes):
     return StepReport(**{"loss": 0.5, "tokens": 7, "rollouts": rows, "seconds": 0.0, "metrics": metrics, **changes})
 
 
-def tallied(
-    composition=plain, steps=1, receipts=None, verifier=True, passes=lambda request: True, **changes
-):
+def tallied(composition=plain, steps=1, receipts=None, verifier=True, passes=lambda request: True, **changes):
     """The rows of some steps. `receipts`: what the verifier's and the generators' receipts say instead."""
     world = World(fresh_rng(), passes)
     flow, taken = asyncio.run(run(world, composition, steps, verifier=verifier, max_staleness=steps))

@@ -222,7 +222,7 @@ def test_dapo_drops_equal_groups_and_asks_for_as_many_fresh_prompts():
     credits = composition.credit(rollouts, 0)
     assert [isinstance(credit, Credit) for credit in credits[:4]] == [True] * 4
     assert credits[4:] == ["zero_variance"] * 8 + ["abstained", "zero_variance", "abstained"]
-    fresh = [("", SampleSpec(samples=4))] * 4
+    fresh = [(group, SampleSpec(samples=4, fresh=True)) for group in ("g1", "g2", "g3", "g4")]
     assert composition.follow_up(rollouts, 1) == composition.follow_up(rollouts, 2) == fresh
     assert composition.follow_up(rollouts, 3) == []
     assert composition.follow_up(facts_of([MIXED]), 1) == []

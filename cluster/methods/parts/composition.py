@@ -23,11 +23,13 @@ Options = TypeVar("Options", bound=Section)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleSpec:
-    """`samples` answers to one prompt, by `source` (student, teacher, dataset), shown it in the template `context`."""
+    """`samples` answers to one prompt, by `source` (student, teacher, dataset), shown it in the template `context`.
+    `fresh`, of what is asked on top: not the group's own prompt, but another one in its place."""
 
     source: str = "student"
     samples: int = 1
     context: str = "plain"
+    fresh: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,8 +87,8 @@ class Composition:
     needs_verdicts: bool = False
     min_samples: int = 1  # of rollout.samples_per_prompt
     credit: Crediting = train_all
-    # (judged rollouts of one call, attempts so far from 1) → what to ask on top, by group id; "" takes a fresh prompt.
-    # The answers join the same step.
+    # (judged rollouts of some whole groups, attempts so far from 1) → what to ask on top, by group id. The answers join
+    # the same step.
     follow_up: FollowUp | None = None
     correction: Correction = field(default_factory=Correction)
     own_annotations: tuple[Annotation, ...] = ()  # by services of its own, besides the teachers and the verifier

@@ -1,0 +1,262 @@
+"""Scripted replicas and a scripted learner: they take their time, hold weights, answer what their request decides, and
+write down what they were asked. What is wrong with a call is raised where it is made.
+"""
+
+import asyncio
+import random
+import re
+from collections import deque
+from dataclasses import dataclass, field, replace
+
+from tutorloop.cluster.pools.pool import Pool
+from tutorloop.contracts import config as sections
+from tutorloop.contracts.errors import RolloutError, TeacherError, VerifierError
+from tutorloop.contracts.receipts import Receipt, RolloutReceipt, ScoreReceipt, VerdictReceipt
+from tutorloop.contracts.records import StepReport
+
+PROMPTS = "prompts"
+ERRORS = {"generate": RolloutError, "score": TeacherError, "judge": VerifierError, "retrieve": VerifierError}
+
+
+class Broken(AssertionError):
+    """An invariant of the run does not hold."""
+
+
+@dataclass
+class Fate:
+    """What happens in one run beside the work itself, from its seed: how long calls take, what fails, who stops it."""
+
+    rng: random.Random
+    slow: float = 1.0  # mean seconds of a call
+    spread: str = "even"  # | long: a few calls take a hundred times as long | none: all take nothing
+    failing_call: int = 0  # the number of the call that raises; 0: none
+    short_call: int = 0  # the number of the call whose receipt lacks a row
+    stop_at: float = 0.0  # seconds until Ctrl-C; 0: never
+
+    def delay(self) -> float:
+        if self.spread == "none":
+            return 0.0
+        long = self.spread == "long" and self.rng.random() < 0.05
+        return self.slow * self.rng.random() * (100 if long else 1)
+
+
+@dataclass
+class World:
+    """What has happened so far. `published` is the version that replicas should hold for what is asked now."""
+
+    fate: Fate
+    published: int = -1
+    calls: int = 0
+    steps_done: int = 0
+    most_ahead: int = 0  # max_staleness
+    per_step: int = 1  # prompt groups
+    trained: list = field(default_factory=list)  # (step, rollout id, weight version, advantage)
+    finished_steps: int = 0
+    saved: list = field(default_factory=list)
+    broken: Broken | None = None  # found where nobody would hear it raised
+
+    def passes(self, request) -> bool:
+        return request.seed % 3 == 0
+
+    def length(self, request) -> int:
+        return request.seed % 7
+
+    def check_admitted(self, requests) -> None:
+        for request in requests:
+            if not request.rollout_id.startswith("eval-"):
+                step = position_of(request.rollout_id) // self.per_step
+                if step > self.steps_done + self.most_ahead:
+                    raise Broken(f"{request.rollout_id} of step {step} is asked for after {self.steps_done} steps")
+
+
+def position_of(rollout_id: str) -> int:
+    """Of its prompt group; a follow-up's id begins with that of the rollout that it follows."""
+    return int(re.match(r"\d+", rollout_id)[0])
+
+
+class ScriptedReplica:
+    """Works on `concurrent` calls side by side, the first first; weights come in between two calls, or beside them."""
+
+    def __init__(self, world: World, concurrent: int, follows: bool) -> None:
+        self.world, self.concurrent, self.follows = world, concurrent, follows
+        self.version, self.running = -1, 0
+        self.queue = deque()
+
+    def ready(self):
+        return _done(None)
+
+    def call(self, method, arguments):
+        world = self.world
+        world.calls += 1
+        number, wanted = world.calls, world.published
+        if method == "generate":
+            world.check_admitted(arguments["requests"])
+        answer = asyncio.get_running_loop().create_future()
+
+        def begin():
+            if self.follows and self.version != wanted:
+                raise Broken(f"{method} with weights {self.version} in place of {wanted}")
+            return world.fate.delay()
+
+        def end():
+            if answer.done():
+                return
+            if number == world.fate.failing_call:
+                answer.set_exception(ERRORS[method]("a service can fail", f"call {number}"))
+            else:
+                answer.set_result(self._short(getattr(self, method)(**arguments)[1], number))
+
+        batch = getattr(self, method)(**arguments)[0]
+        self._enqueue(begin, end)
+        return batch, answer
+
+    def ask(self, method, *args):
+        answer = asyncio.get_running_loop().create_future()
+        if method != "load_weights":
+            return _done(None)
+        manifest, *_ = args
+        self.world.published = manifest
+
+        def end():
+            self.version = manifest
+            if not answer.done():
+                answer.set_result(0.1)
+
+        self._enqueue(self.world.fate.delay, end)
+        return answer
+
+    def end(self):
+        pass
+
+    def _enqueue(self, begin, end):
+        self.queue.append((begin, end))
+        self._next()
+
+    def _next(self):
+        while self.queue and self.running < self.concurrent:
+            begin, end = self.queue.popleft()
+            self.running += 1
+            try:
+                delay = begin()
+            except Broken as error:
+                self.world.broken = error
+                delay = 0.0
+            asyncio.get_running_loop().call_later(delay, self._over, end)
+
+    def _over(self, end):
+        self.running -= 1
+        end()
+        self._next()
+
+    def _short(self, receipt, number):
+        if number != self.world.fate.short_call:
+            return receipt
+        short = {"rows": receipt.rows - 1}
+        for name in (
+            "lengths",
+            "response_lengths",
+            "finish_reasons",
+            "rewards",
+            "passed",
+            "abstained",
+            "answers",
+            "paths",
+        ):
+            if getattr(receipt, name, ()):
+                short[name] = getattr(receipt, name)[:-1]
+        return replace(receipt, **short)
+
+    # ---- what it answers: a function of the request ----
+
+    def generate(self, prompts, requests, sampling):
+        assert prompts == PROMPTS
+        sizes = tuple(self.world.length(request) for request in requests)
+        receipt = RolloutReceipt(
+            rows=len(requests),
+            tokens=sum(sizes),
+            seconds=0.0,
+            lengths=tuple(size + 10 for size in sizes),
+            response_lengths=sizes,
+            finish_reasons=tuple("length" if size == 6 else "stop" for size in sizes),
+            weight_version=max(0, self.version),
+        )
+        return ("rollouts", requests), receipt
+
+    def retrieve(self, prompts, rows, k):
+        return ("skills", tuple(rows)), Receipt(rows=len(rows), seconds=0.0)
+
+    def score(self, rollouts, request, prompts=None, verdicts=None, skills=None):
+        _, requests = rollouts
+        if verdicts is not None and verdicts[1] is not requests:
+            raise Broken("a teacher is shown another shard's verdicts")
+        return ("scores", requests), ScoreReceipt(rows=len(requests), tokens=1, seconds=0.0)
+
+    def judge(self, rollouts, prompts):
+        _, requests = rollouts
+        passed = tuple(self.world.passes(request) for request in requests)
+        receipt = VerdictReceipt(
+            rows=len(passed),
+            seconds=0.0,
+            rewards=tuple(map(float, passed)),
+            passed=passed,
+            abstained=tuple(request.seed % 11 == 0 for request in requests),
+            answers=tuple(str(request.seed % 5) for request in requests),
+            paths=tuple(str(request.seed % 2) for request in requests),
+        )
+        return ("verdicts", requests), receipt
+
+
+class ScriptedBackend:
+    """Starts scripted replicas, in place of Ray."""
+
+    def __init__(self, world: World, follows: set[str]) -> None:
+        self.world, self.follows = world, follows
+
+    def start(self, who, worker, boundary, need, concurrent_calls, arguments):
+        return ScriptedReplica(self.world, concurrent_calls, need.pool in self.follows)
+
+
+class ScriptedLearner:
+    """Trains nothing, and looks at everything that it is given."""
+
+    def __init__(self, world: World) -> None:
+        self.world, self.ranks = world, [None]
+
+    async def step(self, step, version, shards, rows):
+        for length, row in rows:
+            shard = shards[row.batch]
+            request = shard.requests[row.row]
+            if length != self.world.length(request) + 10:
+                raise Broken(f"{request.rollout_id} is trained as if it had {length} tokens")
+            made = shard.generated.weight_version if request.source == "student" else None
+            self.world.trained.append((version, request.rollout_id, made, row.advantage))
+            for batch in shard.for_learner("scores"):
+                if batch[1] is not shard.requests:
+                    raise Broken(f"{request.rollout_id} is trained with the scores of another shard")
+        await asyncio.sleep(self.world.fate.delay())
+        self.world.finished_steps += 1
+        self.world.steps_done = version + 1
+        metrics = {"grad_norm": 1.0, "missing_scores": 0.0}
+        return StepReport(loss=0.0, tokens=len(rows), rollouts=len(rows), seconds=0.0, metrics=metrics)
+
+    async def publish(self, version):
+        await asyncio.sleep(self.world.fate.delay())
+        return version, []
+
+    async def restart(self):
+        await asyncio.sleep(0)
+
+    async def save(self, folder):
+        await asyncio.sleep(self.world.fate.delay())
+        self.world.saved.append(self.world.steps_done)
+
+
+def scripted_pool(name: str, world: World, backend: ScriptedBackend, replicas: int, concurrent: int) -> Pool:
+    settings = sections.Pool(replicas=replicas)
+    return Pool(name, object, settings, RolloutError, backend, concurrent_calls=concurrent)
+
+
+def _done(value):
+    answer = asyncio.get_running_loop().create_future()
+    answer.set_result(value)
+    return answer

@@ -1,0 +1,272 @@
+"""A whole stage of a run, from a seed: the real driver, flow and pools, scripted replicas, a virtual clock.
+
+    python tests/simulation/simulate.py 10000          # seeds 0 to 9999, on all cores
+    python tests/simulation/simulate.py --seed 1234    # one of them again
+
+A seed decides the recipe (method, staleness, replicas, sizes), how long each call takes, what fails, and when Ctrl-C
+comes. After each run the invariants of `check` hold; a synchronous run is repeated with other replicas and another timing.
+"""
+
+import argparse
+import asyncio
+import os
+import random
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from clock import VirtualLoop
+from scripted import PROMPTS, Broken, Fate, ScriptedBackend, ScriptedLearner, World, position_of, scripted_pool
+
+from tutorloop.cluster.driver import Driver
+from tutorloop.cluster.flow.evaluation import EvalPlan, ProblemSet
+from tutorloop.cluster.flow.flow import Flow, Services
+from tutorloop.cluster.interrupt import Interrupt
+from tutorloop.cluster.methods import METHODS
+from tutorloop.cluster.pools.services import annotators
+from tutorloop.cluster.recording.tally import Tally
+from tutorloop.contracts.config import REFERENCE
+from tutorloop.contracts.errors import TutorloopError
+from tutorloop.contracts.recipe import parse_config
+from tutorloop.contracts.records import Sampling
+
+ROWS = 17
+TEACHERS = {"teachers": {"a": {"model": "s"}, "b": {"model": "s"}}}
+METHOD_OPTIONS = {  # methods that ask, annotate, follow up and publish in different ways
+    "grpo": {},
+    "dapo": {"method_options": {"max_refills": 2}},
+    "star": {"method_options": {"round_steps": 2}},
+    "rest": {"method_options": {"round_steps": 3}},
+    "opd": TEACHERS,
+    "sdpo": {**TEACHERS, "method_options": {"grpo_weight": 0.5}},
+    "exopd": {**TEACHERS, "reference": {"model": "s"}},
+    "sg_opd": {**TEACHERS, "method_options": {"cold_start": 1.0, "cold_steps": 1.0}},
+    "sgsd": {"teachers": {"a": {"model": "s"}}, "method_options": {"pairs": 2}, "skills": {"path": "unused"}},
+    "sft": {},
+}
+KINDS_OF_CALL = ("generate", "score", "judge")
+
+
+@cache
+def setting(method: str, staleness: int, prompts: int, replicas: int, batch: int, steps: int, every: int):
+    """A recipe and its composition. There are a few thousand of them, and each takes some milliseconds to check."""
+    tree = {
+        "method": method,
+        "output_dir": "unused",
+        "steps": steps,
+        "prompts_per_step": prompts,
+        "max_staleness": staleness,
+        "seed": 5,
+        "student": {"model": "s"},
+        "data": {"path": "d"},
+        "rollout": {"samples_per_prompt": 2, "batch_size": batch, "replicas": replicas},
+        "eval": {"path": "e", "every": every},
+        "checkpoint": {"every": every},
+        **METHOD_OPTIONS[method],
+    }
+    config = parse_config(tree, [])
+    return config, METHODS[method](config)
+
+
+class WatchedFlow(Flow):
+    """Remembers every shard that it began."""
+
+    begun: list
+
+    def _begin(self, step, requests, group, attempt=1):
+        before = len(self.shards.get(step, []))
+        super()._begin(step, requests, group, attempt)
+        self.begun += self.shards[step][before:]
+
+
+@dataclass
+class Quiet:
+    """The folder, the log, the progress and the recorder of a run, as far as the driver asks them."""
+
+    steps: list = field(default_factory=list)
+    newest: None = None
+
+    def phase(self, *_): ...
+    def note(self, *_): ...
+    def eval(self, *_): ...
+    def log_eval(self, *_): ...
+    def check_claim(self): ...
+    def all_checkpoints(self):
+        return []
+
+    def log_step(self, row):
+        self.steps.append(row.step)
+
+    def step(self, *_): ...
+    def add(self, *_): ...
+    def of_evaluation(self, *_):
+        return []
+
+    async def collect(self, wait=False): ...
+
+    async def save_checkpoint(self, step, state, write, keep):
+        await write(Path("unused"))
+
+
+@dataclass
+class Outcome:
+    """What one run came to."""
+
+    world: World
+    flow: WatchedFlow
+    tally: Tally
+    steps: list
+    finished: bool | None  # None: an error ended it
+    error: TutorloopError | None = None
+
+
+def recipe_of(rng: random.Random):
+    """A recipe from a few thousand."""
+    method = rng.choice(list(METHOD_OPTIONS))
+    steps = rng.randint(3, 6)
+    parts = (rng.choice([0, 0, 1, 2]), rng.randint(1, 4), rng.randint(1, 3), rng.choice([2, 4]))
+    return method, *parts, steps, rng.choice([0, 2])
+
+
+def fate_of(rng: random.Random) -> Fate:
+    fate = Fate(rng, spread=rng.choice(["even", "even", "long", "none"]))
+    fate.failing_call = rng.randint(1, 60) if rng.random() < 0.2 else 0
+    fate.short_call = rng.randint(1, 60) if rng.random() < 0.1 else 0
+    fate.stop_at = rng.random() * 20 if rng.random() < 0.3 else 0.0
+    return fate
+
+
+def run_once(recipe: tuple, fate: Fate) -> Outcome:
+    """One stage of a run."""
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        return runner.run(_drive(recipe, fate))
+
+
+async def _drive(recipe: tuple, fate: Fate) -> Outcome:
+    config, composition = setting(*recipe)
+    world = World(fate, most_ahead=config.max_staleness, per_step=config.prompts_per_step)
+    backend = ScriptedBackend(world, {"rollout"})
+    concurrent = fate.rng.choice([1, 4])
+    rollouts = scripted_pool("rollout", world, backend, config.rollout.replicas, concurrent)
+    others = {name: scripted_pool(name, world, backend, fate.rng.randint(1, 2), 1) for name in ("a", "b", REFERENCE)}
+    verifiers = scripted_pool("verifier", world, backend, 1, 4)
+    skills = scripted_pool("skills", world, backend, 1, 1)
+    generators = {"student": rollouts, "dataset": rollouts, "teacher": scripted_pool("t", world, backend, 1, 1)}
+    services = Services(generators=generators, annotators=annotators(others, verifiers, skills))
+    flow = WatchedFlow(config, composition, services, PROMPTS, [("a", "b")[row % 2] for row in range(ROWS)], 0)
+    flow.begun = []
+    quiet, tally, interrupt = Quiet(), Tally(), Interrupt(lambda _: None)
+    driver = Driver(
+        config=config,
+        stage=0,
+        folder=quiet,
+        flow=flow,
+        learner=ScriptedLearner(world),
+        skills=None,
+        verifiers=verifiers,
+        broadcasts=None,
+        followers=[],
+        averages=[],
+        problems=[ProblemSet("in_distribution", PROMPTS, 2)],
+        plan=EvalPlan(samples=1, sampling=Sampling(max_new_tokens=4), batch_size=1, seed=0),
+        trigger=None,
+        log=quiet,
+        progress=quiet,
+        interrupt=interrupt,
+        tally=tally,
+        recorder=quiet,
+        step=0,
+    )
+    with interrupt.saving():
+        if fate.stop_at:
+            asyncio.get_running_loop().call_later(fate.stop_at, interrupt.stop)
+        try:
+            finished, error = await driver.train(), None
+        except TutorloopError as failure:
+            finished, error = None, failure
+    return Outcome(world, flow, tally, quiet.steps, finished, error)
+
+
+def check(outcome: Outcome, recipe: tuple, fate: Fate) -> None:
+    """The invariants of one run. Raises Broken."""
+    config, composition = setting(*recipe)
+    world, flow = outcome.world, outcome.flow
+    if world.broken:
+        raise world.broken
+    if outcome.error and not (fate.failing_call or fate.short_call):
+        raise Broken(f"nothing failed, and yet: {outcome.error}")
+    if outcome.finished and world.finished_steps != config.steps:
+        raise Broken(f"{world.finished_steps} of {config.steps} steps, and the run says that it has finished")
+    if outcome.finished is False and not fate.stop_at:
+        raise Broken("the run ended before its steps, and nobody stopped it")
+    if outcome.steps != list(range(1, world.finished_steps + 1)):
+        raise Broken(f"{world.finished_steps} steps were learnt, and {outcome.steps} written down")
+    trained = [rollout for _, rollout, _, _ in world.trained]
+    if len(set(trained)) < len(trained):
+        raise Broken("a rollout is trained twice")
+    bound = config.max_staleness + composition.round_steps - 1
+    for step, rollout, version, _ in world.trained:
+        if position_of(rollout) // config.prompts_per_step != step:
+            raise Broken(f"{rollout} is trained in step {step}")
+        if version is not None and not 0 <= step - version <= bound:
+            raise Broken(f"{rollout} of weights {version} is trained in step {step}")
+    if outcome.error:
+        return  # what was in flight is counted where a checkpoint could be saved, and lost with the process where not
+    generated = sum(shard.generated.rows for shard in flow.begun if shard.generated)
+    dropped = sum(outcome.tally.dropped.values())
+    if len(trained) + dropped != generated:
+        raise Broken(f"{generated} rollouts: {len(trained)} trained, {dict(outcome.tally.dropped)} dropped")
+    if outcome.finished:
+        groups = {position_of(shard.requests[0].rollout_id) for shard in flow.begun if shard.step < config.steps}
+        if groups and max(groups) >= config.steps * config.prompts_per_step:
+            raise Broken("a prompt group past the run's end was asked for")
+    if world.saved[-1:] != [world.finished_steps]:
+        raise Broken(f"checkpoints of {world.saved} after {world.finished_steps} steps")
+
+
+def simulate(seed: int) -> None:
+    """Run a seed and check it; a synchronous run once more, with other replicas and another timing."""
+    rng = random.Random(seed)
+    recipe, fate = recipe_of(rng), fate_of(rng)
+    outcome = run_once(recipe, fate)
+    check(outcome, recipe, fate)
+    if outcome.finished and recipe[1] == 0:
+        method, staleness, prompts, _, _, *rest = recipe
+        cut_otherwise = (method, staleness, prompts, rng.randint(1, 3), rng.choice([2, 4]), *rest)
+        again = run_once(cut_otherwise, Fate(random.Random(seed + 1)))
+        if again.world.trained != outcome.world.trained:
+            raise Broken("a synchronous run trains other rows with another timing")
+
+
+def replay(seed: int) -> str:
+    """ "" where a seed holds, else one line that says what is broken and how to see it again."""
+    try:
+        simulate(seed)
+    except Exception as error:
+        return f"{type(error).__name__}: {error} | again: python tests/simulation/simulate.py --seed {seed}"
+    return ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("seeds", nargs="?", type=int, default=1000)
+    parser.add_argument("--seed", type=int)
+    options = parser.parse_args()
+    if options.seed is not None:
+        simulate(options.seed)
+        print(f"seed {options.seed} holds")
+        return
+    start = time.perf_counter()
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        broken = [line for line in pool.map(replay, range(options.seeds), chunksize=50) if line]
+    print(*broken[:10], sep="\n")
+    print(f"{options.seeds} seeds, {len(broken)} broken, {time.perf_counter() - start:.1f} s")
+    sys.exit(bool(broken))
+
+
+if __name__ == "__main__":
+    main()
