@@ -31,7 +31,7 @@ def _processes(pool: Pool | Learner) -> int:
 
 def _on_cpus(config: Config) -> Iterator[Pool | Learner]:
     """The pools of one stage that run a model of their own on CPUs."""
-    teachers = [t for t in config.named_teachers.values() if t.engine != "http" and not t.shared]
+    teachers = [t for t in config.named_teachers.values() if not t.remote and not t.shared]
     others = [pool for pool in (config.reference,) if pool]
     yield from (pool for pool in (config.learner, config.rollout, *teachers, *others) if not pool.num_gpus)
 
