@@ -36,8 +36,7 @@ class Teacher(ModelPool):
     )
     engine: str = Field(
         default="transformers",
-        description="what runs the model: transformers, vllm, http (servers at `urls`, that somebody else runs), or "
-        "one's own: MODULE:CLASS or FILE.py:CLASS",
+        description=f"what runs the model: {TEACHER_ENGINES.choices}; http: servers at `urls`, that somebody else runs",
     )
     tensor_parallel: int = Field(
         default=1,
@@ -116,7 +115,7 @@ class Rollout(ModelPool):
 
     engine: str = Field(
         default="transformers",
-        description="what runs the model: transformers, vllm, or one's own: MODULE:CLASS or FILE.py:CLASS",
+        description=f"what runs the model: {ROLLOUT_ENGINES.choices}",
     )
     tensor_parallel: int = Field(
         default=1,

@@ -80,6 +80,11 @@ class Engines(Generic[Capabilities]):
         """Those that a recipe may name, beside one's own."""
         return [name for name in self.known if name != FAKE]
 
+    @property
+    def choices(self) -> str:
+        """What a recipe may name, in words."""
+        return f"{', '.join(self.names)}, MODULE:CLASS or FILE.py:CLASS"
+
     def that(self, ability: str, has: bool = True) -> str:
         """Those of `names` that have an ability, or have it not, in words."""
         return " or ".join(name for name in self.names if getattr(self.known[name][1], ability) == has)
@@ -88,7 +93,7 @@ class Engines(Generic[Capabilities]):
         """Why a recipe cannot name `engine`, as far as its name says; "" where it can."""
         if engine in self.names or ":" in engine:
             return ""
-        return f"{self.key} is {', '.join(self.names)}, MODULE:CLASS or FILE.py:CLASS (found {engine!r})"
+        return f"{self.key} is {self.choices} (found {engine!r})"
 
     def capabilities(self, engine: str) -> Capabilities:
         """What `engine` can do; of one's own, its class is loaded for it. Raises ConfigError."""

@@ -19,7 +19,7 @@ from tutorloop.cluster.identity import _own_code, digest_of_code, local_models
 from tutorloop.cluster.methods import compose_stages, own_modules
 from tutorloop.contracts.arrow import decode, encode
 from tutorloop.contracts.config import Config
-from tutorloop.contracts.engines import FAKE, ROLLOUT_ENGINES, TEACHER_ENGINES, TeacherCapabilities
+from tutorloop.contracts.engines import FAKE, ROLLOUT_ENGINES, TEACHER_ENGINES, RolloutCapabilities, TeacherCapabilities
 from tutorloop.contracts.errors import ConfigError, ModelError
 from tutorloop.contracts.own_code import package_of
 from tutorloop.contracts.records import Prompt, Rollout, SampleRequest, Sampling, ScoreRequest, TeacherScores
@@ -48,6 +48,20 @@ class Mine(TransformersEngine):
     def decode(self, token_ids, thinking):
         from words import LAST
         return super().decode(token_ids, thinking) + LAST
+"""
+BROADCAST = """
+from tutorloop.actors.fake_engine import FakeEngine
+from tutorloop.contracts.engines import RolloutCapabilities
+
+class Mine(FakeEngine):
+    capabilities = RolloutCapabilities(broadcast=True)
+    seen = []
+
+    def join_broadcast(self, *place):
+        self.seen.append(place)
+
+    def receive_weights(self, layout, manifest):
+        self.seen.append((layout, manifest))
 """
 SERVED = """
 from types import SimpleNamespace
@@ -222,6 +236,16 @@ def test_a_rollout_worker_runs_it(mine: str, qwen3: str) -> None:
         assert own.text == sent.text == f"{ours.text}!"
 
 
+def test_a_rollout_worker_passes_broadcasts_on(tmp_path: Path) -> None:
+    (tmp_path / "engines.py").write_text(BROADCAST)
+    ours = asked({}, engine=f"{tmp_path}/engines.py:Mine", transfer="broadcast")
+    compose_stages(ours)
+    worker = RolloutWorker(engine=ours.rollout.engine, model="none", dtype="fp32")
+    worker.join_broadcast("host", 1, 2, 3)
+    assert worker.receive_weights("manifest", ["layout"]) >= 0
+    assert worker.engine.seen == [("host", 1, 2, 3), (["layout"], "manifest")]
+
+
 def test_a_teacher_worker_runs_the_documented_one(plain: str, qwen3: str) -> None:
     batch = encode(Rollout, random_rollouts(fresh_random()))
     own, ours = (
@@ -281,3 +305,18 @@ def test_what_ours_can_do_is_known_without_loading_them() -> None:
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ended.stdout == "set()\n", ended.stderr
+
+
+def test_one_line_adds_one(mine: str, qwen3: str, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "engines.py").rename(tmp_path / "added_for_test.py")
+    monkeypatch.syspath_prepend(tmp_path)
+    line = ("added_for_test:Mine", RolloutCapabilities(split=True, concurrent_calls=2, weights_while_generating=True))
+    monkeypatch.setitem(ROLLOUT_ENGINES.known, "added", line)
+    ours = asked({}, engine="added", tensor_parallel=2, in_flight="abort")
+    compose_stages(ours)
+    assert own_modules(ours) == [] and ours.rollout.capabilities.concurrent_calls == 2
+    assert RolloutWorker(engine="added", model=qwen3, dtype="fp32").engine.asked == ("keep", 64)
+    with pytest.raises(ConfigError, match=re.escape("rollout.transfer=broadcast is for rollout.engine=vllm")):
+        asked({}, engine="added", transfer="broadcast")
+    with pytest.raises(ConfigError, match=re.escape("rollout.tensor_parallel is for rollout.engine=vllm or added")):
+        asked({}, tensor_parallel=2)
