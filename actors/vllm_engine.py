@@ -16,6 +16,7 @@ from ..contracts.sections import THINKING
 from ..models.loading import eos_ids, load_tokenizer
 from ..models.thinking import decode_response
 from ..models.vllm_host import InFlight, VllmHost, flat_logprobs
+from ..models.vllm_support import check_vllm_architecture
 from .generated import REFUSED, Generated
 
 
@@ -23,6 +24,8 @@ class VllmEngine:
     """A `contracts.protocols.RolloutEngine`, called from several threads. `in_flight`: what a weight update does to
     running rollouts: "keep" them, "abort" them (they start again), or "wait" for their end; `max_running`: most at a
     time; `placement`: VllmHost's."""
+
+    check_model = staticmethod(check_vllm_architecture)
 
     def __init__(
         self,
@@ -37,7 +40,7 @@ class VllmEngine:
         self.tokenizer, self._decoding = load_tokenizer(model), threading.Lock()
         self.eos_ids = eos_ids(model, self.tokenizer)
         self.in_flight: InFlight = in_flight
-        self.host = VllmHost(model, dtype=dtype, at_once=max_running, lora=lora, **placement)
+        self.host = VllmHost(model, dtype=dtype, concurrent=max_running, lora=lora, **placement)
         self.weight_version, self.context = 0, self.host.context
 
     def generate(self, prompts: Sequence[np.ndarray], seeds: Sequence[int], sampling: Sampling) -> list[Generated]:
@@ -81,8 +84,12 @@ class VllmEngine:
         self.host.load_weights(buckets, manifest, self.in_flight)
         self.weight_version = manifest.version
 
+    def join_broadcast(self, host: str, port: int, first_rank: int, size: int) -> None:
+        """Meet the learner at `host`:`port`; vLLM's processes are those from `first_rank` on, of `size`."""
+        self.host.join_broadcast(host, port, first_rank, size)
+
     def receive_weights(self, layout: Sequence[BucketEntries], manifest: WeightManifest) -> None:
-        """As `load_weights`, of buckets that the learner broadcasts meanwhile (`host.join_broadcast` before)."""
+        """As `load_weights`, of buckets that the learner broadcasts meanwhile (`join_broadcast` before)."""
         self.host.receive_weights(layout, manifest, self.in_flight)
         self.weight_version = manifest.version
 

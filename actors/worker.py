@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from ..contracts.arrow import decode, encode
-from ..contracts.protocols import Generation
+from ..contracts.protocols import BroadcastEngine, Generation
 from ..contracts.receipts import RolloutReceipt
 from ..contracts.records import (
     EMPTY_I,
@@ -30,11 +30,11 @@ from ..models.contexts import PLAIN, Prompter
 from ..models.loading import load_tokenizer
 from .engines import make_engine
 from .generated import REFUSED, Generated
-from .vllm_engine import VllmEngine
 
 
 class RolloutWorker:
-    """One replica: an engine with its model. `max_batch` is the most rollouts sampled in one call of the engine.
+    """One replica: an engine, by its name or the class of one's own, with its model. `max_batch` is the most rollouts
+    sampled in one call of it.
 
     `templates` are the recipe's own (models/contexts.py), `suffix` its words after every problem, `template_kwargs` the
     chat template's, `thinking` the marks around the model's reasoning, `options` the engine's (with `lora` the
@@ -44,7 +44,7 @@ class RolloutWorker:
     def __init__(
         self,
         *,
-        engine: str,
+        engine: str | type,
         model: str,
         max_batch: int = 64,
         templates: Mapping[str, str] | None = None,
@@ -71,13 +71,13 @@ class RolloutWorker:
         return time.perf_counter() - start
 
     def join_broadcast(self, host: str, port: int, first_rank: int, size: int) -> None:
-        """Meet the learner at `host`:`port`; vLLM's processes are those from `first_rank` on, of `size`."""
-        assert isinstance(self.engine, VllmEngine), "preflight refuses rollout.transfer=broadcast for other engines"
-        self.engine.host.join_broadcast(host, port, first_rank, size)
+        """Meet the learner at `host`:`port`; the engine's processes are those from `first_rank` on, of `size`."""
+        assert isinstance(self.engine, BroadcastEngine), "rollout.transfer=broadcast is refused for other engines"
+        self.engine.join_broadcast(host, port, first_rank, size)
 
     def receive_weights(self, manifest: WeightManifest, layout: Sequence[BucketEntries]) -> float:
         """Take in a version that the learner broadcasts, and prove it; the seconds it took. Raises WeightsMismatch."""
-        assert isinstance(self.engine, VllmEngine)
+        assert isinstance(self.engine, BroadcastEngine)
         start = time.perf_counter()
         self.engine.receive_weights(layout, manifest)
         return time.perf_counter() - start

@@ -65,7 +65,7 @@ def local_models(config: Config) -> dict[str, str]:
     """The models whose files are read here, by their keys in the configuration."""
     models = {"student.model": config.student.model}
     for name, teacher in config.named_teachers.items():
-        if teacher.engine != "http":
+        if not teacher.remote:
             models["teacher.model" if config.teacher else f"teachers.{name}.model"] = teacher.model
     return models | ({f"{REFERENCE}.model": config.reference.model} if config.reference else {})
 
@@ -156,7 +156,8 @@ def _own_code(config: Config) -> list[str]:
     """Files and modules of the user's that the run calls."""
     methods = [stage.method for stage in config.plan if is_file(stage.method) or "." in stage.method]
     kinds = [config.verifier.kind, *(reward.kind for reward in config.verifier.rewards)]
-    return sorted({*methods, *(kind.rpartition(":")[0] for kind in kinds if ":" in kind)})
+    engines = [config.rollout.engine, *(teacher.engine for teacher in config.named_teachers.values())]
+    return sorted({*methods, *(name.rpartition(":")[0] for name in (*kinds, *engines) if ":" in name)})
 
 
 def _digest_of_bank(source: Path) -> str:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..contracts.config import REFERENCE, Config, Pool, Teacher
+from ..contracts.engines import ROLLOUT_ENGINES, TEACHER_ENGINES
 from ..contracts.errors import ConfigError, DataError, ModelError, TeacherError, TokenizerMismatch
 from ..contracts.records import Prompt
 from ..models.checkpoint import check_weights
@@ -18,8 +19,7 @@ from ..models.loading import (
     varying_frequencies,
 )
 from ..models.lora import check_targets
-from ..models.vllm_support import check_vllm_architecture
-from ..teacher_service.http_engine import ServerLimits, probe
+from ..teacher_service.http_engine import ServerLimits
 from .chat_checks import check_chat, check_template
 from .data import eval_data, fitting, load_prompts
 from .learner_group import need_of_learner
@@ -50,7 +50,7 @@ def check_inputs(config: Config, compositions: Sequence[Composition]) -> Inputs:
     evaluation, verified = config.eval, config.verifier.kind != "none"
     if (evaluation.path or evaluation.ood_path) and not verified:
         raise ConfigError("an evaluation needs a verifier", "verifier.kind=none", "set eval.path= or choose a verifier")
-    local = {name: teacher for name, teacher in config.named_teachers.items() if teacher.engine != "http"}
+    local = {name: teacher for name, teacher in config.named_teachers.items() if not teacher.remote}
     scorers = {name: teacher.model for name, teacher in local.items()}
     if config.reference:
         scorers[REFERENCE] = config.reference.model
@@ -59,8 +59,7 @@ def check_inputs(config: Config, compositions: Sequence[Composition]) -> Inputs:
         check_weights(model)
     tokenizer = load_tokenizer(config.student.model)
     notes = check_template(config.student.model, tokenizer, config.data.chat_template_kwargs)
-    for model, parts in _under_vllm(config):
-        check_vllm_architecture(model, parts)
+    _check_models(config)
     load_functions(config.verifier)
     if config.skills:
         check_skills(config.skills)
@@ -69,10 +68,10 @@ def check_inputs(config: Config, compositions: Sequence[Composition]) -> Inputs:
     contexts, tokenizers = dict([context_of("student", config.student.model)]), {"student": tokenizer}
     for name, model in scorers.items():
         tokenizers[name] = _check_same_tokenizer(config.student.model, tokenizer, name, model)
-        room = 1 if name in local and local[name].engine == "vllm" else 0  # for the token that vLLM adds to a prompt
+        room = local[name].capabilities.extra_tokens if name in local else 0
         who, context = context_of(f"teacher {name}", model)
         contexts[who] = context - room
-    servers = {name: _probe(t, tokenizer, compositions) for name, t in config.named_teachers.items() if t.urls}
+    servers = {name: _probe(t, tokenizer, compositions) for name, t in config.named_teachers.items() if t.remote}
     contexts |= {f"teacher {name}": limits.context for name, limits in servers.items()}
     for name, teacher in local.items():
         _check_vocabularies(config.student.model, name, teacher, compositions)
@@ -122,21 +121,22 @@ def _fitting_rows(
     return fitted, {reason: count for reason, count in left_out.items() if count}
 
 
-def _under_vllm(config: Config) -> set[tuple[str, int]]:
-    """Models that the vllm engine will run, and the parts that each is split into."""
-    local = [teacher for teacher in config.named_teachers.values() if teacher.engine != "http"]
-    models = {(t.model, t.tensor_parallel) for t in local if t.engine == "vllm"}
-    if config.rollout.engine == "vllm":
-        models.add((config.student.model, config.rollout.tensor_parallel))
-        if config.eval.path or config.eval.ood_path:  # teachers are evaluated by the engine that generates
-            models |= {(teacher.model, teacher.tensor_parallel) for teacher in local}
-    return models
+def _check_models(config: Config) -> None:
+    """Every engine can run the models that it will be given, as far as it can tell. Raises InputError."""
+    rollout, local = config.rollout, [teacher for teacher in config.named_teachers.values() if not teacher.remote]
+    for teacher in local:
+        TEACHER_ENGINES.check_model(teacher.engine, teacher.model, teacher.tensor_parallel)
+    generating = [(config.student.model, rollout.tensor_parallel)]
+    if config.eval.path or config.eval.ood_path:  # teachers are evaluated by the engine that generates
+        generating += [(teacher.model, teacher.tensor_parallel) for teacher in local]
+    for model, parts in dict.fromkeys(generating):
+        ROLLOUT_ENGINES.check_model(rollout.engine, model, parts)
 
 
 def _probe(teacher: Teacher, tokenizer: Any, compositions: Iterable[Composition]) -> ServerLimits:
     """What the teacher's servers can do; they must be able to do what the stages ask."""
     try:
-        limits = probe(
+        limits = TEACHER_ENGINES.class_of(teacher.engine).probe(
             teacher.model,
             teacher.urls,
             teacher.timeout_seconds,

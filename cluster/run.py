@@ -25,7 +25,7 @@ from .flow.evaluation import EvalPlan, ProblemSet, evaluate
 from .flow.flow import Flow, Services
 from .interrupt import Interrupt
 from .learner_group import LearnerGroup
-from .methods import compose_stages, own_module
+from .methods import compose_stages, own_modules
 from .methods.parts.composition import Composition
 from .pools.in_process import InProcessBackend
 from .pools.pool import Pool
@@ -146,8 +146,8 @@ def _join(
 
 
 def _take_own_code_along(config: Config) -> None:
-    """Actors on other nodes do not have the files of methods of one's own."""
-    for module in filter(None, (own_module(stage.method) for stage in config.plan)):
+    """Actors on other nodes do not have the files of methods and engines of one's own."""
+    for module in own_modules(config):
         cloudpickle.register_pickle_by_value(package_of(module))
 
 
@@ -290,7 +290,7 @@ async def _ready(pools: Mapping[str, Pool], run: Run, stack: ExitStack) -> None:
 async def _evaluate_teachers(run: Run, config: Config, log: MetricsLog) -> None:
     """Each teacher generates once, so that the student's goal is known. A self-teacher is the student, and is not;
     nor is one behind http, which only scores."""
-    others = [t for t in config.named_teachers.values() if t.model != config.student.model and t.engine != "http"]
+    others = [t for t in config.named_teachers.values() if t.model != config.student.model and not t.remote]
     for teacher in others if run.problems else []:
         run.startup.phase("teacher evaluation", f"evaluating the teacher {teacher.model}")
         one: Teacher = teacher.model_copy(update={"replicas": 1})

@@ -3,17 +3,21 @@
 import asyncio
 from typing import Any
 
+from ray import cloudpickle
 from rich.table import Table
 
 from ..contracts.config import Config
+from ..contracts.engines import ROLLOUT_ENGINES
+from ..contracts.own_code import package_of
 from ..contracts.records import Prompt
 from ..models.checkpoint import check_weights
 from ..models.loading import check_architecture, load_tokenizer
-from ..models.vllm_support import check_vllm_architecture
 from .chat_checks import check_prompts, check_template
 from .data import eval_data, fitting, load_prompts
 from .flow.evaluation import ProblemSet, evaluate
 from .interrupt import Interrupt
+from .methods import own_modules
+from .methods.parts.checks import check_engines
 from .pools.pool import need_of, parts_of
 from .pools.ray_backend import RayBackend
 from .pools.ray_cluster import cluster
@@ -29,17 +33,19 @@ def evaluate_model(config: Config, address: str | None) -> EvalRow:
     model, data = config.student.model, eval_data(config.data, config.eval)
     needs: dict[str, Any] = {"need_answer": config.verifier.needs_gold, "keep_rows": config.verifier.reads_rows}
     needs["thinking"] = config.thinking
+    check_engines(config)
     with Interrupt(say):
         check_architecture(model)
         check_weights(model)
-        if config.rollout.engine == "vllm":
-            check_vllm_architecture(model, parts_of(config.rollout))
+        ROLLOUT_ENGINES.check_model(config.rollout.engine, model, parts_of(config.rollout))
         tokenizer = load_tokenizer(model)
         check_template(model, tokenizer, data.chat_template_kwargs)
         loaded = load_prompts(data, data.path, data.split, tokenizer, config.eval.problems, **needs)
         answers = config.eval.max_new_tokens or config.rollout.max_new_tokens
         prompts = fitting(loaded, answers, dict([context_of("model", model)]), data.path, data)
         check_prompts(model, tokenizer, data.chat_template_kwargs, prompts, data.path)
+        for module in own_modules(config):
+            cloudpickle.register_pickle_by_value(package_of(module))
         with cluster(address):
             check_room([need_of("rollout", config.rollout), need_of("verifier", config.verifier)])
             row = asyncio.run(_evaluate(config, prompts))

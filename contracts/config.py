@@ -6,6 +6,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, model_validator
 
 from .data_config import Data, Eval
+from .engines import ROLLOUT_ENGINES, TEACHER_ENGINES, RolloutCapabilities, TeacherCapabilities
 from .sections import THINKING, ModelPool, Pool, Section
 from .verifier_config import Skills, Verifier
 
@@ -33,8 +34,9 @@ class Teacher(ModelPool):
     model: str = Field(
         description="local folder, hub id, or `lab:teacher`; shares the student's tokenizer. http: its name there"
     )
-    engine: Literal["transformers", "vllm", "http"] = Field(
-        default="transformers", description="what runs the model; http: servers at `urls`, that somebody else runs"
+    engine: str = Field(
+        default="transformers",
+        description=f"what runs the model: {TEACHER_ENGINES.choices}; http: servers at `urls`, that somebody else runs",
     )
     tensor_parallel: int = Field(
         default=1,
@@ -61,23 +63,43 @@ class Teacher(ModelPool):
 
     @model_validator(mode="after")
     def _of_its_engine(self) -> "Teacher":
-        if (self.engine == "http") != bool(self.urls):
-            raise ValueError("teacher.urls are given where teacher.engine is http, and only there")
+        fault = TEACHER_ENGINES.fault(self.engine)
+        if self.engine in TEACHER_ENGINES.names:  # one's own: cluster/methods/checks.py
+            fault = self.beyond()
+        if fault:
+            raise ValueError(fault)
         for url in self.urls:
             parts = urlsplit(url)
             if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
                 raise ValueError("teacher.urls read http://HOST:PORT/v1, without a key (teacher.api_key_env)")
-        if self.api_key_env and self.engine != "http":
-            raise ValueError("teacher.api_key_env is for teacher.engine=http")
-        if self.tensor_parallel > 1 and self.engine != "vllm":
-            raise ValueError("teacher.tensor_parallel is for teacher.engine=vllm")
-        if self.follows and self.engine == "http":
-            raise ValueError("teacher.follows needs weights of our own: teacher.engine=transformers or vllm")
-        if self.follows == "ema" and self.engine == "vllm":
-            raise ValueError("teacher.follows=ema averages the weights here: teacher.engine=transformers")
         if self.shared and self.follows != "live":
             raise ValueError("teacher.shared is for teacher.follows=live: rollout replicas hold the student's weights")
         return self
+
+    def beyond(self) -> str:
+        """What is asked here that the engine cannot do; "" where it can do all. Raises ConfigError."""
+        can, engines = self.capabilities, TEACHER_ENGINES
+        if can.remote != self.remote:
+            return f"teacher.urls are given where teacher.engine is {engines.that('remote')}, and only there"
+        if self.api_key_env and not can.remote:
+            return f"teacher.api_key_env is for teacher.engine={engines.that('remote')}"
+        if self.tensor_parallel > 1 and not can.split:
+            return f"teacher.tensor_parallel is for teacher.engine={engines.that('split')}"
+        if self.follows and not can.takes_weights:
+            return f"teacher.follows needs weights of our own: teacher.engine={engines.that('takes_weights')}"
+        if self.follows == "ema" and not can.averages:
+            return f"teacher.follows=ema averages the weights here: teacher.engine={engines.that('averages')}"
+        return ""
+
+    @property
+    def remote(self) -> bool:
+        """Whether servers run its model, and nothing here does."""
+        return bool(self.urls)
+
+    @property
+    def capabilities(self) -> TeacherCapabilities:
+        """Of its engine; one's own is loaded for it. Raises ConfigError."""
+        return TEACHER_ENGINES.capabilities(self.engine)
 
 
 class Reference(Pool):
@@ -91,7 +113,10 @@ class Reference(Pool):
 class Rollout(ModelPool):
     """The rollout pool and how it samples. Its weights have the learner's dtype."""
 
-    engine: Literal["transformers", "vllm"] = Field(default="transformers", description="what runs the model")
+    engine: str = Field(
+        default="transformers",
+        description=f"what runs the model: {ROLLOUT_ENGINES.choices}",
+    )
     tensor_parallel: int = Field(
         default=1,
         ge=1,
@@ -112,13 +137,28 @@ class Rollout(ModelPool):
 
     @model_validator(mode="after")
     def _of_its_engine(self) -> "Rollout":
-        if self.tensor_parallel > 1 and self.engine != "vllm":
-            raise ValueError("rollout.tensor_parallel is for rollout.engine=vllm")
-        if self.in_flight != "keep" and self.engine != "vllm":
-            raise ValueError("rollout.in_flight is for rollout.engine=vllm")
-        if self.transfer == "broadcast" and self.engine != "vllm":
-            raise ValueError("rollout.transfer=broadcast is for rollout.engine=vllm")
+        fault = ROLLOUT_ENGINES.fault(self.engine)
+        if self.engine in ROLLOUT_ENGINES.names:  # one's own: cluster/methods/checks.py
+            fault = self.beyond()
+        if fault:
+            raise ValueError(fault)
         return self
+
+    def beyond(self) -> str:
+        """What is asked here that the engine cannot do; "" where it can do all. Raises ConfigError."""
+        can, engines = self.capabilities, ROLLOUT_ENGINES
+        if self.tensor_parallel > 1 and not can.split:
+            return f"rollout.tensor_parallel is for rollout.engine={engines.that('split')}"
+        if self.in_flight != "keep" and not can.weights_while_generating:
+            return f"rollout.in_flight is for rollout.engine={engines.that('weights_while_generating')}"
+        if self.transfer == "broadcast" and not can.broadcast:
+            return f"rollout.transfer=broadcast is for rollout.engine={engines.that('broadcast')}"
+        return ""
+
+    @property
+    def capabilities(self) -> RolloutCapabilities:
+        """Of its engine; one's own is loaded for it. Raises ConfigError."""
+        return ROLLOUT_ENGINES.capabilities(self.engine)
 
 
 class Learner(Section):
@@ -280,8 +320,6 @@ class Config(Section):
             raise ValueError(
                 "rollout.transfer=broadcast is between whole GPUs: give rollout and learner num_gpus of 1 or more"
             )
-        if self.teacher_rollout.tensor_parallel > 1 and self.rollout.engine != "vllm":
-            raise ValueError("teacher_rollout.tensor_parallel is for rollout.engine=vllm")
         if self.learner.min_learning_rate > self.learner.learning_rate:
             raise ValueError("learner.min_learning_rate must not exceed learner.learning_rate")
         return self

@@ -31,6 +31,7 @@ def located(config: Config) -> Config:
         data=_with(data, path=_place(data.path)),
         eval=_with(evaluation, path=_place(evaluation.path), ood_path=_place(evaluation.ood_path)),
         verifier=_with(verifier, kind=_code(verifier.kind), rewards=rewards),
+        rollout=_with(config.rollout, engine=_code(config.rollout.engine)),
         skills=config.skills and _with(config.skills, path=_place(config.skills.path)),
     )
 
@@ -59,11 +60,12 @@ def _with(section: Any, **values: Any) -> Any:
 
 
 def _teacher(teacher: Any) -> Any:
-    return teacher if teacher.engine == "http" else _with(teacher, model=_place(teacher.model))
+    model = teacher.model if teacher.remote else _place(teacher.model)
+    return _with(teacher, model=model, engine=_code(teacher.engine))
 
 
 def _code(name: str) -> str:
-    """A file of one's own, FILE.py or FILE.py:FUNCTION, in full; any other name as it is."""
+    """A file of one's own, FILE.py, FILE.py:FUNCTION or FILE.py:CLASS, in full; any other name as it is."""
     file, colon, function = name.rpartition(":") if ":" in name else (name, "", "")
     return f"{_place(file)}{colon}{function}" if is_file(file) else name
 

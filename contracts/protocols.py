@@ -3,11 +3,11 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from .records import Rollout, Sampling, ScoreRequest, TeacherScores, WeightBucket, WeightManifest
+from .records import BucketEntries, Rollout, Sampling, ScoreRequest, TeacherScores, WeightBucket, WeightManifest
 
 
 class Generation(Protocol):
@@ -29,8 +29,8 @@ class Generation(Protocol):
 
 
 class RolloutEngine(Protocol):
-    """Generates from token ids. One that batches continuously is called from several threads at once, and its weights
-    may change while it generates; the others' change only between calls of `generate`."""
+    """Generates from token ids. Its capabilities (contracts/engines.py) say whether `generate` is called from several
+    threads and weights change meanwhile; else they change only between two calls."""
 
     weight_version: int
     context: int  # most tokens of prompt and response
@@ -45,6 +45,19 @@ class RolloutEngine(Protocol):
 
     def load_weights(self, buckets: Iterable[WeightBucket], manifest: WeightManifest) -> None:
         """Copy a version in, then prove it: fingerprint and canary. Raises WeightsMismatch."""
+        ...
+
+
+@runtime_checkable
+class BroadcastEngine(Protocol):
+    """A rollout engine that takes weights from a process group too."""
+
+    def join_broadcast(self, host: str, port: int, first_rank: int, size: int) -> None:
+        """Meet the learner at `host`:`port`; this engine's processes are those from `first_rank` on, of `size`."""
+        ...
+
+    def receive_weights(self, layout: Sequence[BucketEntries], manifest: WeightManifest) -> None:
+        """As `load_weights`, of buckets that the learner broadcasts meanwhile. Raises WeightsMismatch."""
         ...
 
 

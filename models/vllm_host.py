@@ -41,7 +41,7 @@ ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HU
 
 
 class VllmHost:
-    """`model` under vLLM. `at_once`: most requests that run at a time; `gpu_share`: of each GPU, what is ours.
+    """`model` under vLLM. `concurrent`: most requests that run at a time; `gpu_share`: of each GPU, what is ours.
 
     `task`: "sample" generates and scores; "score" only scores, with memory kept for the logprobs of long prompts;
     "embed" gives last hidden states. With `lora` the weights it takes are adapters of `model`, run merged.
@@ -57,7 +57,7 @@ class VllmHost:
         threads: int = 1,
         tensor_parallel: int = 1,
         gpu_share: float = 1.0,
-        at_once: int = 64,
+        concurrent: int = 64,
         task: Literal["sample", "score", "embed"] = "sample",
         lora: Lora | None = None,
     ) -> None:
@@ -75,7 +75,7 @@ class VllmHost:
             "model": str(folder),
             "dtype": {"fp32": "float32", "bf16": "bfloat16"}[dtype],
             "tensor_parallel_size": tensor_parallel,
-            "max_num_seqs": at_once + 1,  # the canary never waits for a place
+            "max_num_seqs": concurrent + 1,  # the canary never waits for a place
             **_task_arguments(task, device, self.vocab),
         }
         if device == "cpu":

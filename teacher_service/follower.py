@@ -8,8 +8,9 @@ Of a student with adapters (models/lora.py) the average is that of the factors A
 is ours too. It stays as small as the adapters, and the products of the factors' averages have the adapters' rank.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,14 +18,30 @@ from safetensors.torch import save_file
 
 from ..contracts.errors import CheckpointError, TeacherError, WeightsMismatch
 from ..contracts.records import WeightBucket, WeightManifest
-from .transformers_engine import TransformersTeacher
-from .vllm_engine import VllmTeacher
+from ..models.lora import ReplicaWeights
+
+
+@runtime_checkable
+class TakesWeights(Protocol):
+    """A teacher engine that can follow the student."""
+
+    def load_weights(self, buckets: Iterable[WeightBucket], manifest: WeightManifest) -> None:
+        """Copy a version in, then prove it, as a rollout engine does. Raises WeightsMismatch."""
+        ...
+
+
+@runtime_checkable
+class HoldsWeights(TakesWeights, Protocol):
+    """One whose weights are tensors of this process."""
+
+    weights: ReplicaWeights
+    device: str
 
 
 class Follower:
     """Keeps `engine`'s weights at the versions that it is given. `version` is the one held, 0 before the first."""
 
-    def __init__(self, engine: TransformersTeacher | VllmTeacher) -> None:
+    def __init__(self, engine: TakesWeights) -> None:
         self.engine = engine
         self._taken, self._proven = -1, True
 
@@ -52,9 +69,9 @@ class Follower:
 class Averager(Follower):
     """Runs the average of the versions. A version that could not be proven leaves it as it was."""
 
-    def __init__(self, engine: TransformersTeacher, decay: float) -> None:
+    def __init__(self, engine: HoldsWeights, decay: float) -> None:
         super().__init__(engine)
-        self.decay, self.weights = decay, engine.weights
+        self.decay, self.weights, self.device = decay, engine.weights, engine.device
         self.average: dict[str, torch.Tensor] = {}  # float32, from the first version on
 
     @torch.no_grad()
@@ -84,7 +101,7 @@ class Averager(Follower):
         """Go on from a saved average. Raises CheckpointError."""
         average: dict[str, torch.Tensor] = {}
         try:
-            with safe_open(path, "pt", device=self.engine.device) as tensors:
+            with safe_open(path, "pt", device=self.device) as tensors:
                 version = int((tensors.metadata() or {})["version"])
                 average = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (no mapping)
         except (OSError, SafetensorError, KeyError, ValueError) as error:
@@ -101,12 +118,12 @@ class Averager(Follower):
 
 def follower_of(engine: object, follows: str, decay: float) -> Follower:
     """What keeps `engine` as `follows` says: "live", or "ema" with `decay`. Raises TeacherError."""
-    if follows == "live" and isinstance(engine, TransformersTeacher | VllmTeacher):
+    if follows == "live" and isinstance(engine, TakesWeights):
         return Follower(engine)
-    if follows == "ema" and isinstance(engine, TransformersTeacher):
+    if follows == "ema" and isinstance(engine, HoldsWeights):
         return Averager(engine, decay)
     raise TeacherError(
         "a teacher follows its student live, or as an ema of weights in this process",
         f"{follows!r} with {type(engine).__name__}",
-        "known: live, ema (with the transformers engine)",
+        "known: live, ema; contracts/engines.py says which engines take and average weights",
     )

@@ -84,6 +84,11 @@ class HttpTeacher:
             urls, requests_per_url=requests_per_url, timeout_seconds=timeout_seconds, api_key=api_key
         )
 
+    @staticmethod
+    def probe(model: str, urls: Sequence[str], timeout_seconds: float, api_key: str, tokenizer: Any) -> ServerLimits:
+        """The `limits`, found by asking the servers before anything starts. Raises as `probe` below."""
+        return probe(model, urls, timeout_seconds, api_key, tokenizer)
+
     def score(self, rollouts: Sequence[Rollout], request: ScoreRequest) -> list[TeacherScores]:
         """Scores in the order of `rollouts`, at temperature 1; a refused one has an error class and no arrays.
 

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..contracts.engines import SIGNALS
 from ..contracts.errors import TeacherError
 from ..contracts.records import Rollout, ScoreRequest, TeacherScores
-
-SIGNALS = ("sampled", "topk", "given", "hidden")
 
 
 def check_request(request: ScoreRequest, vocab: int) -> None:

@@ -25,6 +25,7 @@ from ..contracts.records import (
 from ..models.checkpoint import load_lm_head
 from ..models.loading import DTYPES
 from ..models.vllm_host import VllmHost, embedding_parameters, prompt_logprobs, prompt_parameters
+from ..models.vllm_support import check_vllm_architecture
 from .requests import batches_of, check_request, refusal
 from .transformers_engine import read_logprobs, to_numpy
 
@@ -34,6 +35,8 @@ WHOLE_VOCABULARY = 4096  # up to here ids of somebody else's choice are picked o
 class VllmTeacher:
     """A `contracts.protocols.TeacherEngine`. `hidden` starts it for the exact signal, and for that one alone;
     `shared` is a rollout engine on vLLM, whose model it scores with; `placement` is VllmHost's."""
+
+    check_model = staticmethod(check_vllm_architecture)
 
     def __init__(
         self,

@@ -26,7 +26,7 @@ from .views import Viewed
 
 
 class TeacherWorker:
-    """One replica of the teacher `teacher_id`.
+    """One replica of the teacher `teacher_id`: an engine, by its name or the class of one's own, with its model.
 
     `follows` ("live", "ema") makes it a self-teacher that takes the student's published weights, as they are or as an
     average with `ema_decay`. `templates` are the recipe's own (models/contexts.py), `suffix` its words after every
@@ -39,7 +39,7 @@ class TeacherWorker:
         self,
         *,
         teacher_id: str,
-        engine: str,
+        engine: str | type,
         model: str,
         follows: str = "",
         ema_decay: float = 0.95,

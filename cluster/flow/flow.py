@@ -200,7 +200,8 @@ class Flow:
     async def take(self, step: int) -> list[Shard]:
         """Wait for the step's shards; those that exceed the staleness bound are refused and counted.
 
-        They come in the order of their first rollouts' ids. Where the generators get new weights only every round, the steps inside a round are no staleness.
+        They come in the order of their first rollouts' ids. Where the generators get new weights only every round, the
+        steps inside a round are no staleness.
         Raises whatever a shard of any step failed with.
         """
         await self.failure.beside(asyncio.wait({self._steps[step]}))

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 from ...contracts.config import Config
+from ...contracts.engines import ROLLOUT_ENGINES, TEACHER_ENGINES
 from ...contracts.errors import ConfigError, TutorloopError
 from ...contracts.own_code import is_file, load_module, users_fault
 from . import (
@@ -39,7 +40,7 @@ from . import (
     sgsd,
     star,
 )
-from .parts.checks import check_needs, check_used
+from .parts.checks import check_engines, check_needs, check_used
 from .parts.composition import Composition
 
 METHODS: dict[str, Callable[[Config], Composition]] = {
@@ -97,6 +98,7 @@ def _own_composition(config: Config, module: ModuleType) -> Composition:
 
 def compose_stages(config: Config) -> list[Composition]:
     """One composition for each stage of the run, in which all that the recipe gives is used. Raises ConfigError."""
+    check_engines(config)
     compositions = [compose(config.of_stage(stage)) for stage in config.plan]
     check_used(config, compositions)
     return compositions
@@ -116,3 +118,11 @@ def own_module(method: str) -> ModuleType | None:
         rule = "a method of one's own defines compose(config) -> Composition"
         raise ConfigError(rule, f"method: {method}", "docs/methods.md has an example")
     return module
+
+
+def own_modules(config: Config) -> list[ModuleType]:
+    """The modules of the run's methods and engines that are one's own, to be sent by value. Raises ConfigError."""
+    modules = [own_module(stage.method) for stage in config.plan]
+    modules.append(ROLLOUT_ENGINES.own_module(config.rollout.engine))
+    modules += [TEACHER_ENGINES.own_module(teacher.engine) for teacher in config.named_teachers.values()]
+    return [module for module in modules if module]

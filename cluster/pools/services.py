@@ -4,10 +4,10 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ...actors.engines import CALLS_AT_ONCE
 from ...actors.worker import RolloutWorker
 from ...contracts.config import REFERENCE, Config, Lora, Reference, Teacher
 from ...contracts.config import Pool as PoolConfig
+from ...contracts.engines import ROLLOUT_ENGINES, TEACHER_ENGINES
 from ...contracts.errors import ConfigError, RolloutError, TeacherError, VerifierError
 from ...contracts.verifier_config import Verifier
 from ...teacher_service.http_engine import ServerLimits
@@ -51,16 +51,16 @@ def start_generators(
     too, where a teacher shares it."""
     rollout = config.rollout
     arguments: dict[str, Any] = {
-        "engine": rollout.engine,
+        "engine": ROLLOUT_ENGINES.to_send(rollout.engine),
         "model": model,
         "dtype": dtype,
         "max_batch": rollout.batch_size,
         **_shown(config),
         "lora": lora,
-        "concurrent_calls": CALLS_AT_ONCE.get(rollout.engine, 1),
-        **_placement(config, rollout.engine, pool),
+        "concurrent_calls": rollout.capabilities.concurrent_calls,
+        **_placement(config, rollout.capabilities.split, pool),
     }
-    if rollout.engine == "vllm":
+    if rollout.capabilities.weights_while_generating:
         arguments |= {"max_running": rollout.batch_size, "in_flight": rollout.in_flight}
     shared = {key: teacher for key, teacher in config.named_teachers.items() if teacher.shared}
     if not shared or pool is not rollout:
@@ -80,10 +80,10 @@ def _shown(config: Config) -> dict[str, Any]:
     }
 
 
-def _placement(config: Config, engine: str, pool: PoolConfig) -> dict[str, Any]:
-    """What an engine is told of its replica's CPUs and GPUs."""
+def _placement(config: Config, split: bool, pool: PoolConfig) -> dict[str, Any]:
+    """What an engine is told of its replica's CPUs and GPUs; `split`: it may split its model."""
     place: dict[str, Any] = {"device": "cuda" if pool.num_gpus else "cpu", "threads": threads_of(config, pool)}
-    if engine != "vllm":
+    if not split:
         return place
     share = pool.num_gpus if 0 < pool.num_gpus < 1 else 1.0
     return place | {"tensor_parallel": parts_of(pool), "gpu_share": share}
@@ -133,10 +133,10 @@ def stage_teachers(
         pool_name = "teacher" if len(named) == 1 else f"teacher.{name}"
         if teacher.shared:
             teachers[name] = rollouts
-        elif teacher.engine == "http":
+        elif teacher.remote:
             teachers[name] = _ask_servers(name, pool_name, teacher, config, servers[name], backend)
         else:
-            own = {"hidden": hidden} if teacher.engine == "vllm" else {}
+            own = {"hidden": hidden} if teacher.capabilities.hidden_apart else {}
             teachers[name] = _start_teacher(name, pool_name, teacher, config, teacher.engine, own, backend)
     if composition.reference and config.reference:
         teachers[REFERENCE] = _start_teacher(
@@ -160,7 +160,7 @@ def _ask_servers(
     name: str, pool_name: str, teacher: Teacher, config: Config, limits: ServerLimits, backend: Backend
 ) -> Pool:
     arguments = {
-        "engine": "http",
+        "engine": TEACHER_ENGINES.to_send(teacher.engine),
         "model": teacher.model,
         "tokenizer": config.student.model,
         "urls": teacher.urls,
@@ -192,11 +192,11 @@ def _start_teacher(
 ) -> Pool:
     """`own`: what the engine takes besides."""
     arguments = {
-        "engine": engine,
+        "engine": TEACHER_ENGINES.to_send(engine),
         "model": teacher.model,
         "dtype": teacher.dtype,
         "tokens_per_batch": teacher.tokens_per_batch,
-        **_placement(config, engine, teacher),
+        **_placement(config, TEACHER_ENGINES.capabilities(engine).split, teacher),
         **own,
     }
     if isinstance(teacher, Teacher) and teacher.follows:  # it starts where the stage's student starts

@@ -20,6 +20,8 @@ def threads_of(config: Config, pool: Pool | Learner) -> int:
     reserved = max(1, int(pool.num_cpus))
     if pool.num_gpus:
         return reserved
+    if not ray.is_initialized():  # all in one process, whose calls take turns
+        return max(reserved, len(os.sched_getaffinity(0)))
     at_work = _processes(pool) if config.max_staleness == 0 else sum(map(_processes, _on_cpus(config)))
     return max(reserved, _cpus_of_a_machine() // max(1, at_work))
 
@@ -32,13 +34,11 @@ def _processes(pool: Pool | Learner) -> int:
 
 def _on_cpus(config: Config) -> Iterator[Pool | Learner]:
     """The pools of one stage that run a model of their own on CPUs."""
-    teachers = [t for t in config.named_teachers.values() if t.engine != "http" and not t.shared]
+    teachers = [t for t in config.named_teachers.values() if not t.remote and not t.shared]
     others = [pool for pool in (config.reference,) if pool]
     yield from (pool for pool in (config.learner, config.rollout, *teachers, *others) if not pool.num_gpus)
 
 
 def _cpus_of_a_machine() -> int:
-    if not ray.is_initialized():  # all in one process
-        return len(os.sched_getaffinity(0))
     found = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
     return int(min((cpus for cpus in found if cpus), default=1))

@@ -152,18 +152,7 @@ class ScriptedReplica:
         if number != self.world.fate.short_call:
             return receipt
         short = {"rows": receipt.rows - 1}
-        for name in (
-            "lengths",
-            "response_lengths",
-            "finish_reasons",
-            "rewards",
-            "passed",
-            "abstained",
-            "answers",
-            "paths",
-        ):
-            if getattr(receipt, name, ()):
-                short[name] = getattr(receipt, name)[:-1]
+        short |= {name: getattr(receipt, name)[:-1] for name in receipt.PER_ROW}
         return replace(receipt, **short)
 
     # ---- what it answers: a function of the request ----

@@ -4,7 +4,7 @@
     python tests/simulation/simulate.py --seed 1234    # one of them again
 
 A seed decides the recipe (method, staleness, replicas, sizes), how long each call takes, what fails, and when Ctrl-C
-comes. After each run the invariants of `check` hold; a synchronous run is repeated with other replicas and another timing.
+comes. After each run the invariants of `check` hold; a synchronous run is repeated with other replicas and timing.
 """
 
 import argparse

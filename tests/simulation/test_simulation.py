@@ -1,4 +1,4 @@
-"""The core against scripted replicas on a virtual clock (simulate.py): a thousand seeds hold, and planted faults do not.
+"""The core against scripted replicas on a virtual clock (simulate.py): a thousand seeds hold, planted faults do not.
 
 `make simulate` runs ten thousand.
 """

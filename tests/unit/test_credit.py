@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from run_rows import fresh_rng
 
-from tutorloop.cluster.methods import credit
+from tutorloop.cluster.methods.parts import credit
 
 
 def golden(name: str) -> tuple[dict, dict, float]:

@@ -1,5 +1,6 @@
 """Before Ray: addresses read and proved against real sockets, the machine's surroundings, signals, texts of a death."""
 
+import asyncio
 import os
 import signal
 import socket
@@ -248,22 +249,33 @@ def test_a_signal_stops_at_once_or_is_a_request_where_there_is_something_to_save
     heard.wait()
     assert told == ["stopping"] and signal.getsignal(number) is before
 
-    heard.clear()
-    with Interrupt(tell) as interrupt, interrupt.saving():
-        interrupt.check()
-        signal.raise_signal(number)
-        with pytest.raises(Interrupted):
+    async def stop_twice() -> None:
+        with interrupt.saving():
             interrupt.check()
-        heard.wait()
-        assert told[1:] == ["stopping: a checkpoint is saved first (again to stop at once)"]
-        with pytest.raises(KeyboardInterrupt):
+            waiting = asyncio.ensure_future(interrupt.beside(asyncio.sleep(3600)))
+            await asyncio.sleep(0)
             signal.raise_signal(number)
+            with pytest.raises(Interrupted):
+                await waiting
+            with pytest.raises(Interrupted):
+                interrupt.check()
+            heard.wait()
+            assert told[1:] == ["stopping: a checkpoint is saved first (again to stop at once)"]
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(number)
+
+    heard.clear()
+    with Interrupt(tell) as interrupt:
+        asyncio.run(stop_twice())
 
 
 def test_a_request_leaves_what_is_saved_whole_and_later_ones_stop() -> None:
-    with Interrupt(lambda _: None) as interrupt:
+    async def stop() -> None:
         with interrupt.saving():
             signal.raise_signal(signal.SIGINT)
+
+    with Interrupt(lambda _: None) as interrupt:
+        asyncio.run(stop())
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
 

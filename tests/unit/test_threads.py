@@ -28,6 +28,7 @@ def sixteen(monkeypatch):
         {"Alive": False, "Resources": {"CPU": 2.0}},
     ]
     monkeypatch.setattr(threads.ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(threads.ray, "is_initialized", lambda: True)
 
 
 def test_pools_that_take_turns_have_the_machine_each(sixteen):

@@ -6,13 +6,26 @@ together whether everything that the recipe gives is used by one of them.
 
 from collections.abc import Sequence
 
-from ....contracts.config import Config, OffPolicy
+from ....contracts.config import Config, OffPolicy, Teacher
+from ....contracts.engines import ROLLOUT_ENGINES, TEACHER_ENGINES
 from ....contracts.errors import ConfigError
 from ....models.contexts import check_templates, fields_of
 from .composition import Composition
 
 OF_VERDICTS = {"peer", "peer_answer", "feedback"}  # fields that exist once a group is judged
 OF_SKILLS = {"skill", "mistake", "title"}  # and where a bank is asked
+SENT = {"sampled": "sampled", "topk": "topk", "hidden": "exact"}  # what teacher.signal calls it
+
+
+def check_engines(config: Config) -> None:
+    """The engines can do what the run asks of them; those of one's own are loaded here. Raises ConfigError."""
+    for name, section in [("rollout", config.rollout), *config.named_teachers.items()]:
+        if fault := section.beyond():
+            found = f"{name}: engine {section.engine}, whose capabilities are {section.capabilities}"
+            raise ConfigError(fault, found, "change that key, or what the engine's class states and can do")
+    if config.teacher_rollout.tensor_parallel > 1 and not config.rollout.capabilities.split:
+        rule = f"teacher_rollout.tensor_parallel is for rollout.engine={ROLLOUT_ENGINES.that('split')}"
+        raise ConfigError(rule, f"rollout.engine: {config.rollout.engine}", "remove tensor_parallel")
 
 
 def check_needs(config: Config, composition: Composition) -> None:
@@ -78,20 +91,35 @@ def _check_engines(config: Config, composition: Composition) -> None:
     if len(shared) > 1:
         raise ConfigError("one teacher shares the rollout replicas", ", ".join(shared), "remove shared from the others")
     for name, teacher in config.named_teachers.items():
-        if teacher.engine == "http" and signal == "hidden":
-            rule = "a teacher behind http sends the sampled and the topk signal"
-            raise ConfigError(rule, f"{name}: exact", "set teacher.signal: topk or sampled")
-        if teacher.engine == "http" and "teacher" in composition.generators:
-            rule = f"{config.method} samples from its teacher, and one behind http only scores"
-            raise ConfigError(rule, f"{name}: engine http", "set teacher.engine: transformers or vllm")
-        if teacher.engine != "transformers" and gated:
+        if signal:
+            _check_signal(name, teacher, signal)
+        if teacher.remote and "teacher" in composition.generators:
+            rule = f"{config.method} samples from its teacher, and one behind {teacher.engine} only scores"
+            remedy = f"set teacher.engine: {TEACHER_ENGINES.that('remote', has=False)}"
+            raise ConfigError(rule, f"{name}: engine {teacher.engine}", remedy)
+        if gated and not teacher.capabilities.entropy:
             rule = f"{config.method} reads the teacher's entropy over the whole vocabulary"
-            remedy = "set teacher.engine: transformers, or teacher.signal: exact"
+            remedy = f"set teacher.engine: {TEACHER_ENGINES.that('entropy')}, or teacher.signal: exact"
             raise ConfigError(rule, f"{name}: engine {teacher.engine}, signal topk", remedy)
         if teacher.shared and teacher.engine != config.rollout.engine:
             rule = "a teacher that shares the rollout replicas has their engine"
             found = f"{name}: {teacher.engine}; rollout: {config.rollout.engine}"
             raise ConfigError(rule, found, "set both alike, or remove shared")
+
+
+def _check_signal(name: str, teacher: Teacher, signal: str) -> None:
+    """The engine sends what the method asks for: a `ScoreRequest`'s signal."""
+    signals = teacher.capabilities.signals
+    if signal in signals:
+        return
+    if signal == "given" and "topk" in signals:
+        rule = f"a teacher of engine {teacher.engine} chooses the ids of the topk signal"
+        raise ConfigError(
+            rule, f"{name}: method_options.support student", "set method_options.support: teacher, or another engine"
+        )
+    sent = [word for one, word in SENT.items() if one in signals]
+    rule = f"a teacher of engine {teacher.engine} sends the {' and the '.join(sent)} signal"
+    raise ConfigError(rule, f"{name}: {teacher.signal}", f"set teacher.signal: {' or '.join(reversed(sent))}")
 
 
 def _check_contexts(config: Config, composition: Composition) -> None:
