@@ -1,4 +1,7 @@
-"""Every method's recipe for a few steps on a real Ray cluster, with the lab's models; stages, resume, own methods."""
+"""Every method's recipe for a few steps in one process, with the lab's models; stages, resume, own methods.
+
+That a run on Ray gives the same, bit for bit, is shown by tests/ray/test_train.py.
+"""
 
 import io
 import json
@@ -29,15 +32,6 @@ SMALL = ["eval.path=", "eval.ood_path=", "eval.every=0", "checkpoint.every=0", "
 ROUNDS = {"rest", "star"}
 
 
-@pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
-    yield cluster.address
-    cluster.shutdown()
-
-
 def recipe(name: str, folder: Path, *overrides: str) -> Config:
     """A recipe cut to what a test can wait for: 48 answers a step, which are six groups of eight."""
     config = load_config(ROOT / "recipes" / f"{name}.yaml", [f"output_dir={folder}", *SMALL, *overrides])
@@ -45,9 +39,9 @@ def recipe(name: str, folder: Path, *overrides: str) -> Config:
     return config.model_copy(update={"prompts_per_step": prompts})
 
 
-def train(config: Config, address: str, resume: bool = False) -> list[dict[str, Any]]:
+def train(config: Config, resume: bool = False) -> list[dict[str, Any]]:
     """The steps' rows, without what a clock said."""
-    assert run.train(config, resume, address, Console(file=io.StringIO(), width=100))
+    assert run.train(config, resume, None, Console(file=io.StringIO(), width=100), local=True)
     rows = [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").open()]
     clocked = ("seconds", "wall_seconds", "pools")
     return [{k: v for k, v in row.items() if k not in clocked} for row in rows if row["kind"] == "step"]
@@ -65,9 +59,9 @@ def recipes() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("name", recipes())
-def test_the_recipe_of_each_method_trains(name: str, tmp_path: Path, address: str) -> None:
+def test_the_recipe_of_each_method_trains(name: str, tmp_path: Path) -> None:
     rounds = ["method_options.round_steps=2"] if name in ROUNDS else []
-    rows = train(recipe(name, tmp_path / "run", "steps=2", *rounds), address)
+    rows = train(recipe(name, tmp_path / "run", "steps=2", *rounds))
     assert [row["step"] for row in rows] == [1, 2]
     assert all(math.isfinite(row["loss"]) for row in rows)
     assert any(row["learner"].get("grad_norm", 0) > 0 for row in rows)  # some groups have nothing to compare
@@ -101,10 +95,10 @@ def staged(folder: Path) -> Config:
     )
 
 
-def test_a_collapsed_entropy_ends_a_stage_and_each_checkpoint_resumes_in_its_own(tmp_path: Path, address: str) -> None:
+def test_a_collapsed_entropy_ends_a_stage_and_each_checkpoint_resumes_in_its_own(tmp_path: Path) -> None:
     """The trigger's floor is above any entropy here, so that it fires as soon as it may: after its second low check."""
     whole = tmp_path / "whole"
-    rows = train(staged(whole), address)
+    rows = train(staged(whole))
     methods = ["loss_nll" in row["learner"] for row in rows]
     assert methods == [True, True, False, False, False]
     assert [round(row["learner"]["learning_rate"], 9) for row in rows] == [1e-3, 1e-3, 1e-4, 1e-4, 1e-4]
@@ -119,17 +113,17 @@ def test_a_collapsed_entropy_ends_a_stage_and_each_checkpoint_resumes_in_its_own
         shutil.rmtree(cut / "final")
         if kept == 1:
             shutil.rmtree(cut / "stages")
-        assert train(staged(cut), address, resume=True) == rows
+        assert train(staged(cut), resume=True) == rows
         assert weights_of(cut) == weights_of(whole)
 
 
-def test_an_averaged_self_teacher_resumes_bit_for_bit(tmp_path: Path, address: str) -> None:
+def test_an_averaged_self_teacher_resumes_bit_for_bit(tmp_path: Path) -> None:
     settings = ["steps=3", "max_staleness=0", "checkpoint.every=1", "checkpoint.keep=9", "learner.learning_rate=1e-3"]
-    rows = train(recipe("sdpo", tmp_path / "whole", *settings), address)
+    rows = train(recipe("sdpo", tmp_path / "whole", *settings))
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     for step in (2, 3):
         shutil.rmtree(tmp_path / "cut" / "checkpoints" / f"step-{step:06d}")
-    assert train(recipe("sdpo", tmp_path / "cut", *settings), address, resume=True) == rows
+    assert train(recipe("sdpo", tmp_path / "cut", *settings), resume=True) == rows
     assert weights_of(tmp_path / "cut") == weights_of(tmp_path / "whole")
 
 
@@ -145,10 +139,10 @@ GROWING = ["skills.update_every=2", "skills.update_below=1.0", "skills.most_new=
     [[], ["teacher={model: 'lab:student', signal: sampled, follows: live, shared: true}"]],
     ids=["ema", "live"],
 )
-def test_the_skill_bank_counts_grows_and_resumes_bit_for_bit(teacher: list[str], tmp_path: Path, address: str) -> None:
+def test_the_skill_bank_counts_grows_and_resumes_bit_for_bit(teacher: list[str], tmp_path: Path) -> None:
     """Both runs are synchronous; the second ends after step 3, one step past the update of its bank, and goes on."""
     settings = ["steps=6", "max_staleness=0", "checkpoint.every=3", "checkpoint.keep=2", *GROWING, *teacher]
-    rows = train(recipe("sgsd_lab", tmp_path / "whole", *settings), address)
+    rows = train(recipe("sgsd_lab", tmp_path / "whole", *settings))
     grown = bank_of(tmp_path / "whole")
     assert any(entry.entry_id.startswith("dyn_") and entry.rollout_ids for entry in grown)
     answers = sum(row["rollouts"]["trained"] for row in rows)
@@ -159,15 +153,15 @@ def test_the_skill_bank_counts_grows_and_resumes_bit_for_bit(teacher: list[str],
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut" / "final")
     shutil.rmtree(max((tmp_path / "cut" / "checkpoints").iterdir()))
-    assert train(recipe("sgsd_lab", tmp_path / "cut", *settings), address, resume=True) == rows
+    assert train(recipe("sgsd_lab", tmp_path / "cut", *settings), resume=True) == rows
     assert weights_of(tmp_path / "cut") == weights_of(tmp_path / "whole")
     assert bank_of(tmp_path / "cut") == grown
 
 
-def test_several_updates_a_step_and_a_masked_correction(tmp_path: Path, address: str) -> None:
+def test_several_updates_a_step_and_a_masked_correction(tmp_path: Path) -> None:
     """Two updates on each step's rollouts: in the second the student has moved away from the one that is recomputed."""
     masked = ["off_policy.kind=masked", "off_policy.high=5", "off_policy.veto=1e-4", "learner.learning_rate=1e-3"]
-    rows = train(recipe("grpo", tmp_path / "run", "steps=3", "learner.updates_per_step=2", *masked), address)
+    rows = train(recipe("grpo", tmp_path / "run", "steps=3", "learner.updates_per_step=2", *masked))
     assert all(0 <= row["learner"]["rejected_tokens"] < 1 for row in rows)
     assert any(row["learner"]["ratio"] != 1 for row in rows)
     assert sum(rows[-1]["dropped"].values()) + sum(row["rollouts"]["trained"] for row in rows) == sum(
@@ -175,14 +169,14 @@ def test_several_updates_a_step_and_a_masked_correction(tmp_path: Path, address:
     )
 
 
-def test_several_teachers_score_one_rollout(tmp_path: Path, address: str) -> None:
+def test_several_teachers_score_one_rollout(tmp_path: Path) -> None:
     teachers = {
         "strong": {"model": "lab:teacher", "signal": "topk", "weight": 3},
         "weak": {"model": "lab:student", "signal": "topk"},
     }
     config = recipe("opd", tmp_path / "run", "steps=2")
     tree = {**config.model_dump(exclude_unset=True), "teacher": None, "teachers": teachers}
-    rows = train(parse_config({**tree, "method_options": {"teachers": "combined", "top_k": 4}}), address)
+    rows = train(parse_config({**tree, "method_options": {"teachers": "combined", "top_k": 4}}))
     learner = rows[0]["learner"]
     assert learner["topk_reverse_kl.strong"] > 10 * abs(
         learner["topk_reverse_kl.weak"]
@@ -210,11 +204,11 @@ def compose(config):
 """
 
 
-def test_a_method_from_outside_the_package_trains(tmp_path: Path, address: str) -> None:
+def test_a_method_from_outside_the_package_trains(tmp_path: Path) -> None:
     """Its term reaches the learner's process by value: no actor could import the file."""
     (tmp_path / "mine.py").write_text(OWN)
     settings = [f"method={tmp_path / 'mine.py'}", "method_options=", "steps=2"]
-    rows = train(recipe("opd", tmp_path / "run", *settings), address)
+    rows = train(recipe("opd", tmp_path / "run", *settings))
     assert all(row["learner"]["loss_squared"] > 0 and "gap" in row["learner"] for row in rows)
 
 
@@ -229,13 +223,13 @@ def boxed(completions):
 """
 
 
-def test_reward_functions_of_ones_own_judge_and_add_up(tmp_path: Path, address: str) -> None:
+def test_reward_functions_of_ones_own_judge_and_add_up(tmp_path: Path) -> None:
     """They reach the verifier's processes by value, with the dataset's columns; each part is in the metrics."""
     (tmp_path / "rewards.py").write_text(REWARDS)
     parts = [{"kind": "format", "weight": 0.1}, {"kind": f"{tmp_path}/rewards.py:boxed", "weight": 0.2}]
     config = recipe("grpo", tmp_path / "run", "steps=2")
     verifier = {"kind": f"{tmp_path}/rewards.py:short", "pass_score": 0.9, "rewards": parts}
-    rows = train(parse_config({**config.model_dump(exclude_unset=True), "verifier": verifier}), address)
+    rows = train(parse_config({**config.model_dump(exclude_unset=True), "verifier": verifier}))
     for row in rows:
         assert row["abstained"] == 0 and row["reward_parts"].keys() == {"format", "boxed"}
         own = row["pass_rate"] + 0.5 * (1 - row["pass_rate"])
