@@ -117,7 +117,7 @@ class LearnerWorker:
         own = [example for update in updates for batch in update for example in batch]
         unsound = unsound_rows(own)
         lacking = Counter(reason for example in own for reason in self._lacks(example))
-        counted = [lacking["teacher_refused"], lacking["credit_missing"], len(unsound)]
+        counted: list[float] = [lacking["teacher_refused"], lacking["credit_missing"], len(unsound)]
         without_scores, without_credit, refused = self._over_ranks(counted)
         if refused:
             what = "the sampler's logprobs, or an advantage, credit or weight, are not finite"

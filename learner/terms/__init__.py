@@ -56,7 +56,9 @@ def _bind(term: Term) -> BoundTerm:
     if term.reduction not in REDUCTIONS or (term.reduction == "length" and term.length < 1):
         found = f"{term.reduction}, length {term.length}"
         raise ConfigError(f"{term.key}'s reduction is one of {', '.join(REDUCTIONS)}; the last has a length", found)
-    return BoundTerm(**{field.name: getattr(term, field.name) for field in fields(term)} | {"loss": loss})
+    known: dict[str, Any] = {field.name: getattr(term, field.name) for field in fields(term)}
+    known["loss"] = loss
+    return BoundTerm(**known)
 
 
 def _with_options(term: Term) -> LossTerm:

@@ -119,7 +119,7 @@ class GatedTerm(LossTerm):
 class BoundTerm(Term):
     """A term whose options are checked: `loss` is no longer a class, but an instance that holds them."""
 
-    loss: LossTerm
+    loss: LossTerm  # pyright: ignore[reportGeneralTypeIssues]  # no default, unlike Term's: this one is always there
 
     def __call__(self, student: StudentChunk, rows: TokenRows) -> TermOutput:
         return self.loss.loss(student, rows)
