@@ -67,9 +67,10 @@ class LearnerGroup:
     async def step(self, step: int, version: int, shards: Sequence[Shard], rows: Lengths) -> StepReport:
         """One step on every rank; each gets its own plan and the same references."""
         plans = plan_updates(rows, len(self.ranks), self.config.tokens_per_batch, self.config.updates_per_step)
-        scores = [batch for shard in shards for batch in shard.for_learner("scores")]
-        batches = [*(shard.rollouts for shard in shards), *scores]
-        common = {"step": step, "version": version, "rollout_batches": len(shards), "score_batches": len(scores)}
+        scores, credits = ([b for shard in shards for b in shard.for_learner(kind)] for kind in ("scores", "credits"))
+        batches = [*(shard.rollouts for shard in shards), *scores, *credits]
+        counts = {"rollout_batches": len(shards), "score_batches": len(scores), "credit_batches": len(credits)}
+        common = {"step": step, "version": version, **counts}
         steps = [
             rank.ask("step", StepPlan(updates=plan, **common), *batches)
             for rank, plan in zip(self.ranks, plans, strict=True)

@@ -9,10 +9,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from .errors import RecordError
-from .records import EMPTY_FF, STRINGS, Prompt, Rollout, TeacherScores, Verdict
+from .records import EMPTY_FF, STRINGS, Prompt, Rollout, TeacherScores, TokenCredit, Verdict
 from .skills import SkillPairs
 
-Record = TypeVar("Record", Prompt, Rollout, TeacherScores, Verdict, SkillPairs)
+Record = TypeVar("Record", Prompt, Rollout, TeacherScores, TokenCredit, Verdict, SkillPairs)
 
 MATRIX_COLUMNS = ("topk_ids", "topk_logprobs", "views")  # [R,K], stored flat; R is the length of the row's `logprobs`
 HIDDEN_DTYPE = b"hidden_dtype"

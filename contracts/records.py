@@ -1,6 +1,6 @@
 """Everything that crosses a process: frozen dataclasses, and the Arrow schemas they travel in.
 
-Payload (rollouts, teacher scores, verdicts, prompts) is an Arrow `RecordBatch` in Ray's object store, made and read by
+Payload (rollouts, scores, credits, verdicts, prompts) is an Arrow `RecordBatch` in Ray's object store, made and read by
 arrow.py; the driver holds references and small receipts, never token data. Lengths are checked where a record is made:
 a shift by one token is the classic silent bug here.
 
@@ -22,8 +22,7 @@ EMPTY_FF = np.zeros((0, 0), np.float32)
 EMPTY_II = np.zeros((0, 0), np.int32)
 
 Stances = tuple[int | None, ...]  # what came of each view: 1 helpful, -1 harmful, 0 neutral, None: not shown
-INTS, FLOATS, BOOLS = pa.list_(pa.int32()), pa.list_(pa.float32()), pa.list_(pa.bool_())
-STRINGS = pa.list_(pa.string())
+INTS, FLOATS, BOOLS, STRINGS = map(pa.list_, (pa.int32(), pa.float32(), pa.bool_(), pa.string()))
 
 
 def _aligned(record: object, name: str, array: np.ndarray, rows: int) -> None:
@@ -111,10 +110,8 @@ class Rollout:
     def __post_init__(self) -> None:
         rows = self.response_length
         if self.prompt_length < 1 or rows < 0:
-            raise RecordError(
-                "a rollout has a prompt of at least one token",
-                f"prompt_length {self.prompt_length} of {len(self.token_ids)} tokens in {self.rollout_id}",
-            )
+            found = f"prompt_length {self.prompt_length} of {len(self.token_ids)} tokens in {self.rollout_id}"
+            raise RecordError("a rollout has a prompt of at least one token", found)
         _aligned(self, "logprobs", self.logprobs, rows)
         _aligned(self, "loss_mask", self.loss_mask, rows)
         for name in ("topk_ids", "weight_versions"):
@@ -175,9 +172,22 @@ class TeacherScores:
         if self.views.size and self.views.shape[1] != len(self.view_weights):
             raise RecordError("every view has a weight", f"{self.views.shape[1]} views, {len(self.view_weights)}")
         if self.topk_ids.shape != self.topk_logprobs.shape:
-            raise RecordError(
-                "top-k ids and logprobs have one shape", f"{self.topk_ids.shape} and {self.topk_logprobs.shape}"
-            )
+            shapes = f"{self.topk_ids.shape} and {self.topk_logprobs.shape}"
+            raise RecordError("top-k ids and logprobs have one shape", shapes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenCredit:
+    """One service's credit for each response token of one rollout. Refused: `error_class` and no values."""
+
+    rollout_id: str
+    service: str
+    values: np.ndarray = field(default_factory=lambda: EMPTY_F)  # float32 [R]
+    error_class: str = ""
+
+    SCHEMA: ClassVar[pa.Schema] = pa.schema(
+        {"rollout_id": pa.string(), "service": pa.string(), "values": FLOATS, "error_class": pa.string()}
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -263,12 +273,13 @@ class Term:
     options: dict[str, Any] = field(default_factory=dict)
     teacher: str = ""  # whose scores it reads; "" the teacher that the rollout names
     reference: bool = False  # it also reads the reference model's
+    credit: str = ""  # the service whose credit of each token it adds to the advantage; "" none
     sources: tuple[str, ...] = ("student",)  # the rollouts that it trains on
     reduction: str = "tokens"
     length: int = 0
     of_batch: bool = False  # count the tokens that any term trains, and not its own alone
     label: str = ""  # its name in the metrics, where one term is summed twice
-    loss: Any = None  # a `learner.terms.LossTerm` of one's own, in place of the one called `name`
+    loss: Any = None  # a class derived from `learner.terms.base.LossTerm`, in place of the one called `name`
 
     @property
     def key(self) -> str:
@@ -306,15 +317,14 @@ class TrainRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepPlan:
-    """One rank's share of one learner step, over the batches beside it: rollouts, then scores."""
+    """One rank's share of one learner step, over the batches beside it: rollouts, then scores, then credits."""
 
     step: int  # from 0 in its stage; decides the learning rate
     version: int  # of the weights that it starts from
     rollout_batches: int
     score_batches: int
-    updates: tuple[
-        tuple[tuple[TrainRow, ...], ...], ...
-    ]  # optimizer updates → micro-batches → rows, as many on any rank
+    credit_batches: int = 0
+    updates: tuple[tuple[tuple[TrainRow, ...], ...], ...]  # updates → micro-batches → rows, as many on any rank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -332,7 +342,6 @@ class StepReport:
 
 
 # ---- weights --------------------------------------------------------------------------------------------------------
-
 
 BucketEntries = tuple[tuple[str, str, tuple[int, ...], int], ...]  # name, dtype, shape, offset in bytes
 

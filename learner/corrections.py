@@ -66,7 +66,7 @@ def _at_level(log_ratio_R: Tensor, level: str) -> Tensor:
 def current_share(proximal: str, behaviour_version: float, old_version: float, current_version: float) -> float:
     """The share s of log π_old = log μ + s · (log π_θ − log μ), for a `Correction.proximal`.
 
-    "recompute" is 1 (π_old is the current policy, where nothing else was foreseen) and "behaviour" 0. "interpolate" is
+    "recompute" is 1 (π_old is the current policy, where no pass gave another) and "behaviour" 0. "interpolate" is
     (v_old − v_μ)/(v_θ − v_μ), and 1 where the rollout is as new as the weights. Source: AReaL's log-linear
     approximation of the proximal policy, which saves the pass that would recompute it.
     """

@@ -1,11 +1,12 @@
-"""From Arrow batches to training examples: one rank's rollouts, each joined with its teachers' scores.
+"""From Arrow batches to training examples: one rank's rollouts, each joined with its teachers' scores and its credits.
 
-Rollouts and scores meet by id, and only this rank's own rows are decoded. An example without usable scores (none came,
-or the teacher refused) is data: it is left out of the terms that need them, and counted.
+They meet by the rollout's id, and only this rank's own rows are decoded. An example without usable scores or credit
+(none came, or the service refused) is data: it is left out of the terms that need them, and counted.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -13,27 +14,29 @@ import pyarrow as pa
 from ..contracts.arrow import decode
 from ..contracts.config import REFERENCE
 from ..contracts.errors import LearnerError, RecordError
-from ..contracts.records import Rollout, StepPlan, TeacherScores, TrainRow
+from ..contracts.records import Rollout, StepPlan, TeacherScores, TokenCredit, TrainRow
 from .terms.base import BoundTerm, Gated, Signal
+
+Answer = TypeVar("Answer", TeacherScores, TokenCredit)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
-    """A rollout, what it trains with, and what each teacher (and the reference) said, by name."""
+    """A rollout, what it trains with, and by name what each teacher (the reference too) and credit service said."""
 
     rollout: Rollout
     advantage: float = 0.0
     weight: float = 1.0
     scores: dict[str, TeacherScores] = field(default_factory=dict)
+    credits: dict[str, np.ndarray] = field(default_factory=dict)  # float32 [R]
 
     def __post_init__(self) -> None:
-        for scores in self.scores.values():
-            if len(scores.logprobs) != self.rollout.response_length:
-                raise RecordError(
-                    "a teacher's scores align with the response",
-                    f"{len(scores.logprobs)} scores for {self.rollout.response_length} tokens of "
-                    f"{self.rollout.rollout_id}",
-                )
+        said = [("a teacher's scores align", scores.logprobs) for scores in self.scores.values()]
+        said += [("a service's credit aligns", values) for values in self.credits.values()]
+        for what, values in said:
+            if len(values) != self.rollout.response_length:
+                tokens = f"{self.rollout.response_length} tokens of {self.rollout.rollout_id}"
+                raise RecordError(f"{what} with the response", f"{len(values)} values for {tokens}")
 
     @property
     def sampled(self) -> bool:
@@ -52,7 +55,16 @@ class Example:
         return self.rollout.source in term.sources
 
     def has(self, term: BoundTerm) -> bool:
-        """Whether it has the scores that the term reads."""
+        """Whether it has the scores and the credit that the term reads."""
+        return not self.lacks(term)
+
+    def lacks(self, term: BoundTerm) -> str:
+        """Why the term cannot train on it: "teacher_refused" or "credit_missing"; "" where it can."""
+        if not self._has_scores(term):
+            return "teacher_refused"
+        return "credit_missing" if term.credit and term.credit not in self.credits else ""
+
+    def _has_scores(self, term: BoundTerm) -> bool:
         if term.reference and REFERENCE not in self.scores:
             return False
         return term.loss.signal == "none" or self._has(self.of(term.teacher), term.loss.signal)
@@ -73,10 +85,10 @@ class Example:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Foreseen:
+class OldPolicy:
     """What one pass over a whole rollout, before any gradient, found out about its tokens; arrays `[R]`."""
 
-    old: np.ndarray  # log π_old
+    logprobs: np.ndarray  # log π_old
     weights: np.ndarray  # of the off-policy correction
     keep: np.ndarray  # bool: not rejected by it
     gates: dict[str, Gated]  # by term
@@ -86,20 +98,28 @@ Updates = list[list[list[Example]]]  # update → micro-batch → examples
 
 
 def join(plan: StepPlan, batches: Sequence[pa.RecordBatch]) -> Updates:
-    """The examples of each micro-batch of `plan`, over `batches` of rollouts and then of scores."""
-    if len(batches) != plan.rollout_batches + plan.score_batches:
-        raise LearnerError(
-            "a step gets the batches that its plan counts",
-            f"{len(batches)} batches for {plan.rollout_batches} of rollouts and {plan.score_batches} of scores",
-        )
+    """The examples of each micro-batch of `plan`, over `batches` of rollouts, then of scores, then of credits."""
+    counts = {"rollouts": plan.rollout_batches, "scores": plan.score_batches, "credits": plan.credit_batches}
+    if len(batches) != sum(counts.values()):
+        planned = ", ".join(f"{count} of {kind}" for kind, count in counts.items())
+        found = f"{len(batches)} batches, where the plan counts {planned}"
+        raise LearnerError("a step gets the batches that its plan counts", found)
     rows = [row for update in plan.updates for micro_batch in update for row in micro_batch]
     rollouts = _own_rollouts(rows, batches[: plan.rollout_batches])
-    scores = _own_scores({rollout.rollout_id for rollout in rollouts.values()}, batches[plan.rollout_batches :])
+    wanted = {rollout.rollout_id for rollout in rollouts.values()}
+    credits_from = plan.rollout_batches + plan.score_batches
+    scores = _own(TeacherScores, "teacher_id", wanted, batches[plan.rollout_batches : credits_from])
+    credits = _own(TokenCredit, "service", wanted, batches[credits_from:])
 
     def example(row: TrainRow) -> Example:
         rollout = rollouts[row.batch, row.row]
-        own = scores.get(rollout.rollout_id, {})
-        return Example(rollout=rollout, advantage=row.advantage, weight=row.weight, scores=own)
+        return Example(
+            rollout=rollout,
+            advantage=row.advantage,
+            weight=row.weight,
+            scores=scores.get(rollout.rollout_id, {}),
+            credits={name: own.values for name, own in credits.get(rollout.rollout_id, {}).items()},
+        )
 
     return [[[example(row) for row in micro_batch] for micro_batch in update] for update in plan.updates]
 
@@ -112,12 +132,15 @@ def _own_rollouts(rows: Sequence[TrainRow], batches: Sequence[pa.RecordBatch]) -
     return own
 
 
-def _own_scores(wanted: set[str], batches: Iterable[pa.RecordBatch]) -> dict[str, dict[str, TeacherScores]]:
-    """Usable scores by rollout and teacher. Where one teacher scored twice (a retry), the later ones count."""
-    own: dict[str, dict[str, TeacherScores]] = {}
+def _own(
+    kind: type[Answer], sender: str, wanted: set[str], batches: Iterable[pa.RecordBatch]
+) -> dict[str, dict[str, Answer]]:
+    """Usable answers by rollout and sender (`sender`: the field that names it). Where one sender answered twice (a
+    retry), the later answer counts."""
+    own: dict[str, dict[str, Answer]] = {}
     for batch in batches:
         rows = [row for row, rollout_id in enumerate(batch.column("rollout_id").to_pylist()) if rollout_id in wanted]
-        for scores in decode(TeacherScores, batch, rows):
-            if not scores.error_class:
-                own.setdefault(scores.rollout_id, {})[scores.teacher_id] = scores
+        for answer in decode(kind, batch, rows):
+            if not answer.error_class:
+                own.setdefault(answer.rollout_id, {})[getattr(answer, sender)] = answer
     return own

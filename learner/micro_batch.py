@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..contracts.config import REFERENCE
 from ..contracts.records import TeacherScores
-from .examples import Example, Foreseen
-from .terms.base import BoundTerm, TokenRows
+from .examples import Example, OldPolicy
+from .terms.base import BoundTerm, GatedTerm, TokenRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,16 +27,16 @@ class Selection:
     examples: tuple[Example, ...]
     members: tuple[frozenset[str], ...]  # keys of the terms that each example counts in
     masks: tuple[np.ndarray, ...]  # bool [R] of each example: its trained tokens
-    foreseen: tuple[Foreseen | None, ...]
+    old: tuple[OldPolicy | None, ...]  # what the pass before the gradient found of each; None: there was no pass
 
     @classmethod
     def of(
-        cls, examples: Sequence[Example], terms: Sequence[BoundTerm], foreseen: Mapping[str, Foreseen] | None = None
+        cls, examples: Sequence[Example], terms: Sequence[BoundTerm], old: Mapping[str, OldPolicy] | None = None
     ) -> "Selection":
         """Keep the examples that count in a term with at least one token; tokens that were rejected are out."""
         kept = []
         for example in examples:
-            known = (foreseen or {}).get(example.rollout.rollout_id)
+            known = (old or {}).get(example.rollout.rollout_id)
             mask = example.rollout.loss_mask & known.keep if known else example.rollout.loss_mask
             members = frozenset(term.key for term in terms if example.asked_by(term) and example.has(term))
             if members and mask.any():
@@ -44,9 +44,9 @@ class Selection:
         return cls(*map(tuple, zip(*kept, strict=True))) if kept else cls((), (), (), ())
 
     @property
-    def blind(self) -> bool:
-        """Nothing was foreseen."""
-        return None in self.foreseen
+    def passed(self) -> bool:
+        """All of it went through the pass before the gradient."""
+        return None not in self.old
 
     @property
     def counts(self) -> list[int]:
@@ -111,10 +111,11 @@ class MicroBatch:
     targets_N: Tensor  # int64
     behaviour_N: Tensor  # log μ, the sampler's as it sampled
     sampled_N: Tensor  # bool: the student sampled it, so that μ is a policy to correct for
-    current_share_N: Tensor  # log π_old = log μ + share · (log π_θ − log μ), where it was not foreseen
-    old_N: Tensor | None  # foreseen log π_old
-    weights_N: Tensor  # of the row, times the foreseen correction
+    current_share_N: Tensor  # log π_old = log μ + share · (log π_θ − log μ), where no pass gave it
+    old_N: Tensor | None  # log π_old, where a pass gave it
+    weights_N: Tensor  # of the row, times the correction that the pass gave
     advantage_N: Tensor
+    credits: dict[str, Tensor]  # [N] by service, of those that terms read
     reference_N: Tensor
     teachers: dict[str, TeacherTokens]  # by the name that terms use
     masks: dict[str, Tensor]  # bool [N] by term: the token counts in it
@@ -138,9 +139,11 @@ def collate(
     def floats(array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(device, torch.float32)
 
-    seen = [known for known in selection.foreseen if known]
-    corrected = selection.flat([known.weights if known else None for known in selection.foreseen], 1.0)
+    known = [old for old in selection.old if old]
+    corrected = selection.flat([old.weights if old else None for old in selection.old], 1.0)
     reference = [example.scores[REFERENCE].logprobs if REFERENCE in example.scores else None for example in examples]
+    services = {term.credit for term in terms if term.credit}
+    gated = [term for term in terms if selection.passed and isinstance(term.loss, GatedTerm)]
     return MicroBatch(
         token_ids=torch.from_numpy(token_ids).to(device, torch.int64),
         lengths=torch.from_numpy(lengths).to(device),
@@ -149,16 +152,17 @@ def collate(
         behaviour_N=floats(selection.flat([rollout.logprobs for rollout in rollouts], 0.0)),
         sampled_N=torch.from_numpy(selection.repeat([example.sampled for example in examples])).to(device),
         current_share_N=floats(selection.repeat([current_share(example) for example in examples])),
-        old_N=floats(selection.flat([known.old for known in seen], 0.0)) if len(seen) == len(examples) else None,
+        old_N=floats(selection.flat([old.logprobs for old in known], 0.0)) if selection.passed else None,
         weights_N=floats(selection.repeat([example.weight for example in examples]) * corrected),
         advantage_N=floats(selection.repeat([example.advantage for example in examples])),
+        credits={name: floats(selection.flat([e.credits.get(name) for e in examples], 0.0)) for name in services},
         reference_N=floats(selection.flat(reference, 0.0)),
         teachers={name: _teacher(selection, terms, name, device) for name in {term.teacher for term in terms}},
         masks={
             t.key: torch.from_numpy(selection.repeat([t.key in m for m in selection.members])).to(device) for t in terms
         },
         scales={term.key: floats(_scale(selection, term)) for term in terms},
-        gates={t.key: floats(_gate(selection, t.key)) for t in terms if t.loss.gate and not selection.blind},
+        gates={term.key: floats(_gate(selection, term.key)) for term in gated},
     )
 
 
@@ -169,6 +173,7 @@ def token_rows(batch: MicroBatch, term: BoundTerm, at: slice, old_C: Tensor, **m
         targets_C=batch.targets_N[at],
         old_C=old_C,
         advantage_C=batch.advantage_N[at],
+        credit_C=batch.credits[term.credit][at] if term.credit else None,
         teacher_C=teacher.sampled_N[at],
         reference_C=batch.reference_N[at],
         gate_C=torch.ones_like(old_C) if gate is None or views else gate[at],
@@ -188,7 +193,7 @@ def _scale(selection: Selection, term: BoundTerm) -> np.ndarray:
 
 
 def _gate(selection: Selection, key: str) -> np.ndarray:
-    factors = [known.gates[key].factors for known in selection.foreseen if known]
+    factors = [old.gates[key].factors for old in selection.old if old]
     width = next((array.shape[1:] for array in factors if array.ndim > 1), ())
     wide = [array if array.ndim > len(width) else None for array in factors]  # None: the term does not count it
     return selection.flat(wide, 1.0, width)
@@ -271,6 +276,7 @@ def _dummy(terms: Sequence[BoundTerm], device: str) -> MicroBatch:
         views_NW=zero[:, None],
         hidden=(),
     )
+    gated = [term for term in terms if isinstance(term.loss, GatedTerm)]
     return MicroBatch(
         token_ids=index,
         lengths=index + 1,
@@ -282,9 +288,10 @@ def _dummy(terms: Sequence[BoundTerm], device: str) -> MicroBatch:
         old_N=None,
         weights_N=zero,
         advantage_N=zero,
+        credits={term.credit: zero for term in terms},
         reference_N=zero,
         teachers={term.teacher: silent for term in terms},
         masks={term.key: never for term in terms},
         scales={term.key: zero for term in terms},
-        gates={t.key: zero[:, None] if t.loss.signal == "views" else zero for t in terms if t.loss.gate},
+        gates={term.key: zero[:, None] if term.loss.signal == "views" else zero for term in gated},
     )

@@ -47,12 +47,12 @@ def _ids(selection: Selection) -> list[str]:
 
 
 def unsound_rows(examples: Iterable[Example]) -> list[str]:
-    """Rollouts that come with a sampler's logprob, an advantage or a weight that is not finite."""
+    """Rollouts that come with a sampler's logprob, an advantage, a credit or a weight that is not finite."""
     return [
         e.rollout.rollout_id
         for e in examples
         if not np.isfinite([e.advantage, e.weight]).all()
-        or not np.isfinite(e.rollout.logprobs[e.rollout.loss_mask]).all()
+        or not all(np.isfinite(v[e.rollout.loss_mask]).all() for v in (e.rollout.logprobs, *e.credits.values()))
     ]
 
 

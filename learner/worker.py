@@ -28,14 +28,16 @@ from ..models.weight_broadcast import BroadcastGroup
 from .corrections import current_share, effective_share
 from .engine import apply_update, build_engine, forward_is_finite, join_group, learning_rate, weights_are_finite
 from .examples import Example, Updates, join
-from .foresight import Foresight, Seen
 from .head_proof import prove_heads
 from .loss_head import ChunkedLoss, PackedStudent
 from .micro_batch import Selection, collate
 from .objective import Objective, Sums, divisor_of
+from .old_policy import OldPolicyPass, PassResult
 from .parameters import announce_weights, broadcast_weights, bucket_layout, export_model, publish_weights
 from .terms import bind_terms
 from .watch import Watch, not_finite, unsound_rows
+
+REASONS = ("teacher_refused", "credit_missing", "off_policy")  # for which a rollout trains in no term
 
 
 class LearnerWorker:
@@ -100,10 +102,11 @@ class LearnerWorker:
         if not self._weights_are_finite():
             raise ModelError("a model's weights are finite numbers", self.student, "use another copy of the model")
         self.whole = True
-        self.foresight = Foresight(self.engine, self.terms, self.correction, self.config.updates_per_step, self.device)
+        updates = self.config.updates_per_step
+        self.old_policy_pass = OldPolicyPass(self.engine, self.terms, self.correction, updates, self.device)
 
     def step(self, plan: StepPlan, *batches: pa.RecordBatch) -> StepReport:
-        """Train on this rank's rows of `batches`: rollouts and scores, as many of each as `plan` says.
+        """Train on this rank's rows of `batches`: rollouts, scores and credits, as many of each as `plan` says.
 
         The report is the same on every rank. Where no token of any rank can be trained, or no gradient moves a weight,
         weights and optimizer stay as they are. Raises NotFinite, on every rank and before the weights change.
@@ -113,19 +116,23 @@ class LearnerWorker:
         self.unproven = prove_heads(self.unproven, self.heads, updates)
         own = [example for update in updates for batch in update for example in batch]
         unsound = unsound_rows(own)
-        missing, refused = self._over_ranks([sum(self._lacks_scores(e) for e in own), len(unsound)])
+        lacking = Counter(reason for example in own for reason in self._lacks(example))
+        counted: list[float] = [lacking["teacher_refused"], lacking["credit_missing"], len(unsound)]
+        without_scores, without_credit, refused = self._over_ranks(counted)
         if refused:
-            what = "the sampler's logprobs, or an advantage or weight, are not finite"
+            what = "the sampler's logprobs, or an advantage, credit or weight, are not finite"
             raise not_finite(what, plan.version, self._of_all(unsound))
         rate = learning_rate(plan.step, self.steps, self.config)
-        seen = self.foresight.look(updates, plan.version, self._over_ranks, self._from_ranks)
-        counts, metrics, untrained = self._train(updates, seen, plan.version, rate)
+        found = self.old_policy_pass.run(updates, plan.version, self._over_ranks, self._from_ranks)
+        counts, metrics, untrained = self._train(updates, found, plan.version, rate)
         if not self._weights_are_finite():
             raise not_finite("weights, after the step", plan.version)
         self.whole, self.version = True, plan.version + 1
-        dropped = {reason: counts[reason] for reason in ("teacher_refused", "off_policy") if counts[reason]}
+        dropped = {reason: counts[reason] for reason in REASONS if counts[reason]}
         of_ranks = self._from_ranks(untrained) if dropped else []
-        metrics |= {"missing_scores": missing, "learning_rate": rate}
+        metrics |= {"missing_scores": without_scores, "learning_rate": rate}
+        if any(term.credit for term in self.terms):
+            metrics["missing_credit"] = without_credit
         return StepReport(
             loss=sum(term.weight * metrics.get(f"loss_{term.key}", 0.0) for term in self.terms),
             tokens=counts["trained"],
@@ -133,23 +140,24 @@ class LearnerWorker:
             seconds=time.perf_counter() - started,
             metrics=metrics,
             dropped=dropped,
-            stances=seen.stances,
+            stances=found.polarities,
             untrained={name: reason for of_rank in of_ranks for name, reason in of_rank.items()},
         )
 
-    def _lacks_scores(self, example: Example) -> bool:
-        return any(example.asked_by(term) and not example.has(term) for term in self.terms)
+    def _lacks(self, example: Example) -> set[str]:
+        """What the terms that ask for it say of it: what they lack, "" where they can train on it."""
+        return {example.lacks(term) for term in self.terms if example.asked_by(term)}
 
     def _train(
-        self, updates: Updates, seen: Seen, version: int, rate: float
+        self, updates: Updates, found: PassResult, version: int, rate: float
     ) -> tuple[Counter[str], dict[str, float], dict[str, str]]:
         """Every update of the step; what was counted, the metrics over all updates, and the reasons of this rank's
         rollouts that trained in no term."""
         untrained: dict[str, str] = {}
-        metrics = dict(seen.metrics)
+        metrics = dict(found.metrics)
         sums, counts, norms, moved = Sums(), Counter[str](), [], 0
         for number, update in enumerate(updates):
-            selections = [Selection.of(examples, self.terms, seen.rollouts) for examples in update]
+            selections = [Selection.of(examples, self.terms, found.rollouts) for examples in update]
             own = [example for examples in update for example in examples]
             untrained |= self._untrained(own, selections)
             of_update = self._count(own, selections)
@@ -171,17 +179,19 @@ class LearnerWorker:
             metrics["effective_sample_share"] = share
         return counts, metrics, untrained
 
-    def _served(self, example: Example) -> bool:
-        return any(example.asked_by(term) and example.has(term) for term in self.terms)
+    def _refusal(self, example: Example) -> str:
+        """Why no term can train on it; "" where one can. No term may have asked for it: "teacher_refused" too."""
+        lacks = self._lacks(example)
+        return "" if "" in lacks else "credit_missing" if "credit_missing" in lacks else "teacher_refused"
 
     def _untrained(self, examples: list[Example], selections: list[Selection]) -> dict[str, str]:
         chosen = {example.rollout.rollout_id for selection in selections for example in selection.examples}
         others = [example for example in examples if example.rollout.rollout_id not in chosen]
-        return {e.rollout.rollout_id: "off_policy" if self._served(e) else "teacher_refused" for e in others}
+        return {e.rollout.rollout_id: self._refusal(e) or "off_policy" for e in others}
 
     def _count(self, examples: list[Example], selections: list[Selection]) -> Counter[str]:
         """Over all ranks: each term's tokens and sequences, the tokens of any term, what the student sampled of them,
-        and the rollouts that train, that no teacher served, and that the off-policy correction rejected."""
+        and the rollouts that train, and those that do not by reason."""
         local: dict[str, int] = {}
         for term in self.terms:
             counts = [selection.tokens_and_sequences(term.key) for selection in selections]
@@ -190,10 +200,11 @@ class LearnerWorker:
         chosen = [pair for s in selections for pair in zip(s.examples, s.counts, strict=True)]
         local["trained"] = sum(count for _, count in chosen)
         local["sampled"] = sum(count for example, count in chosen if example.sampled)
-        usable = sum(map(self._served, examples))
+        refusals = [self._refusal(example) for example in examples]
         local["rollouts"] = len(chosen)
-        local["teacher_refused"] = len(examples) - usable
-        local["off_policy"] = usable - len(chosen)
+        local["teacher_refused"] = refusals.count("teacher_refused")
+        local["credit_missing"] = refusals.count("credit_missing")
+        local["off_policy"] = refusals.count("") - len(chosen)
         return Counter(dict(zip(local, map(int, self._over_ranks(list(local.values()))), strict=True)))
 
     def _divisors(self, counts: Counter[str]) -> dict[str, int]:

@@ -10,9 +10,9 @@ import torch
 
 from tutorloop.contracts.arrow import encode
 from tutorloop.contracts.config import REFERENCE, Learner
-from tutorloop.contracts.records import Correction, Rollout, StepPlan, TeacherScores, TrainRow
+from tutorloop.contracts.records import Correction, Rollout, StepPlan, TeacherScores, TokenCredit, TrainRow
 from tutorloop.learner.examples import Example
-from tutorloop.learner.foresight import Foresight
+from tutorloop.learner.old_policy import OldPolicyPass
 from tutorloop.learner.terms import bind_terms
 from tutorloop.learner.worker import LearnerWorker
 
@@ -86,7 +86,7 @@ class OneProcess(LearnerWorker):
         self.rank, self.world_size, self.device = 0, 1, "cpu"
         self.config, self.steps = Learner(learning_rate=RATE, updates_per_step=updates), 1
         self.engine = Engine(student, before)
-        self.foresight = Foresight(self.engine, self.terms, self.correction, updates, "cpu")
+        self.old_policy_pass = OldPolicyPass(self.engine, self.terms, self.correction, updates, "cpu")
 
     def _over_ranks(self, values):
         return list(values)
@@ -98,18 +98,28 @@ class OneProcess(LearnerWorker):
         """One step; `cuts`: update → micro-batch → indices of examples (default: all in one). The report."""
         cuts = [[range(len(examples))]] if cuts is None else cuts
         scores = [scores for example in examples for scores in example.scores.values()]
+        credits = [
+            TokenCredit(rollout_id=e.rollout.rollout_id, service=name, values=values)
+            for e in examples
+            for name, values in e.credits.items()
+        ]
+        batches = [encode(Rollout, [e.rollout for e in examples]), encode(TeacherScores, scores)]
+        batches += [encode(TokenCredit, credits)] if credits else []
         rows = [TrainRow(batch=0, row=i, advantage=e.advantage, weight=e.weight) for i, e in enumerate(examples)]
         plan = StepPlan(
             step=0,
             version=version,
             rollout_batches=1,
             score_batches=1,
+            credit_batches=len(batches) - 2,
             updates=tuple(tuple(tuple(rows[i] for i in part) for part in update) for update in cuts),
         )
-        return self.step(plan, encode(Rollout, [e.rollout for e in examples]), encode(TeacherScores, scores))
+        return self.step(plan, *batches)
 
 
-def make_example(name, tokens, logprobs, *, prompt=1, mask=None, advantage=0.0, weight=1.0, scores=(), **fields):
+def make_example(
+    name, tokens, logprobs, *, prompt=1, mask=None, advantage=0.0, weight=1.0, scores=(), credits=None, **fields
+):
     """An example of `tokens`, the first `prompt` of them the prompt, with the sampler's `logprobs` of the others."""
     rows = len(tokens) - prompt
     rollout = Rollout(
@@ -125,7 +135,7 @@ def make_example(name, tokens, logprobs, *, prompt=1, mask=None, advantage=0.0, 
         **fields,
     )
     own = {given.teacher_id: replace(given, rollout_id=name) for given in scores}
-    return Example(rollout=rollout, advantage=advantage, weight=weight, scores=own)
+    return Example(rollout=rollout, advantage=advantage, weight=weight, scores=own, credits=credits or {})
 
 
 def paths_of(logprobs):
@@ -183,7 +193,7 @@ class World:
             view_weights=np.ones(1, np.float32),
         )
 
-    def example(self, name, source="student", teachers=("big", "small", REFERENCE), spread=0.5):
+    def example(self, name, source="student", teachers=("big", "small", REFERENCE), spread=0.5, services=()):
         """A random example; its sampler's logprobs are the student's, off by `spread` nats."""
         rng = self.rng
         prompt, rows = int(rng.integers(1, 4)), int(rng.integers(1, 9))
@@ -200,6 +210,7 @@ class World:
             advantage=float(rng.normal()),
             weight=float(rng.uniform(0.2, 2.0)),
             scores=[self.scores(teacher, tokens, prompt) for teacher in teachers],
+            credits={service: rng.normal(size=rows).astype(np.float32) for service in services},
             source=source,
             teacher=str(rng.choice(list(WIDTHS))),
         )
@@ -231,13 +242,14 @@ def _clipped(p_y, old, advantage):
 
 def _slow_token(term, world, example, t, p, y, old, gate):
     """The term's loss of one token; p: the student's log-probabilities of all words there."""
+    credit = float(example.credits[term.credit][t]) if term.credit else 0.0
     kl = example.scores[REFERENCE].logprobs[t].item() - p[y] if term.reference else p.new_zeros(())
     if term.name == "nll":
         return -p[y]
     if term.name == "reference_kl":
         return kl.exp() - kl - 1
     if term.name == "clipped_policy_gradient":
-        return _clipped(p[y], old, example.advantage)
+        return _clipped(p[y], old, example.advantage + credit)
     scores = example.scores[term.teacher or example.rollout.teacher]
     if term.name == "topk_divergence":
         return _topk_reverse(p, scores.topk_ids[t], torch.from_numpy(scores.topk_logprobs[t]).double())
@@ -250,13 +262,14 @@ def _slow_token(term, world, example, t, p, y, old, gate):
     assert term.name == "policy_gradient"
     strength = term.options.get("extrapolation", 1.0)
     further = (strength - 1) * (scores.logprobs[t] - example.scores[REFERENCE].logprobs[t]) if term.reference else 0.0
-    return -(gap + float(further)) * p[y]
+    return -(gap + float(further) + credit) * p[y]
 
 
 def _trains(term, example):
     own = term.teacher or example.rollout.teacher
     reads = [REFERENCE] * term.reference + [own] * (not term.name.startswith(("nll", "clipped", "reference")))
-    return example.rollout.source in term.sources and all(name in example.scores for name in reads)
+    credited = not term.credit or term.credit in example.credits
+    return credited and example.rollout.source in term.sources and all(name in example.scores for name in reads)
 
 
 def slow_losses(world, student, examples, terms, *, old=None, weights=None, gates=None):

@@ -51,7 +51,8 @@ BROKEN = {  # an item of the step → what is wrong with it, and what the messag
 }
 SAYS = {
     "teacher": "step 2, update 1 of 1: loss_exact_divergence is not finite, of rollouts {name}\n",
-    "sampler": "step 2: the sampler's logprobs, or an advantage or weight, are not finite, of rollouts {name}\n",
+    "sampler": "step 2: the sampler's logprobs, or an advantage, credit or weight, are not finite, of rollouts "
+    "{name}\n",
     "advantage": "step 2, update 1 of 1: the gradients' norm is not finite, though every loss is\n",
 }
 

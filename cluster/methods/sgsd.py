@@ -53,7 +53,8 @@ def compose(config: Config) -> Composition:
         refuse(options, {"top_k"}, "top_k is for support=local", "remove it, or use support: local")
     check_self_teacher(config, "sgsd")
     signal = signal_of(config, "sgsd", ("topk",) if local else ("sampled",))
-    own: dict[str, Any] = options.model_dump(include={"gate", "tau", "delta_clip", "confidence", "support"})
+    own: dict[str, Any] = options.model_dump(include={"tau", "delta_clip", "confidence", "support"})
+    own["validated"] = options.gate
     top_k = options.top_k if local else 0
     return Composition(
         terms=(Term(name="skill_gate", options=own, reduction="sequences"),),

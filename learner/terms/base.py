@@ -1,7 +1,8 @@
-"""What a loss term is given, and what it returns.
+"""What a loss term is, what it is given, and what it returns.
 
-A term is a pure, differentiable function of one chunk of response tokens: `term(student, rows, **options)`. It never
-sees rollouts, ranks or the batch: the learner weighs its token losses and divides by the term's own global count.
+A term is a frozen dataclass: its fields are its options, and `loss` is a pure, differentiable function of one chunk of
+response tokens. It never sees rollouts, ranks or the batch: the learner weighs its token losses and divides by the
+term's own global count.
 
 Shape suffixes: C tokens of a chunk, R response tokens of one rollout, V vocabulary, K top-k ids of all views, W views.
 Every log is natural; floats are float32 or wider.
@@ -9,15 +10,29 @@ Every log is natural; floats are float32 or wider.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from ...contracts.records import Stances
+from ...contracts.records import Stances, Term
 
 Signal = Literal["none", "sampled", "views", "topk", "exact"]
 SIGNALS: tuple[Signal, ...] = ("none", "sampled", "views", "topk", "exact")  # from the weakest to the strongest
+
+
+class Range(NamedTuple):
+    """What the number of an option may be: in words, and as a test."""
+
+    rule: str
+    holds: Callable[[float], bool]
+
+
+# Types of options. A field with one of them is a float, and its range is checked when the term is bound.
+Share = Annotated[float, Range("in [0, 1]", lambda x: 0 <= x <= 1)]
+Positive = Annotated[float, Range("above 0", lambda x: x > 0)]
+NotNegative = Annotated[float, Range("0 or above", lambda x: x >= 0)]
+OffOrPositive = Annotated[float, Range("0 (off) or above", lambda x: x >= 0)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +53,7 @@ class TokenRows:
     targets_C: Tensor  # int64, y_t
     old_C: Tensor  # log π_old(y_t), the proximal policy of clipped ratios
     advantage_C: Tensor  # the rollout's advantage, or the verifier's sign: one value for all its tokens
+    credit_C: Tensor | None = None  # what the term's credit service gave each token; None where the term names none
     teacher_C: Tensor  # log π_T(y_t)
     reference_C: Tensor  # log π_ref(y_t), where the term asks for a reference
     gate_C: Tensor  # what the term's own `gate` said of the token, 1 without one
@@ -60,47 +76,50 @@ class TermOutput:
 @dataclass(frozen=True, slots=True)
 class Gated:
     """What a gate says of one rollout: a factor for each token `[R]`, or for each view `[W]`; its figures, of which the
-    metrics are means over rollouts; and, of views, what came of each."""
+    metrics are means over rollouts; and, of views, whether each was helpful (1), harmful (-1) or neutral (0)."""
 
     factors: np.ndarray
     figures: dict[str, float] = field(default_factory=dict)
-    stances: Stances = ()
+    polarities: Stances = ()
 
 
-TokenLoss = Callable[..., TermOutput]
-RowGate = Callable[..., Gated]
-TokenGap = Callable[..., Tensor]
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class LossTerm:
-    """A term's function, the teacher's signal that a token must have to count in it, and maybe a gate by rollout.
+    """The base of all terms. The fields of a term are its options; `terms/__init__.py` checks their types and ranges:
+    bool, float, a range from above, or a `Literal` of the choices."""
 
-    `gate(d, advantage, **options)` → `Gated`, from d = log π_T − log π_old of a whole rollout (`[R]`; `[R,W]` of views)
-    before the gradient; the learner then makes one pass more over the batch. `gap(student, rows, **options)` → `[C,W]`:
-    the d that the gate of views reads. Both are called with the term's options.
-    """
+    signal: ClassVar[Signal] = "none"  # the weakest signal that a token must have from the teacher to count
+    reads_credit: ClassVar[bool] = False  # whether `Term.credit` may name a service: the term reads `rows.credit_C`
 
-    function: TokenLoss
-    signal: Signal
-    gate: RowGate | None = None
-    gap: TokenGap | None = None
+    @property
+    def reads_reference(self) -> bool:
+        """Whether it reads `rows.reference_C` with these options."""
+        return False
+
+    def loss(self, student: StudentChunk, rows: TokenRows) -> TermOutput:
+        """The token losses `[C]` of one chunk."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class GatedTerm(LossTerm):
+    """A term that first judges each whole rollout. The learner makes one more pass over the batch for it, without a
+    gradient, and gives `loss` the result as `rows.gate_C` or `rows.view_gate_CW`."""
+
+    def gate(self, d: np.ndarray, advantage: float) -> Gated:
+        """From d = log π_T − log π_old of one rollout's trained tokens, `[R]`; of views, from their gaps `[R,W]`."""
+        raise NotImplementedError
+
+    def gap(self, student: StudentChunk, rows: TokenRows) -> Tensor:
+        """The d `[C,W]` that the gate of views reads; called where the signal is views."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BoundTerm:
-    """A term with its weight and options, as a run uses it."""
+class BoundTerm(Term):
+    """A term whose options are checked: `loss` is no longer a class, but an instance that holds them."""
 
-    key: str  # its name in the metrics
-    weight: float
-    loss: LossTerm
-    options: dict[str, Any]
-    teacher: str  # whose scores; "" the teacher that the rollout names
-    reference: bool  # it also needs the reference's scores
-    sources: tuple[str, ...]
-    reduction: Literal["tokens", "sequences", "length"]
-    length: int
-    of_batch: bool
+    loss: LossTerm  # pyright: ignore[reportGeneralTypeIssues]  # no default, unlike Term's: this one is always there
 
     def __call__(self, student: StudentChunk, rows: TokenRows) -> TermOutput:
-        return self.loss.function(student, rows, **self.options)
+        return self.loss.loss(student, rows)

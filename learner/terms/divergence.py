@@ -5,10 +5,14 @@ arXiv:2402.03898, eq. 4; the clip of single entries: OPSD's code (siyan-zhao/OPS
 """
 
 import math
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from ...contracts.errors import ConfigError
+from .base import LossTerm, OffOrPositive, Share
 
 Direction = Literal["reverse", "forward", "jsd", "skew_forward", "skew_reverse"]
 
@@ -59,6 +63,25 @@ def divergence(p: Buckets, q: Buckets, kind: Direction, beta: float = 0.5, entry
     else:
         entries = p.mass_CB * (p.log_CB - _log_mixture(p, q, beta))
     return (entries.clamp(max=entry_clip) if entry_clip else entries).sum(1)
+
+
+@dataclass(frozen=True)
+class DivergenceTerm(LossTerm):
+    """The options that the terms of a divergence share; `beta` and `entry_clip` are those of `divergence`."""
+
+    direction: Direction = "reverse"
+    beta: Share = 0.5
+    entry_clip: OffOrPositive = 0.0
+    teacher_entropy_above: OffOrPositive = 0.0
+
+    def __post_init__(self) -> None:
+        if self.direction.startswith("skew") and self.beta == 1:
+            rule = "a skewed divergence has beta below 1: at 1 it is 0 for every student"
+            raise ConfigError(rule, f"{self.direction} with beta {self.beta}")
+
+    def between(self, p: Buckets, q: Buckets) -> Tensor:
+        """`[C]`, of the student's p and the teacher's q."""
+        return divergence(p, q, self.direction, self.beta, self.entry_clip)
 
 
 def k3(log_ratio: Tensor) -> Tensor:

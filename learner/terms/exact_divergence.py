@@ -4,24 +4,17 @@ The teacher sends its last hidden states and the learner holds its frozen head, 
 chunk of tokens at a time.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from .base import StudentChunk, TermOutput, TokenRows
-from .divergence import Buckets, Direction, divergence, entropy
+from .base import Positive, StudentChunk, TermOutput, TokenRows
+from .divergence import Buckets, DivergenceTerm, divergence, entropy
 
 
-def exact_divergence(
-    student: StudentChunk,
-    rows: TokenRows,
-    *,
-    direction: Direction = "reverse",
-    beta: float = 0.5,
-    temperature: float = 1.0,
-    hinton: bool = False,
-    entry_clip: float = 0.0,
-    teacher_entropy_above: float = 0.0,
-) -> TermOutput:
+@dataclass(frozen=True)
+class ExactDivergence(DivergenceTerm):
     """A divergence of each token from its teacher (divergence.py has the kinds, `beta` and `entry_clip`).
 
     `temperature` τ divides both models' logits; `hinton` multiplies the loss with τ². Sources: GKD's temperature (no
@@ -33,24 +26,31 @@ def exact_divergence(
     teacher's probability of the student's; the teacher's entropy and |H(π_θ) − H(π_T)|; the total variation (1 minus
     the chance that speculative decoding would accept); with a gate, the share of tokens that it lets through.
     """
-    assert rows.teacher_logprobs_CV is not None, "the exact signal comes with the teacher's logprobs"
-    p, q = Buckets.of(student.logprobs_CV), Buckets.of(rows.teacher_logprobs_CV)
-    if temperature == 1.0:
-        loss = divergence(p, q, direction, beta, entry_clip)
-    else:
-        cool_p, cool_q = (Buckets.of((x.log_CB / temperature).log_softmax(1)) for x in (p, q))
-        loss = divergence(cool_p, cool_q, direction, beta, entry_clip) * (temperature**2 if hinton else 1.0)
-    metrics = _metrics(p, q)
-    if direction == "reverse" and temperature == 1.0 and not entry_clip:
-        metrics["reverse_kl"] = loss.detach()
-    else:
-        with torch.no_grad():
-            metrics["reverse_kl"] = divergence(p, q, "reverse")
-    if teacher_entropy_above:
-        gate = (metrics["teacher_entropy"] > teacher_entropy_above).to(loss.dtype)
-        loss = loss * gate
-        metrics["gate_share"] = gate
-    return TermOutput(loss_C=loss, metrics=metrics)
+
+    signal = "exact"
+
+    temperature: Positive = 1.0
+    hinton: bool = False
+
+    def loss(self, student: StudentChunk, rows: TokenRows) -> TermOutput:
+        assert rows.teacher_logprobs_CV is not None, "the exact signal comes with the teacher's logprobs"
+        p, q = Buckets.of(student.logprobs_CV), Buckets.of(rows.teacher_logprobs_CV)
+        if self.temperature == 1.0:
+            loss = self.between(p, q)
+        else:
+            cool_p, cool_q = (Buckets.of((x.log_CB / self.temperature).log_softmax(1)) for x in (p, q))
+            loss = self.between(cool_p, cool_q) * (self.temperature**2 if self.hinton else 1.0)
+        metrics = _metrics(p, q)
+        if self.direction == "reverse" and self.temperature == 1.0 and not self.entry_clip:
+            metrics["reverse_kl"] = loss.detach()
+        else:
+            with torch.no_grad():
+                metrics["reverse_kl"] = divergence(p, q, "reverse")
+        if self.teacher_entropy_above:
+            gate = (metrics["teacher_entropy"] > self.teacher_entropy_above).to(loss.dtype)
+            loss = loss * gate
+            metrics["gate_share"] = gate
+        return TermOutput(loss_C=loss, metrics=metrics)
 
 
 @torch.no_grad()

@@ -6,26 +6,43 @@ from itself. The loss is always −sg(A) log π_θ: back-propagating the log-rat
 teacher is not in.
 """
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
-from .base import StudentChunk, TermOutput, TokenRows
+from .base import LossTerm, NotNegative, StudentChunk, TermOutput, TokenRows
 from .divergence import k3
 
 
-def policy_gradient(student: StudentChunk, rows: TokenRows, *, extrapolation: float = 1.0) -> TermOutput:
+@dataclass(frozen=True)
+class PolicyGradient(LossTerm):
     """loss = −sg(A) log π_θ(y_t), A = d + (λ − 1)(log π_T − log π_ref), d = log π_T − sg(log π_θ), λ `extrapolation`.
 
+    Where the term names a credit service, A also has the token's credit added; a rollout's own advantage is not read.
     λ = 1 is on-policy distillation and reads no reference; λ > 1 goes past the teacher, away from the reference; λ < 1
     stops between them. Sources: Thinking Machines, "On-Policy Distillation" (2025), with the current policy in d
     (ours); G-OPD and ExOPD (λ = 1.25), arXiv:2602.12125, its code.
     Metrics: those of `student_gap`, and |A|.
     """
-    gap, metrics = student_gap(student, rows)
-    advantage = gap
-    if extrapolation != 1.0:
-        advantage = gap + (extrapolation - 1.0) * (rows.teacher_C - rows.reference_C)
-    metrics["advantage_abs"] = advantage.abs()
-    return TermOutput(loss_C=-advantage * student.sampled_C, metrics=metrics)
+
+    signal = "sampled"
+    reads_credit = True
+
+    extrapolation: NotNegative = 1.0
+
+    @property
+    def reads_reference(self) -> bool:
+        return self.extrapolation != 1.0
+
+    def loss(self, student: StudentChunk, rows: TokenRows) -> TermOutput:
+        gap, metrics = student_gap(student, rows)
+        advantage = gap
+        if self.extrapolation != 1.0:
+            advantage = gap + (self.extrapolation - 1.0) * (rows.teacher_C - rows.reference_C)
+        if rows.credit_C is not None:
+            advantage = advantage + rows.credit_C
+        metrics["advantage_abs"] = advantage.abs()
+        return TermOutput(loss_C=-advantage * student.sampled_C, metrics=metrics)
 
 
 def student_gap(student: StudentChunk, rows: TokenRows) -> tuple[Tensor, dict[str, Tensor]]:

@@ -4,25 +4,18 @@
 0 where it has no say (abstained, cut off by the length limit).
 """
 
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 
-from .base import Gated, StudentChunk, TermOutput, TokenRows
+from .base import Gated, GatedTerm, LossTerm, NotNegative, Positive, StudentChunk, TermOutput, TokenRows
 from .policy_gradient import student_gap
 
 
-def sign_gate(
-    student: StudentChunk,
-    rows: TokenRows,
-    *,
-    agree: float = 1.8,
-    conflict: float = 1.0,
-    mode: Literal["live_ref", "frozen_ref", "blend"] = "live_ref",
-    blend: float = 1.0,
-    guard: bool = True,
-) -> TermOutput:
+@dataclass(frozen=True)
+class SignGate(LossTerm):
     """loss = −sg(A) log π_θ(y_t), A = d + (λ − 1) x, d = log π_T − sg(log π_θ).
 
     λ is `agree` where the teacher's push d has the verifier's sign, `conflict` where it has the other, and 1 where
@@ -36,45 +29,66 @@ def sign_gate(
     the form is ours, the defaults (1.8, 1.0) are what others report of the paper; guard and blend are ours.
     Metrics: those of `student_gap`; shares of agree, conflict and neutral tokens, and of those that the guard changed.
     """
-    gap, metrics = student_gap(student, rows)
-    consistency = rows.advantage_C.sign() * gap.sign()
-    agrees, conflicts = consistency > 0, consistency < 0
-    scale = torch.ones_like(gap).masked_fill(agrees, agree).masked_fill(conflicts, conflict)
-    direction = rows.teacher_C - rows.reference_C if mode == "frozen_ref" else gap
-    advantage = gap + (scale - 1.0) * direction
-    if mode == "blend":
-        advantage = torch.where(conflicts, (gap + blend * rows.advantage_C) / (1.0 + blend), advantage)
-    guarded = torch.zeros_like(agrees)
-    if mode == "frozen_ref" and guard:
-        guarded = advantage.sign() != gap.sign()
-        advantage = torch.where(guarded, gap, advantage)
-    shares = {"agree": agrees, "conflict": conflicts, "neutral": consistency == 0, "guard": guarded}
-    metrics |= {f"gate_{name}": share.to(gap.dtype) for name, share in shares.items()}
-    return TermOutput(loss_C=-advantage * student.sampled_C, metrics=metrics)
+
+    signal = "sampled"
+
+    agree: NotNegative = 1.8
+    conflict: NotNegative = 1.0
+    mode: Literal["live_ref", "frozen_ref", "blend"] = "live_ref"
+    blend: NotNegative = 1.0
+    guard: bool = True
+
+    @property
+    def reads_reference(self) -> bool:
+        return self.mode == "frozen_ref"
+
+    def loss(self, student: StudentChunk, rows: TokenRows) -> TermOutput:
+        gap, metrics = student_gap(student, rows)
+        consistency = rows.advantage_C.sign() * gap.sign()
+        agrees, conflicts = consistency > 0, consistency < 0
+        scale = torch.ones_like(gap).masked_fill(agrees, self.agree).masked_fill(conflicts, self.conflict)
+        direction = rows.teacher_C - rows.reference_C if self.mode == "frozen_ref" else gap
+        advantage = gap + (scale - 1.0) * direction
+        if self.mode == "blend":
+            blended = (gap + self.blend * rows.advantage_C) / (1.0 + self.blend)
+            advantage = torch.where(conflicts, blended, advantage)
+        guarded = torch.zeros_like(agrees)
+        if self.mode == "frozen_ref" and self.guard:
+            guarded = advantage.sign() != gap.sign()
+            advantage = torch.where(guarded, gap, advantage)
+        shares = {"agree": agrees, "conflict": conflicts, "neutral": consistency == 0, "guard": guarded}
+        metrics |= {f"gate_{name}": share.to(gap.dtype) for name, share in shares.items()}
+        return TermOutput(loss_C=-advantage * student.sampled_C, metrics=metrics)
 
 
-def soft_gated_policy_gradient(student: StudentChunk, rows: TokenRows, *, sharpness: float = 1e-3) -> TermOutput:
-    """loss = −sg(g d) log π_θ(y_t), d = log π_T − sg(log π_θ), and g from `soft_gate`, which reads `sharpness`.
+@dataclass(frozen=True)
+class SoftGate(GatedTerm):
+    """loss = −sg(g d) log π_θ(y_t), d = log π_T − sg(log π_θ), and g from `gate`.
 
     Source: R²-OPD, arXiv:2609.35517, at second hand. Metrics: those of `student_gap`, and g.
     """
-    gap, metrics = student_gap(student, rows)
-    metrics["gate"] = rows.gate_C
-    return TermOutput(loss_C=-(rows.gate_C * gap) * student.sampled_C, metrics=metrics)
 
+    signal = "sampled"
 
-def soft_gate(d_R: np.ndarray, advantage: float, *, sharpness: float = 1e-3) -> Gated:
-    """g `[R]` of one rollout: σ(β z d/median|d|), times one factor that keeps Σ|g d| at Σ|d|; β `sharpness`.
+    sharpness: Positive = 1e-3
 
-    It moves the step's size to the tokens where the teacher's push has the verifier's sign, the more so the larger β.
-    Ones where the verifier has no sign or the median is 0. `d_R` holds the tokens that count, and no others. Source:
-    R²-OPD, arXiv:2609.35517, at second hand; the median and the factor over one rollout are ours.
-    """
-    size = np.abs(d_R)
-    median = np.median(size) if len(d_R) else 0.0
-    if median == 0 or advantage == 0:
-        return Gated(np.ones_like(d_R))
-    log_gate = -np.logaddexp(0.0, -sharpness * np.sign(advantage) * d_R / median)
-    gate = np.exp(log_gate - log_gate.max())  # the factor below takes the scale out again
-    kept = (gate * size).sum()
-    return Gated(gate * (size.sum() / kept) if kept > 0 else np.ones_like(d_R))
+    def loss(self, student: StudentChunk, rows: TokenRows) -> TermOutput:
+        gap, metrics = student_gap(student, rows)
+        metrics["gate"] = rows.gate_C
+        return TermOutput(loss_C=-(rows.gate_C * gap) * student.sampled_C, metrics=metrics)
+
+    def gate(self, d: np.ndarray, advantage: float) -> Gated:
+        """g `[R]` of one rollout: σ(β z d/median|d|), times one factor that keeps Σ|g d| at Σ|d|; β `sharpness`.
+
+        It moves the step's size to the tokens where the teacher's push has the verifier's sign, the more so the larger
+        β. Ones where the verifier has no sign or the median is 0. `d` `[R]` holds the tokens that count, and no others.
+        Source: R²-OPD, arXiv:2609.35517, at second hand; the median and the factor over one rollout are ours.
+        """
+        size = np.abs(d)
+        median = np.median(size) if len(d) else 0.0
+        if median == 0 or advantage == 0:
+            return Gated(np.ones_like(d))
+        log_gate = -np.logaddexp(0.0, -self.sharpness * np.sign(advantage) * d / median)
+        gate = np.exp(log_gate - log_gate.max())  # the factor below takes the scale out again
+        kept = (gate * size).sum()
+        return Gated(gate * (size.sum() / kept) if kept > 0 else np.ones_like(d))

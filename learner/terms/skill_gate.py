@@ -6,6 +6,7 @@ leaves out one without a stance. Source: SGSD, arXiv:2605.28791, and its code (w
 """
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -13,78 +14,68 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from .base import Gated, StudentChunk, TermOutput, TokenRows
+from .base import Gated, GatedTerm, NotNegative, Positive, StudentChunk, TermOutput, TokenRows
 
 
-def skill_gate(
-    student: StudentChunk,
-    rows: TokenRows,
-    *,
-    tau: float = 1.0,
-    delta_clip: float = 3.0,
-    confidence: float = 0.05,
-    gate: bool = True,
-    support: Literal["sampled", "local"] = "sampled",
-) -> TermOutput:
-    """loss = Σ_k w_k p_k ℓ_k, ℓ = log 2 − softplus(−δ²/2τ) in [0, log 2); w_k p_k comes from `skill_polarity`.
+@dataclass(frozen=True)
+class SkillGate(GatedTerm):
+    """loss = Σ_k w_k p_k ℓ_k, ℓ = log 2 − softplus(−δ²/2τ) in [0, log 2); w_k p_k: a view's weight times its polarity.
 
     δ by `support`: sampled  log π_T(y_t | k) − log π_θ(y_t), over the whole vocabulary;
     local  KL(π_T ‖ π_θ) on the view's top-k ids and y_t, both renormalised there.
     |∂ℓ/∂log π_θ(y_t)| = σ(−δ²/2τ) |δ|/τ is 0 at δ = 0 and for |δ| → ∞. Metrics: the views' weighted mean of |δ|, ℓ.
     """
-    assert rows.views_CW is not None and rows.view_gate_CW is not None, "the term's signal is views"
-    if support == "local":
-        delta = local_divergence(student.logprobs_CV, rows)
-    else:
-        delta = rows.views_CW - student.sampled_C[:, None]
-    token_loss = math.log(2.0) - softplus(-delta.square() / (2.0 * tau))
-    share = rows.view_gate_CW.abs()
-    share = share / share.sum(1, keepdim=True).clamp(min=1e-12)
-    metrics = {"skill_gap": (share * delta.abs()).sum(1), "skill_token_loss": (share * token_loss).sum(1)}
-    return TermOutput(
-        loss_C=(rows.view_gate_CW * token_loss).sum(1),
-        metrics={name: value.detach() for name, value in metrics.items()},
-    )
 
+    signal = "views"
 
-def skill_polarity(
-    d_RW: np.ndarray,
-    advantage: float,
-    *,
-    tau: float = 1.0,
-    delta_clip: float = 3.0,
-    confidence: float = 0.05,
-    gate: bool = True,
-    support: str = "sampled",
-) -> Gated:
-    """p_k `[W]` of one rollout = o · s_k: o the verifier's sign, s_k = sign(a_k) where |a_k| > `confidence`, else 0,
-    and a_k the mean of d_k clipped to ±`delta_clip` over the tokens that count. Where `gate` is false every view is
-    trusted: p_k = 1.
-    """
-    if not len(d_RW):
-        return Gated(np.zeros(d_RW.shape[1]), stances=(0,) * d_RW.shape[1])
-    score = np.clip(d_RW, -delta_clip, delta_clip).mean(0)
-    stance = np.where(np.abs(score) > confidence, np.sign(score), 0.0)
-    polarity = np.sign(advantage) * stance
-    named = {"helpful": polarity > 0, "harmful": polarity < 0, "neutral": polarity == 0}
-    figures = {f"skill_{name}": float(is_so.mean()) for name, is_so in named.items()}
-    figures |= {"skill_support": float(score.mean()), "skill_support_size": float(np.abs(score).mean())}
-    outcome = "right" if advantage > 0 else "wrong" if advantage < 0 else "unjudged"
-    for name, sign in (("for", 1.0), ("against", -1.0), ("silent", 0.0)):
-        figures[f"skill_{outcome}_{name}"] = float((stance == sign).mean())
-    return Gated(polarity if gate else np.ones_like(polarity), figures, tuple(int(p) for p in polarity))
+    tau: Positive = 1.0
+    delta_clip: Positive = 3.0
+    confidence: NotNegative = 0.05
+    validated: bool = True  # false: every view is trusted
+    support: Literal["sampled", "local"] = "sampled"
 
+    def loss(self, student: StudentChunk, rows: TokenRows) -> TermOutput:
+        assert rows.views_CW is not None and rows.view_gate_CW is not None, "the term's signal is views"
+        if self.support == "local":
+            delta = local_divergence(student.logprobs_CV, rows)
+        else:
+            delta = rows.views_CW - student.sampled_C[:, None]
+        token_loss = math.log(2.0) - softplus(-delta.square() / (2.0 * self.tau))
+        share = rows.view_gate_CW.abs()
+        share = share / share.sum(1, keepdim=True).clamp(min=1e-12)
+        metrics = {"skill_gap": (share * delta.abs()).sum(1), "skill_token_loss": (share * token_loss).sum(1)}
+        return TermOutput(
+            loss_C=(rows.view_gate_CW * token_loss).sum(1),
+            metrics={name: value.detach() for name, value in metrics.items()},
+        )
 
-def view_gap(
-    student: StudentChunk, rows: TokenRows, *, support: Literal["sampled", "local"] = "sampled", **others: object
-) -> Tensor:
-    """δ `[C,W]` of the sampled token, from which stances are read; with the local support both models' logprobs are
-    renormalised on it."""
-    assert rows.views_CW is not None, "the term's signal is views"
-    if support == "sampled":
-        return rows.views_CW - student.sampled_C[:, None]
-    own, teacher = _on_support(student.logprobs_CV, rows)
-    return (rows.views_CW - teacher.logsumexp(2)) - (student.sampled_C[:, None] - own.logsumexp(2))
+    def gate(self, d: np.ndarray, advantage: float) -> Gated:
+        """p_k `[W]` of one rollout = o · s_k: o the verifier's sign, s_k = sign(a_k) where |a_k| > `confidence`, else
+        0, and a_k the mean of d_k clipped to ±`delta_clip` over the tokens that count, `d` `[R,W]`. Where `validated`
+        is false the factors are 1, and the polarities are figures alone.
+        """
+        if not len(d):
+            return Gated(np.zeros(d.shape[1]), polarities=(0,) * d.shape[1])
+        score = np.clip(d, -self.delta_clip, self.delta_clip).mean(0)
+        stance = np.where(np.abs(score) > self.confidence, np.sign(score), 0.0)
+        polarity = np.sign(advantage) * stance
+        named = {"helpful": polarity > 0, "harmful": polarity < 0, "neutral": polarity == 0}
+        figures = {f"skill_{name}": float(is_so.mean()) for name, is_so in named.items()}
+        figures |= {"skill_support": float(score.mean()), "skill_support_size": float(np.abs(score).mean())}
+        outcome = "right" if advantage > 0 else "wrong" if advantage < 0 else "unjudged"
+        for name, sign in (("for", 1.0), ("against", -1.0), ("silent", 0.0)):
+            figures[f"skill_{outcome}_{name}"] = float((stance == sign).mean())
+        factors = polarity if self.validated else np.ones_like(polarity)
+        return Gated(factors, figures, tuple(int(p) for p in polarity))
+
+    def gap(self, student: StudentChunk, rows: TokenRows) -> Tensor:
+        """δ `[C,W]` of the sampled token, from which stances are read; with the local support both models' logprobs are
+        renormalised on it."""
+        assert rows.views_CW is not None, "the term's signal is views"
+        if self.support == "sampled":
+            return rows.views_CW - student.sampled_C[:, None]
+        own, teacher = _on_support(student.logprobs_CV, rows)
+        return (rows.views_CW - teacher.logsumexp(2)) - (student.sampled_C[:, None] - own.logsumexp(2))
 
 
 def local_divergence(logprobs_CV: Tensor, rows: TokenRows) -> Tensor:

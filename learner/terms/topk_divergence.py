@@ -5,25 +5,18 @@ the whole vocabulary, and equal to it at K = V − 1. Renormalised over the ids,
 partial sum over the ids, which can be negative, does not exist here.
 """
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .base import StudentChunk, TermOutput, TokenRows
-from .divergence import Buckets, Direction, divergence, floored
+from .divergence import Buckets, DivergenceTerm, divergence, floored
 
 
-def topk_divergence(
-    student: StudentChunk,
-    rows: TokenRows,
-    *,
-    direction: Direction = "reverse",
-    beta: float = 0.5,
-    rest: Literal["tail", "renormalise"] = "tail",
-    entry_clip: float = 0.0,
-    teacher_entropy_above: float = 0.0,
-) -> TermOutput:
+@dataclass(frozen=True)
+class TopkDivergence(DivergenceTerm):
     """A divergence of each token over the ids that came with the scores, whoever chose them (divergence.py: the kinds).
 
     `rest`: "tail", one bucket for all other tokens (source: SDPO's code, `add_tail`, arXiv:2601.20802); "renormalise",
@@ -34,27 +27,34 @@ def topk_divergence(
     outside the ids, the further below); agreement with the teacher's best id; both models' mass on the ids; the
     teacher's entropy; with a gate, the share of tokens that it lets through.
     """
-    p, q = Buckets.of(coarsened(student.logprobs_CV, rows.topk_ids_CK)), Buckets.of(with_tail(rows.topk_logprobs_CK))
-    if rest == "tail":
-        loss = divergence(p, q, direction, beta, entry_clip)
-    else:
-        inside_p, inside_q = (Buckets.of(x.log_CB[:, :-1].log_softmax(1)) for x in (p, q))
-        loss = divergence(inside_p, inside_q, direction, beta, entry_clip)
-    with torch.no_grad():
-        best = rows.topk_ids_CK.gather(1, rows.topk_logprobs_CK.argmax(1, keepdim=True)).squeeze(1)
-        metrics = {
-            "topk_reverse_kl": divergence(p, q, "reverse"),
-            "top1_agreement": (student.logprobs_CV.argmax(1) == best).to(loss.dtype),
-            "student_mass": p.mass_CB[:, :-1].sum(1),
-            "teacher_mass": q.mass_CB[:, :-1].sum(1),
-            "teacher_entropy": rows.teacher_entropy_C,
-        }
-    if teacher_entropy_above:
-        unknown = 0 * rows.teacher_entropy_C  # NaN where the teacher sent none: the loss must not be 0 in silence
-        gate = (rows.teacher_entropy_C > teacher_entropy_above).to(loss.dtype) + unknown
-        loss = loss * gate
-        metrics["gate_share"] = gate
-    return TermOutput(loss_C=loss, metrics=metrics)
+
+    signal = "topk"
+
+    rest: Literal["tail", "renormalise"] = "tail"
+
+    def loss(self, student: StudentChunk, rows: TokenRows) -> TermOutput:
+        p = Buckets.of(coarsened(student.logprobs_CV, rows.topk_ids_CK))
+        q = Buckets.of(with_tail(rows.topk_logprobs_CK))
+        if self.rest == "tail":
+            loss = self.between(p, q)
+        else:
+            inside_p, inside_q = (Buckets.of(x.log_CB[:, :-1].log_softmax(1)) for x in (p, q))
+            loss = self.between(inside_p, inside_q)
+        with torch.no_grad():
+            best = rows.topk_ids_CK.gather(1, rows.topk_logprobs_CK.argmax(1, keepdim=True)).squeeze(1)
+            metrics = {
+                "topk_reverse_kl": divergence(p, q, "reverse"),
+                "top1_agreement": (student.logprobs_CV.argmax(1) == best).to(loss.dtype),
+                "student_mass": p.mass_CB[:, :-1].sum(1),
+                "teacher_mass": q.mass_CB[:, :-1].sum(1),
+                "teacher_entropy": rows.teacher_entropy_C,
+            }
+        if self.teacher_entropy_above:
+            unknown = 0 * rows.teacher_entropy_C  # NaN where the teacher sent none: the loss must not be 0 in silence
+            gate = (rows.teacher_entropy_C > self.teacher_entropy_above).to(loss.dtype) + unknown
+            loss = loss * gate
+            metrics["gate_share"] = gate
+        return TermOutput(loss_C=loss, metrics=metrics)
 
 
 def coarsened(logprobs_CV: Tensor, ids_CK: Tensor) -> Tensor:

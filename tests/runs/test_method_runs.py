@@ -186,18 +186,26 @@ def test_several_teachers_score_one_rollout(tmp_path: Path) -> None:
 
 
 OWN = """
+from dataclasses import dataclass
+
 from tutorloop.cluster.methods.parts.composition import Composition, sampling_of, student_group
 from tutorloop.contracts.records import ScoreRequest, Term
 from tutorloop.learner.terms.base import LossTerm, TermOutput
 
 
-def squared(student, rows, *, scale=1.0):
-    gap = student.sampled_C - rows.teacher_C
-    return TermOutput(loss_C=scale * gap**2, metrics={"gap": gap.detach()})
+@dataclass(frozen=True)
+class Squared(LossTerm):
+    signal = "sampled"
+
+    scale: float = 1.0
+
+    def loss(self, student, rows):
+        gap = student.sampled_C - rows.teacher_C
+        return TermOutput(loss_C=self.scale * gap**2, metrics={"gap": gap.detach()})
 
 
 def compose(config):
-    term = Term(name="squared", loss=LossTerm(squared, "sampled"), options={"scale": 0.5})
+    term = Term(name="squared", loss=Squared, options={"scale": 0.5})
     samples = student_group(config)
     sampling, scoring = sampling_of(config), ScoreRequest(signal="sampled")
     return Composition(terms=(term,), samples=samples, sampling=sampling, scoring=scoring)

@@ -16,6 +16,7 @@ from tutorloop.learner.terms import TERMS
 PG = (Term(name="policy_gradient"),)
 CLIPPED = (Term(name="clipped_policy_gradient"),)
 MASKED = Correction(kind="masked", low=0.1, high=9.0)
+UNSOUND = "the sampler's logprobs, or an advantage, credit or weight, are not finite, of rollouts {}"
 
 
 def taught(world, name):
@@ -63,9 +64,9 @@ def spoilt(example, field, value=np.nan):
             "loss_topk_divergence is not finite, of rollouts {}",
         ),
         ((Term(name="exact_divergence"), *CLIPPED), "hidden", "loss_exact_divergence is not finite, of rollouts {}"),
-        (CLIPPED, "sampler", "the sampler's logprobs, or an advantage or weight, are not finite, of rollouts {}"),
-        (CLIPPED, "advantage", "the sampler's logprobs, or an advantage or weight, are not finite, of rollouts {}"),
-        (CLIPPED, "weight", "the sampler's logprobs, or an advantage or weight, are not finite, of rollouts {}"),
+        (CLIPPED, "sampler", UNSOUND),
+        (CLIPPED, "advantage", UNSOUND),
+        (CLIPPED, "weight", UNSOUND),
     ],
 )
 def test_what_is_not_finite_is_named_and_steps_nothing(terms, field, says, updates):
@@ -267,7 +268,7 @@ OPTIONS = {name: [{}] for name in TERMS} | {
     "exact_divergence": [*DIVERGENCES, {"temperature": 0.01}, {"temperature": 100.0, "hinton": True}],
     "policy_gradient": [{"extrapolation": 0.0}, {}, {"extrapolation": 3.0}],
     "sign_gate": [{"mode": mode} for mode in ("live_ref", "frozen_ref", "blend")],
-    "skill_gate": [{"gate": gate} for gate in (True, False)],
+    "skill_gate": [{"validated": validated} for validated in (True, False)],
     "clipped_policy_gradient": [{}, {"clip": False}, {"dual_clip": 3.0}],
 }
 

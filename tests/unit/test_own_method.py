@@ -3,6 +3,7 @@
 import random
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from tutorloop.cluster.methods import compose_stages, own_module
 from tutorloop.contracts.errors import ConfigError
+from tutorloop.contracts.records import Term
 from tutorloop.learner.terms import bind_terms
 from tutorloop.learner.terms.base import StudentChunk, TokenRows
 
@@ -43,7 +45,7 @@ def test_the_documented_file_is_a_method_with_its_own_loss(tmp_path: Path) -> No
     [composition] = compose_stages(config(str(path), {**TEACHER, "signal": "sampled"}, {"margin": 0.2}))
     assert composition.scoring and composition.scoring.signal == "sampled"
     [term] = bind_terms(composition.terms)
-    assert (term.key, term.loss.signal, term.options) == ("margin", "sampled", {"margin": 0.2})
+    assert (term.key, term.loss.signal, term.loss.margin) == ("margin", "sampled", 0.2)
 
     seed = random.randrange(2**32)
     print("seed", seed)
@@ -63,7 +65,7 @@ def test_the_documented_file_is_a_method_with_its_own_loss(tmp_path: Path) -> No
     torch.testing.assert_close(logits.grad, expected, rtol=0, atol=1e-12)
 
 
-def test_its_functions_travel_by_value(tmp_path: Path) -> None:
+def test_its_term_travels_by_value(tmp_path: Path) -> None:
     from ray import cloudpickle
 
     path = tmp_path / "margin_opd.py"
@@ -71,11 +73,17 @@ def test_its_functions_travel_by_value(tmp_path: Path) -> None:
     module = own_module(str(path))
     assert module is not None
     cloudpickle.register_pickle_by_value(module)
-    sent = cloudpickle.dumps(module.margin_gradient)
+    sent = cloudpickle.dumps(Term(name="margin", options={"margin": 0.3}, loss=module.MarginGradient))
     cloudpickle.unregister_pickle_by_value(module)
     path.unlink()
     del sys.modules[module.__name__]
-    assert cloudpickle.loads(sent).__name__ == "margin_gradient"
+    [term] = bind_terms((cloudpickle.loads(sent),))
+    assert term.loss.margin == 0.3 and type(term.loss).__name__ == "MarginGradient"
+    with pytest.raises(ConfigError, match="0 or above"):
+        bind_terms((replace(cloudpickle.loads(sent), options={"margin": -1.0}),))
+    wide, zero = torch.tensor([[0.0, 1.0], [0.0, 0.0]]), torch.zeros(2, dtype=torch.int64)
+    student, rows = chunk(wide, zero, torch.tensor([-2.0, -0.6]))
+    assert term(student, rows).metrics["far"].tolist() == [1.0, 0.0]
 
 
 def test_a_module_that_can_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

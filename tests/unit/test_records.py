@@ -8,9 +8,9 @@ import pytest
 
 from tutorloop.contracts.arrow import decode, encode
 from tutorloop.contracts.errors import RecordError
-from tutorloop.contracts.records import Prompt, Rollout, TeacherScores, Verdict, seed_of
+from tutorloop.contracts.records import Prompt, Rollout, TeacherScores, TokenCredit, Verdict, seed_of
 
-KINDS = (Prompt, Rollout, TeacherScores, Verdict)
+KINDS = (Prompt, Rollout, TeacherScores, TokenCredit, Verdict)
 
 
 def random_text(random):
@@ -81,7 +81,14 @@ def random_verdict(random, number):
     return Verdict(rollout_id=f"r{number}", score=random.random(), passed=passed, answer="½", path=path)
 
 
-MAKERS = dict(zip(KINDS, (random_prompt, random_rollout, random_scores, random_verdict), strict=True))
+def random_credit(random, number):
+    if random.random() < 0.3:
+        return TokenCredit(rollout_id=f"r{number}", service="s", error_class="timeout")
+    values = random.normal(size=random.integers(0, 6)).astype(np.float32)
+    return TokenCredit(rollout_id=f"r{number}", service=random_text(random), values=values)
+
+
+MAKERS = dict(zip(KINDS, (random_prompt, random_rollout, random_scores, random_credit, random_verdict), strict=True))
 
 
 def assert_same(left, right):

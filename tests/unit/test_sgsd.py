@@ -45,7 +45,7 @@ def test_the_defaults_are_the_papers():
         True,
         True,
     )
-    own = {"gate": True, "tau": 1.0, "delta_clip": 3.0, "confidence": 0.05, "support": "sampled"}
+    own = {"validated": True, "tau": 1.0, "delta_clip": 3.0, "confidence": 0.05, "support": "sampled"}
     assert term.options == own and made.correction.kind == "truncated"
 
 

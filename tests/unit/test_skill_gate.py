@@ -12,10 +12,9 @@ from term_cases import PRECISIONS, close, golden, rows_of
 from tutorloop.contracts.records import Term
 from tutorloop.learner.terms import bind_terms
 from tutorloop.learner.terms.base import StudentChunk
-from tutorloop.learner.terms.skill_gate import local_divergence, local_support, skill_polarity, view_gap
+from tutorloop.learner.terms.skill_gate import SkillGate, local_divergence, local_support
 
-TERM = bind_terms((Term(name="skill_gate"),))[0]
-OPTIONS = {"tau": 1.0, "delta_clip": 3.0, "confidence": 0.05}
+TERM = SkillGate(tau=1.0, delta_clip=3.0, confidence=0.05)
 
 
 def case(dtype):
@@ -47,9 +46,9 @@ def test_the_golden_rollouts(dtype, tolerance):
         weights = softmax(inputs["retrieval_scores"][b])
         np.testing.assert_allclose(weights, expected["weights"][b], atol=1e-9)
         d = (views[b] - student[b, :, None]).detach().double().numpy()
-        gated = skill_polarity(d[mask[b].numpy()], sign, **OPTIONS)
+        gated = TERM.gate(d[mask[b].numpy()], sign)
         np.testing.assert_array_equal(gated.factors, expected["polarity"][b])
-        assert gated.stances == tuple(int(p) for p in expected["polarity"][b])
+        assert gated.polarities == tuple(int(p) for p in expected["polarity"][b])
         score = np.clip(d[mask[b].numpy()], -3, 3).mean(0)
         np.testing.assert_allclose(score, expected["support_score"][b], atol=tolerance)
         np.testing.assert_allclose(
@@ -114,20 +113,20 @@ def test_polarity_is_outcome_times_stance_on_random_rollouts():
     for _ in range(50):
         d = rng.normal(0, rng.choice([0.02, 0.3, 4.0]), (rng.integers(1, 30), 5))
         sign = rng.choice([-1.0, 0.0, 1.0])
-        gated = skill_polarity(d, sign, **OPTIONS)
+        gated = TERM.gate(d, sign)
         for k in range(5):
             mean = sum(min(3.0, max(-3.0, value)) for value in d[:, k]) / len(d)
             stance = 0 if abs(mean) <= 0.05 else 1 if mean > 0 else -1
-            assert gated.factors[k] == sign * stance == gated.stances[k]
+            assert gated.factors[k] == sign * stance == gated.polarities[k]
         shares = [gated.figures[f"skill_{name}"] for name in ("helpful", "harmful", "neutral")]
         assert math.isclose(sum(shares), 1.0)
-        trusted = skill_polarity(d, sign, **OPTIONS, gate=False)
-        assert (trusted.factors == 1).all() and trusted.stances == gated.stances
+        trusted = replace(TERM, validated=False).gate(d, sign)
+        assert (trusted.factors == 1).all() and trusted.polarities == gated.polarities
 
 
 def test_a_rollout_without_a_token_that_counts_has_no_stance():
-    gated = skill_polarity(np.zeros((0, 3)), 1.0, **OPTIONS)
-    assert gated.stances == (0, 0, 0) and not gated.factors.any()
+    gated = TERM.gate(np.zeros((0, 3)), 1.0)
+    assert gated.polarities == (0, 0, 0) and not gated.factors.any()
 
 
 def with_views(world, examples, count):
@@ -194,8 +193,8 @@ def test_stances_on_the_local_support_read_renormalised_logprobs(dtype, toleranc
     rows = replace(rows_of(student[:, 0]), targets_C=targets, **known)
     chunk = StudentChunk(logprobs_CV=student, sampled_C=student.gather(1, targets[:, None])[:, 0])
     wanted = np.subtract(expected["local_teacher_logp_sampled"], expected["local_student_logp_sampled"])
-    close(view_gap(chunk, rows, support="local")[:, 0], wanted, tolerance)
-    close(view_gap(chunk, rows)[:, 0], (sampled[:, 0] - chunk.sampled_C).double(), tolerance)
+    close(SkillGate(support="local").gap(chunk, rows)[:, 0], wanted, tolerance)
+    close(TERM.gap(chunk, rows)[:, 0], (sampled[:, 0] - chunk.sampled_C).double(), tolerance)
 
 
 @pytest.mark.parametrize("parts", [1, 2])
@@ -259,7 +258,7 @@ def test_a_view_that_was_not_shown_has_no_stance_no_loss_and_no_figure():
         own = {**example.scores, "big": replace(scores, views=views, view_weights=weights)}
         beside.append(replace(example, scores=own))
     term = Term(name="skill_gate", teacher="big", reduction="sequences")
-    for options in ({}, {"gate": False}):
+    for options in ({}, {"validated": False}):
         terms = (replace(term, options=options),)
         learners = [OneProcess(world.student(), terms) for _ in range(2)]
         one, other = (learner.learn(given) for learner, given in zip(learners, (alone, beside), strict=True))

@@ -7,7 +7,7 @@ from term_cases import PRECISIONS, apply, chunk_of, close, golden, rows_of, toy
 
 from tutorloop.contracts.records import Correction
 from tutorloop.learner.corrections import mismatch, token_weights
-from tutorloop.learner.terms.sign_gate import soft_gate
+from tutorloop.learner.terms.sign_gate import SoftGate
 from tutorloop.learner.terms.topk_divergence import coarsened, with_tail
 
 precisions = pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
@@ -185,7 +185,7 @@ def test_soft_gate(dtype, tolerance):
     inputs, expected = golden("sg_opd_gate")
     for d, sign, advantage in zip(inputs["d"], inputs["verifier_sign"], expected["r2opd_beta1_advantage"], strict=True):
         gap, current = tensor(d, dtype), torch.full((len(d),), -2.0, dtype=dtype)
-        gate = soft_gate(gap.numpy(), sign[0], sharpness=1.0).factors
+        gate = SoftGate(sharpness=1.0).gate(gap.numpy(), sign[0]).factors
         rows = rows_of(current, teacher=current + gap, gate=torch.from_numpy(gate))
         output = apply("soft_gate", chunk_of(current), rows, {"sharpness": 1.0})
         close(-output.loss_C / current, advantage, tolerance)

@@ -1,13 +1,16 @@
 """Loss terms are bound by name, and whatever cannot run is refused with the rule it breaks."""
 
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Literal, get_origin
+
 import pytest
 import torch
 from term_cases import chunk_of, rows_of
 
 from tutorloop.contracts.errors import ConfigError
 from tutorloop.contracts.records import Term
-from tutorloop.learner.terms import RANGES, bind_terms
-from tutorloop.learner.terms.base import LossTerm, TermOutput
+from tutorloop.learner.terms import TERMS, bind_terms
+from tutorloop.learner.terms.base import LossTerm, Range, TermOutput
 
 
 def bad(**term):
@@ -47,11 +50,17 @@ def test_options_out_of_range_are_refused_and_the_ends_taken():
         }.items()
         for name, (low, high) in names.items()
     }
-    assert owners.keys() == RANGES.keys()
-    for option, (name, *values) in owners.items():
-        for value in (*values, float("nan"), float("inf"), "1", True, None):
-            if value is not None or values[1] is not None:
-                assert f"{name}'s {option}" in bad(name=name, options={option: value}, reference=True)
+    ranged = {
+        name: {field.name for field in fields(kind) if get_origin(field.type) is Annotated}
+        for name, kind in TERMS.items()
+    }
+    assert set(owners) == {option for options in ranged.values() for option in options}
+    for name, options in ranged.items():  # the same option of another term too
+        for option in options:
+            _, *values = owners[option]
+            for value in (*values, float("nan"), float("inf"), "1", True, None):
+                if value is not None or values[1] is not None:
+                    assert f"{name}'s {option}" in bad(name=name, options={option: value}, reference=True)
     for name, options in (
         ("exact_divergence", {"beta": 0, "temperature": 0.1}),
         ("clipped_policy_gradient", {"clip_low": 1, "clip_high": 0.0, "dual_clip": 0}),
@@ -71,12 +80,37 @@ def test_a_term_that_reads_the_reference_must_ask_for_it():
     bind_terms((Term(name="policy_gradient", options={"extrapolation": 1.0}), Term(name="sign_gate")))
 
 
-def test_a_loss_term_of_ones_own():
-    def squared(student, rows, *, beta: float = 2.0):
-        return TermOutput(loss_C=beta * student.sampled_C**2)
+@dataclass(frozen=True)
+class Squared(LossTerm):
+    beta: float = 2.0  # no range of its own
+    power: Annotated[float, Range("an even number", lambda x: x % 2 == 0)] = 2.0
+    side: Literal["left", "right"] = "left"
+    more: dict = field(default_factory=dict)
 
-    own = LossTerm(squared, "none")
-    (term,) = bind_terms((Term(name="mine", loss=own, options={"beta": 3.0}),))  # its beta has its own range
+    def loss(self, student, rows):
+        return TermOutput(loss_C=self.beta * student.sampled_C**self.power)
+
+
+def test_a_loss_term_of_ones_own():
+    (term,) = bind_terms((Term(name="mine", loss=Squared, options={"beta": 3.0, "more": {"a": 1}}),))
     current = torch.tensor([-1.0, -2.0])
     assert term.key == "mine" and term(chunk_of(current), rows_of(current)).loss_C.tolist() == [3.0, 12.0]
-    assert "gamma" in bad(name="mine", loss=own, options={"gamma": 1})
+    assert term.loss == Squared(beta=3.0, more={"a": 1}) and term.loss.signal == "none"
+    for options, told in (
+        ({"gamma": 1}, "are: beta, power, side, more"),
+        ({"beta": float("inf")}, "mine's beta is a finite number"),
+        ({"power": 3}, "mine's power is an even number"),
+        ({"side": "middle"}, "mine's side is one of left, right"),
+    ):
+        assert told in bad(name="mine", loss=Squared, options=options)
+    for what in (Squared(), Squared.loss, int):
+        assert "derived from LossTerm" in bad(name="mine", loss=what)
+
+
+def test_credit_is_for_terms_that_read_it():
+    for name, kind in TERMS.items():
+        if kind.reads_credit:
+            assert bind_terms((Term(name=name, credit="judge"),))[0].credit == "judge"
+        else:
+            assert "policy_gradient" in bad(name=name, credit="judge", reference=True)
+    assert "judge" in bad(name="mine", loss=Squared, credit="judge")

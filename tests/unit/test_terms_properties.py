@@ -14,7 +14,7 @@ from term_cases import Case, chunk_of, close, random_case, rows_of
 from tutorloop.contracts.records import Term
 from tutorloop.learner.terms import TERMS, bind_terms
 from tutorloop.learner.terms.divergence import Buckets, divergence, entropy, floored
-from tutorloop.learner.terms.sign_gate import soft_gate
+from tutorloop.learner.terms.sign_gate import SoftGate
 
 DIRECTIONS = ["reverse", "forward", "jsd", "skew_forward", "skew_reverse"]
 DIRECT = (
@@ -310,13 +310,13 @@ def test_the_soft_gate_moves_weight_and_keeps_the_mass():
     for beta in (1e-3, 1.0, 20.0):
         for sign in (-0.7, 2.0):
             d = rng.normal(size=rng.integers(2, 30))
-            gate = soft_gate(d, sign, sharpness=beta).factors
+            gate = SoftGate(sharpness=beta).gate(d, sign).factors
             raw = 1 / (1 + np.exp(-beta * np.sign(sign) * d / np.median(np.abs(d))))
             np.testing.assert_allclose(gate, raw * np.abs(d).sum() / (raw * np.abs(d)).sum(), rtol=1e-9)
             np.testing.assert_allclose(np.abs(gate * d).sum(), np.abs(d).sum(), rtol=1e-9)
     ones = [(np.array([1.0, -2.0]), 0.0), (np.array([0.0, 0.0, 5.0]), 1.0), (np.zeros(0), 1.0), (-np.ones(4), 1.0)]
     for d, sign in ones:
-        assert soft_gate(d, sign, sharpness=1e3).factors.tolist() == [1.0] * len(d)
+        assert SoftGate(sharpness=1e3).gate(d, sign).factors.tolist() == [1.0] * len(d)
 
 
 def test_the_clipped_gradient_at_ratio_one_is_the_advantage_times_the_score():

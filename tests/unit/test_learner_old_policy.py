@@ -12,8 +12,8 @@ import torch
 from learner_cases import RATE, OneProcess, World, check_gradients, check_step, slow_losses
 
 from tutorloop.contracts.records import Correction, Term
-from tutorloop.learner.examples import Foreseen
-from tutorloop.learner.terms.sign_gate import soft_gate
+from tutorloop.learner.examples import OldPolicy
+from tutorloop.learner.terms.sign_gate import SoftGate
 
 PG = (Term(name="clipped_policy_gradient"),)
 
@@ -62,9 +62,9 @@ def updates_of(examples, cuts):
     return [[[examples[i] for i in part] for part in cuts]]
 
 
-def look(learner, updates, over_ranks=list, version=0):
-    seen = learner.foresight.look(updates, version, over_ranks, lambda own: [own])
-    return seen.rollouts, seen.metrics
+def run_pass(learner, updates, over_ranks=list, version=0):
+    found = learner.old_policy_pass.run(updates, version, over_ranks, lambda own: [own])
+    return found.rollouts, found.metrics
 
 
 def test_there_is_no_pass_where_nothing_needs_one():
@@ -73,7 +73,7 @@ def test_there_is_no_pass_where_nothing_needs_one():
     cases = [(PG, Correction(), 1), (PG, Correction(kind="truncated"), 1), (PG, Correction(proximal="behaviour"), 3)]
     for terms, correction, updates in cases:
         learner = OneProcess(world.student(), terms, correction, updates=updates)
-        assert look(learner, [[examples]]) == (None, {})
+        assert run_pass(learner, [[examples]]) == (None, {})
 
 
 @pytest.mark.parametrize("parts", [1, 4])
@@ -81,11 +81,11 @@ def test_the_pass_gives_the_logprobs_of_a_plain_forward(parts):
     world = World()
     examples, student = mixed(world), world.student()
     learner = OneProcess(student, (*PG, Term(name="nll", sources=("dataset",))), updates=2)
-    foreseen, metrics = look(learner, updates_of(examples, world.cut(len(examples), parts)))
-    assert set(foreseen) == {example.rollout.rollout_id for example in examples}
+    found, metrics = run_pass(learner, updates_of(examples, world.cut(len(examples), parts)))
+    assert set(found) == {example.rollout.rollout_id for example in examples}
     for rollout in (example.rollout for example in examples):
-        known, on = foreseen[rollout.rollout_id], rollout.loss_mask
-        np.testing.assert_allclose(known.old[on], own_logprobs(student, rollout)[on], atol=1e-5)
+        known, on = found[rollout.rollout_id], rollout.loss_mask
+        np.testing.assert_allclose(known.logprobs[on], own_logprobs(student, rollout)[on], atol=1e-5)
         assert known.keep.all() and (known.weights == 1).all()
     assert metrics == {"rejected_tokens": 0, "rejected_sequences": 0}
     assert not any(parameter.grad is not None for parameter in student.parameters())
@@ -157,15 +157,15 @@ class TwoRanks:
 
 
 @pytest.mark.parametrize("name", list(CORRECTIONS))
-def test_two_ranks_foresee_what_one_does(name):
+def test_two_ranks_find_what_one_does(name):
     """The batch's mean weight is that of both ranks, however unlike their shares; so are the metrics."""
     world = World()
     examples, ranks, found = mixed(world), TwoRanks(), [None, None]
     learner = OneProcess(world.student(), PG, CORRECTIONS[name])
-    whole, metrics = look(learner, [[examples]])
+    whole, metrics = run_pass(learner, [[examples]])
 
     def run(rank, share):
-        found[rank] = look(learner, [[share, []]], ranks.of(rank))
+        found[rank] = run_pass(learner, [[share, []]], ranks.of(rank))
 
     threads = [threading.Thread(target=run, args=(r, share)) for r, share in enumerate((examples[:3], examples[3:]))]
     for thread in threads:
@@ -176,7 +176,7 @@ def test_two_ranks_foresee_what_one_does(name):
     assert metrics_one == metrics_two == pytest.approx(metrics)
     assert set(one).isdisjoint(two)
     for key, expected in whole.items():
-        known: Foreseen = (one | two)[key]
+        known: OldPolicy = (one | two)[key]
         np.testing.assert_allclose(known.weights, expected.weights, rtol=1e-6)
         assert (known.keep == expected.keep).all()
 
@@ -256,6 +256,6 @@ def test_a_gate_sees_the_whole_rollout_and_no_masked_token(parts):
         rollout, on = example.rollout, example.rollout.loss_mask
         gate = np.ones(len(on))
         d = example.scores["big"].logprobs[on] - own_logprobs(slow, rollout)[on]
-        gate[on] = soft_gate(d, example.advantage, sharpness=0.7).factors
+        gate[on] = SoftGate(sharpness=0.7).gate(d, example.advantage).factors
         gates[rollout.rollout_id] = gate
     check_step(learner, report, terms, slow_losses(world, slow, examples, terms, gates=gates), slow)
