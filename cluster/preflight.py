@@ -26,7 +26,7 @@ from .learner_group import need_of_learner
 from .methods.parts.composition import Composition
 from .pools.pool import need_of
 from .pools.room import Need
-from .pools.services import judges, judges_training, key_of, load_functions
+from .pools.services import OWN_SERVICE, judges, judges_training, key_of, load_functions
 from .skill_bank import check_skills
 
 SHOWN = {"answer": "data.answer_field", "solution": "data.solution_field"}  # fields of templates that rows must have
@@ -234,6 +234,8 @@ def needs_of(config: Config, compositions: Sequence[Composition]) -> list[Need]:
     if any("teacher" in composition.generators for composition in compositions):
         pools["teacher_rollout"] = config.teacher_rollout
     needs = [need_of(name, pool) for name, pool in pools.items() if pool]
+    own = {one.service for composition in compositions for one in composition.own_annotations if one.worker}
+    needs += [need_of(service, OWN_SERVICE) for service in sorted(own)]
     if config.skills:
         needs.append(need_of("skills", config.skills, on_driver_node=True))
     return [*needs, need_of_learner(config)]

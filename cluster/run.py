@@ -37,6 +37,7 @@ from .pools.services import (
     annotators,
     heads,
     judges,
+    own_services,
     stage_generators,
     stage_teachers,
     start_generators,
@@ -213,7 +214,9 @@ async def _assemble(run: Run, number: int, composition: Composition, first: int,
         await _note_largest_k(run, [own[name] for name in config.named_teachers if name in own])
     skills = await _skills(run, config, composition, stack)
     following = {name: t.follows for name, t in config.named_teachers.items() if name in own and t.follows}
-    services = annotators(teachers, run.verifiers, skills.pool if skills else None)
+    own_pools = own_services(composition, run.backend)
+    await _ready(own_pools, run, stack)
+    services = annotators(teachers, run.verifiers, skills.pool if skills else None, own_pools)
     flow = Flow(
         config,
         composition,

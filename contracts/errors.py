@@ -70,6 +70,10 @@ class VerifierError(TutorloopError, RuntimeError):
     """The verifier pool failed."""
 
 
+class ServiceError(TutorloopError, RuntimeError):
+    """A service of a method's own failed."""
+
+
 class LearnerError(TutorloopError, RuntimeError):
     """The learner failed."""
 

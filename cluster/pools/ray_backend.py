@@ -130,15 +130,15 @@ def _make_actor(who: str, worker: type, options: dict[str, Any], arguments: dict
 
     class Actor(worker):
         def __init__(self, **arguments: Any) -> None:
-            self._refusal: Exception | None = None
+            self.__raised: Exception | None = None  # two underscores: a worker may have any other name
             try:
                 super().__init__(**arguments)
             except Exception as error:
-                self._refusal = error
+                self.__raised = error
 
         def started(self) -> None:
-            if self._refusal is not None:
-                raise self._refusal
+            if self.__raised is not None:
+                raise self.__raised
 
     Actor.__name__ = Actor.__qualname__ = worker.__name__
     actor = ray.remote(Actor).options(**options).remote(**arguments)

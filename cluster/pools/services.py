@@ -8,7 +8,7 @@ from ...actors.worker import RolloutWorker
 from ...contracts.config import REFERENCE, Config, Lora, Reference, Teacher
 from ...contracts.config import Pool as PoolConfig
 from ...contracts.engines import ROLLOUT_ENGINES, TEACHER_ENGINES
-from ...contracts.errors import ConfigError, RolloutError, TeacherError, VerifierError
+from ...contracts.errors import ConfigError, RolloutError, ServiceError, TeacherError, VerifierError
 from ...contracts.verifier_config import Verifier
 from ...teacher_service.http_engine import ServerLimits
 from ...teacher_service.worker import TeacherWorker
@@ -21,6 +21,7 @@ from .replica import Backend
 from .self_teaching import SelfTeachingWorker
 from .threads import threads_of
 
+OWN_SERVICE, OWN_AT_ONCE = PoolConfig(num_cpus=0.1), 1
 JUDGED_AT_ONCE = 4  # calls at one replica: a shard that waits for a poison sample holds up none of the others
 
 
@@ -145,13 +146,26 @@ def stage_teachers(
     return teachers
 
 
-def annotators(teachers: Mapping[str, Pool], verifiers: Pool | None, skills: Pool | None) -> dict[str, dict[str, Pool]]:
-    """The pools that say something about rollouts: by service, and by teacher where there may be several."""
+def own_services(composition: Composition, backend: Backend) -> dict[str, Pool]:
+    """A pool of one replica for each service that a method brings itself."""
+    workers = {own.service: own.worker for own in composition.own_annotations if own.worker}
+    return {
+        name: Pool(name, worker, OWN_SERVICE, ServiceError, backend, concurrent_calls=OWN_AT_ONCE)
+        for name, worker in workers.items()
+    }
+
+
+def annotators(
+    teachers: Mapping[str, Pool], verifiers: Pool | None, skills: Pool | None, own: Mapping[str, Pool] | None = None
+) -> dict[str, dict[str, Pool]]:
+    """The pools that say something about rollouts: by service, and by teacher where there may be several. `own`: of the
+    method's own services."""
     services = {
         "verifier": {"": verifiers},
         "skills": {"": skills},
         REFERENCE: {"": teachers.get(REFERENCE)},
         TEACHER: {name: pool for name, pool in teachers.items() if name != REFERENCE},
+        **{name: {"": pool} for name, pool in (own or {}).items()},
     }
     return {service: {name: pool for name, pool in pools.items() if pool} for service, pools in services.items()}
 

@@ -25,6 +25,7 @@ TOKEN_POOLS = {
 KNOWN_DROPS = (
     "empty_response",
     "teacher_refused",
+    "credit_missing",
     "off_policy",
     "no_gradient",
     "stale",

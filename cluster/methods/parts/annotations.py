@@ -2,7 +2,7 @@
 
 An annotation is declared, and cluster/flow asks for it without knowing what it is: which service, which method of its
 worker, which batches the call is given. A batch that another annotation makes is waited for. A new service is an
-annotation here (or in the method's own `annotations`), a record, a worker, and a pool of that name.
+annotation here (or among a method's `own_annotations`), a record, and a worker.
 """
 
 from collections.abc import Mapping
@@ -34,6 +34,7 @@ class Annotation:
     routed: bool = False  # of the service's pools those are asked that the rows name as their teacher; else all
     cost: int = 1
     to_learner: Literal["", "scores", "credits"] = ""  # what its batches are to the learner: TeacherScores, TokenCredit
+    worker: type | None = None  # of a service that no section of the recipe starts: a replica of it is started
 
 
 def verdicts() -> Annotation:

@@ -91,7 +91,7 @@ class Composition:
     # the same step.
     follow_up: FollowUp | None = None
     correction: Correction = field(default_factory=Correction)
-    own_annotations: tuple[Annotation, ...] = ()  # by services of its own, besides the teachers and the verifier
+    own_annotations: tuple[Annotation, ...] = ()  # by services of its own, beside the teachers and the verifier
     round_steps: int = 1  # the generators get new weights every so many steps
     restart: bool = False  # and the learner starts each round from the stage's first weights
 
