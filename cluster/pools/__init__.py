@@ -1,0 +1,1 @@
+"""Replicas, wherever they run: their calls, their weights, their places."""

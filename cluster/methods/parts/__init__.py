@@ -1,0 +1,1 @@
+"""What methods share: compositions, annotations, credit, options, and the checks of a recipe."""
