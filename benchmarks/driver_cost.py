@@ -17,8 +17,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "simulation"))
-import simulate
-from scripted import Fate
+import simulate  # noqa: E402
+from scripted import Fate  # noqa: E402
 
 REPLICAS, PROMPTS = (2, 20, 200), (100, 1_000, 10_000, 100_000)
 SAMPLES, STEPS, ROUNDS = 8, 3, 5

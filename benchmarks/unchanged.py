@@ -1,10 +1,10 @@
-"""Whether a change of the code leaves what it computes: eight synchronous steps of one recipe of each kind, in two trees.
+"""Whether a change of the code leaves what it computes: eight synchronous steps of a recipe of each kind, in two trees.
 
     git worktree add /tmp/before/tutorloop COMMIT
     .venv/bin/python benchmarks/unchanged.py /tmp/before . [--local]
 
-Each tree is a folder that holds the package as `tutorloop`, or the repository itself. Compared are every figure of every
-step that no clock decides, and the final weights, bit for bit. `--local` runs the second tree in one process.
+Each tree is a folder that holds the package as `tutorloop`, or the repository itself. Compared are all figures of all
+steps that no clock decides, and the final weights, bit for bit. `--local` runs the second tree in one process.
 """
 
 import argparse

@@ -22,11 +22,11 @@ from .interrupt import Interrupt, Interrupted
 from .learner_group import LearnerGroup
 from .pools.pool import Pool
 from .pools.weight_broadcast import WeightBroadcast
+from .recording.counters import RunCounters, pass_rate, sampler_entropy
 from .recording.metrics import MetricsLog
 from .recording.progress import Progress
 from .recording.recorder import Recorder
 from .recording.run_folder import RunFolder
-from .recording.tally import Tally, pass_rate, sampler_entropy
 from .skill_bank import SkillBank
 from .stages import EntropyCollapse
 
@@ -56,7 +56,7 @@ def standing(folder: RunFolder) -> str:
 @dataclass(slots=True, kw_only=True)
 class Driver:
     """Drives one stage of a run, whose parts have been started. `step` counts the run's steps that are done; it is the
-    weight version. `followers`: pools of self-teachers, which take the student's weights too; `averages`: those of
+    weight version. `self_teachers`: pools of self-teachers, which take the student's weights too; `averages`: those of
     them whose weights are an average, which a checkpoint must hold.
     """
 
@@ -68,7 +68,7 @@ class Driver:
     skills: SkillBank | None
     verifiers: Pool | None  # of evaluations
     broadcasts: WeightBroadcast | None  # to the rollout pool, in place of the object store
-    followers: Sequence[Pool]
+    self_teachers: Sequence[Pool]
     averages: Sequence[Pool]
     problems: Sequence[ProblemSet]
     plan: EvalPlan
@@ -76,7 +76,7 @@ class Driver:
     log: MetricsLog
     progress: Progress
     interrupt: Interrupt
-    tally: Tally
+    counters: RunCounters
     recorder: Recorder
     step: int
     _saved: float = 0.0  # when the last checkpoint was, by the monotonic clock; first, when training started
@@ -85,11 +85,11 @@ class Driver:
         """The loop. Returns whether the stage came to its end (False: interrupted). A checkpoint stands then."""
         clock = Stopwatch()
         self._saved = time.monotonic()
-        self.tally.watch.begin(self.flow.pools)
+        self.counters.watch.begin(self.flow.pools)
         try:
             await self.publish(clock)
             due = self.step == self.flow.first or self._due(self.config.eval.every)
-            if due and not self.tally.evaluated(self.step):
+            if due and not self.counters.evaluated(self.step):
                 await self.evaluate(clock)
             while not self.ended:
                 self.progress.phase("training")
@@ -113,7 +113,7 @@ class Driver:
                 if self._due(self.config.checkpoint.every) or self._long_unsaved():
                     await self.save(clock)
             self.flow.abandon("stage_ended")
-            if not self.tally.evaluated(self.step):
+            if not self.counters.evaluated(self.step):
                 await self.evaluate(clock)
         except Interrupted:
             self.progress.note(f"interrupted after step {self.step}")
@@ -121,7 +121,7 @@ class Driver:
         except TutorloopError as error:
             await self.rescue(error, clock)
             raise
-        self.tally.count(self.flow)
+        self.counters.count(self.flow)
         await self.save(clock)
         return self.ended and not self.interrupt.requested
 
@@ -147,7 +147,7 @@ class Driver:
         if not isinstance(error, LearnerError | StorageError | RunFolderError) and self.step > self.flow.first:
             self.progress.phase("saving a checkpoint before the run ends")
             self.flow.abandon("interrupted")
-            self.tally.count(self.flow)
+            self.counters.count(self.flow)
             try:
                 await self.save(clock)
             except TutorloopError as second:  # what has failed holds a part of the checkpoint
@@ -171,8 +171,8 @@ class Driver:
         """
         done, composition = self.step - self.flow.first, self.flow.composition
         rollouts = self.flow.services.rollouts
-        takers = [*([] if self.broadcasts else [rollouts]), *self.followers]
-        unread = done > 0 and "student" not in composition.generators and not self.followers
+        takers = [*([] if self.broadcasts else [rollouts]), *self.self_teachers]
+        unread = done > 0 and "student" not in composition.generators and not self.self_teachers
         in_a_round = done % composition.round_steps > 0
         if not self.ended and (in_a_round or (unread and not self._due(self.config.eval.every))):
             return
@@ -184,7 +184,7 @@ class Driver:
             for pool in takers:
                 pool.publish(self.step, "load_weights", manifest, *buckets)
             if self.config.max_staleness == 0:
-                for pool in (rollouts, *self.followers):
+                for pool in (rollouts, *self.self_teachers):
                     await pool.loaded()
         if composition.restart and done and not self.ended:
             await self.learner.restart()
@@ -195,15 +195,15 @@ class Driver:
             return
         self.progress.phase("evaluating the student")
         pools = (self.flow.services.rollouts, self.verifiers)
-        with clock("evaluate"), self.tally.paused(self.flow):
+        with clock("evaluate"), self.counters.paused(self.flow):
             found = evaluate(self.problems, self.plan, *pools, "student", self.step, self.recorder)
             for row in await self.interrupt.beside(found):
-                row = self.tally.eval_row(self.config, row)
+                row = self.counters.eval_row(self.config, row)
                 self.log.log_eval(row)
                 self.progress.eval(row)
 
     async def save(self, clock: Stopwatch) -> None:
-        with clock("checkpoint"), self.tally.paused(self.flow):
+        with clock("checkpoint"), self.counters.paused(self.flow):
             await self.recorder.collect(wait=True)  # a resumed run goes on from a file that is whole
             state = {
                 "step": self.step,
@@ -211,7 +211,7 @@ class Driver:
                 "first": self.flow.first,
                 "trigger": self.trigger.state() if self.trigger else None,
                 "skills": await self.skills.save() if self.skills else None,
-                "tally": self.tally.state(),
+                "tally": self.counters.state(),
             }
             await self.folder.save_checkpoint(self.step, state, self._write, self.config.checkpoint.keep)
             self._saved = time.monotonic()
@@ -235,7 +235,7 @@ class Driver:
     async def record(self, shards: list[Shard], report: StepReport, clock: Stopwatch) -> None:
         clock.seconds["total"] = time.monotonic() - clock.start
         await asyncio.sleep(0)  # what has ended meanwhile is busy no more
-        row = self.tally.step_row(self.step, shards, report, clock.seconds, self.flow)
+        row = self.counters.step_row(self.step, shards, report, clock.seconds, self.flow)
         self.log.log_step(row)
         self.recorder.step(self.step, [*shards, *self.flow.stale], report.untrained)
         await self.recorder.collect()

@@ -45,6 +45,7 @@ from .pools.services import (
 )
 from .pools.weight_broadcast import WeightBroadcast
 from .preflight import Inputs, needs_of
+from .recording.counters import RunCounters
 from .recording.metrics import MetricsLog
 from .recording.model_card import write_model_card
 from .recording.progress import Progress, final_table
@@ -52,7 +53,6 @@ from .recording.recorder import Recorder
 from .recording.report import write_report
 from .recording.run_folder import Checkpoint, RunFolder
 from .recording.samples import truncate_samples
-from .recording.tally import Tally
 from .resuming import begin
 from .skill_bank import SkillBank
 from .stages import EntropyCollapse
@@ -72,7 +72,7 @@ class Run:
     problems: list[ProblemSet]
     progress: Progress
     interrupt: Interrupt
-    tally: Tally
+    counters: RunCounters
     recorder: Recorder
     startup: Startup
     stack: ExitStack
@@ -98,7 +98,7 @@ class Run:
 def train(config: Config, resume: bool, address: str | None, console: Console, local: bool = False) -> bool:
     """Run `config` to its end, on Ray or (`local`) in this process. Returns False if it was interrupted (a checkpoint
     stands). Raises TutorloopError."""
-    tally = Tally()  # its clock starts here
+    counters = RunCounters()  # its clock starts here
     folder = RunFolder(Path(config.output_dir).absolute())  # the learner's ranks write too, from folders of their own
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(config.total_steps, console))
@@ -111,7 +111,7 @@ def train(config: Config, resume: bool, address: str | None, console: Console, l
         stack.enter_context(folder.room_for("the run"))
         inputs, checkpoint = begin(config, compositions, folder, resume, progress.note)
         if checkpoint:
-            tally.resume(checkpoint[1]["tally"])
+            counters.resume(checkpoint[1]["tally"])
         backend = InProcessBackend() if local else _join(config, compositions, address, startup, stack)
         prompts = backend.put(encode(Prompt, inputs.train))
         run = Run(
@@ -124,7 +124,7 @@ def train(config: Config, resume: bool, address: str | None, console: Console, l
             problems=_problem_sets(inputs, backend),
             progress=progress,
             interrupt=interrupt,
-            tally=tally,
+            counters=counters,
             recorder=Recorder(folder.path, config.record, prompts, backend),
             startup=startup,
             stack=stack.enter_context(ExitStack()),
@@ -204,7 +204,7 @@ async def _assemble(run: Run, number: int, composition: Composition, first: int,
     if config.rollout.transfer == "broadcast":
         broadcasts = await WeightBroadcast.join(learner, generators["student"], config.rollout.tensor_parallel)
     log = run.open()
-    if not run.tally.evals:
+    if not run.counters.evals:
         await _evaluate_teachers(run, config, log)
     run.startup.phase("teachers", f"loading the teachers of {config.method}")
     teachers = stage_teachers(config, composition, generators["student"], run.inputs.servers, run.backend)
@@ -234,7 +234,7 @@ async def _assemble(run: Run, number: int, composition: Composition, first: int,
         skills=skills,
         verifiers=run.verifiers,
         broadcasts=broadcasts,
-        followers=[teachers[name] for name in following],
+        self_teachers=[teachers[name] for name in following],
         averages=[teachers[name] for name, follows in following.items() if follows == "ema"],
         problems=run.problems,
         plan=eval_plan(config),
@@ -242,7 +242,7 @@ async def _assemble(run: Run, number: int, composition: Composition, first: int,
         log=log,
         progress=run.progress,
         interrupt=run.interrupt,
-        tally=run.tally,
+        counters=run.counters,
         recorder=run.recorder,
         step=first,
     )
@@ -302,7 +302,7 @@ async def _evaluate_teachers(run: Run, config: Config, log: MetricsLog) -> None:
         assert run.verifiers, "preflight refuses an evaluation without a verifier"
         parts = (eval_plan(config), pool, run.verifiers, "teacher", 0, run.recorder)
         for row in await evaluate(run.problems, *parts):
-            row = run.tally.eval_row(config, row)
+            row = run.counters.eval_row(config, row)
             log.log_eval(row)
             run.progress.eval(row)
         pool.close()
@@ -349,7 +349,7 @@ async def _write_down(run: Run, driver: Driver, finished: bool) -> dict[str, Any
         "peak_memory_bytes_by_pool": memory,
         "startup_seconds": dict(run.startup.seconds),
         **({"left_out": run.inputs.left_out} if run.inputs.left_out else {}),
-        **run.tally.summary(),
+        **run.counters.summary(),
     }
     if run.recorder.lost:
         run.progress.note(f"{run.recorder.lost} batches of rollouts were lost before rollouts.jsonl could show them")

@@ -20,7 +20,7 @@ from .flow.shard import Shard
 from .pools.pool import Pool
 from .pools.replica import Backend
 from .pools.services import key_of
-from .recording.tally import pass_rate
+from .recording.counters import pass_rate
 
 
 def source_of(skills: Skills) -> str:
@@ -73,9 +73,9 @@ class SkillBank:
         """Count each shown entry's use, and whether it was helpful, harmful or neutral."""
         for shard in shards:
             names = {request.rollout_id: self.prompt_ids[request.row] for request in shard.requests}
-            stances = [(names[rollout], values) for rollout, values in report.stances.items() if rollout in names]
-            if shard.skills is not None and stances:
-                await self._first("count", shard.skills, stances)
+            polarities = [(names[rollout], values) for rollout, values in report.polarities.items() if rollout in names]
+            if shard.skills is not None and polarities:
+                await self._first("count", shard.skills, polarities)
 
     async def grow(self, step: int, shards: Sequence[Shard]) -> str:
         """Update the bank from a step's rollouts where that is due and too few passed; what was done, in words."""

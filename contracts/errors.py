@@ -1,4 +1,4 @@
-"""One tree of errors, named after the boundary that was crossed.
+"""One tree of errors, named after what failed.
 
 Every error says three things: the rule that was broken, the value that was found, and the remedy. They stay picklable,
 so an actor's error reaches the driver as itself. `InputError` and its children are the user's to mend (exit code 2);

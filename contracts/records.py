@@ -21,7 +21,7 @@ EMPTY_F = np.zeros(0, np.float32)
 EMPTY_FF = np.zeros((0, 0), np.float32)
 EMPTY_II = np.zeros((0, 0), np.int32)
 
-Stances = tuple[int | None, ...]  # what came of each view: 1 helpful, -1 harmful, 0 neutral, None: not shown
+Polarities = tuple[int | None, ...]  # what came of each view: 1 helpful, -1 harmful, 0 neutral, None: not shown
 INTS, FLOATS, BOOLS, STRINGS = map(pa.list_, (pa.int32(), pa.float32(), pa.bool_(), pa.string()))
 
 
@@ -337,7 +337,7 @@ class StepReport:
     seconds: float
     metrics: dict[str, float]
     dropped: dict[str, int] = field(default_factory=dict)  # reason → rollouts that trained in no term
-    stances: dict[str, Stances] = field(default_factory=dict)  # by rollout, of its teacher's views
+    polarities: dict[str, Polarities] = field(default_factory=dict)  # by rollout, of its teacher's views
     untrained: dict[str, str] = field(default_factory=dict)  # reasons of the rollouts that trained in no term
 
 

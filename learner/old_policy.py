@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..contracts.records import Correction, Stances
+from ..contracts.records import Correction, Polarities
 from ..models.logits import logit_chunks, token_logprobs
 from .corrections import current_share, needs_rollout, weigh
 from .examples import Example, OldPolicy, Updates
@@ -32,7 +32,7 @@ class PassResult:
 
     rollouts: dict[str, OldPolicy] | None = None  # of this rank, by rollout id
     metrics: dict[str, float] = field(default_factory=dict)
-    polarities: dict[str, Stances] = field(default_factory=dict)  # of the views of all ranks' rollouts
+    polarities: dict[str, Polarities] = field(default_factory=dict)  # of the views of all ranks' rollouts
 
 
 class OldPolicyPass:
@@ -79,10 +79,12 @@ class OldPolicyPass:
         said, polarities = self._said(found, from_ranks) if self.gated else ({}, {})
         return PassResult(found, metrics | said, polarities)
 
-    def _said(self, found: dict[str, OldPolicy], from_ranks: FromRanks) -> tuple[dict[str, float], dict[str, Stances]]:
+    def _said(
+        self, found: dict[str, OldPolicy], from_ranks: FromRanks
+    ) -> tuple[dict[str, float], dict[str, Polarities]]:
         """Means of the gates' figures over the rollouts that have them, and the views' polarities by rollout."""
         sums, counts = Counter[str](), Counter[str]()
-        polarities: dict[str, Stances] = {}
+        polarities: dict[str, Polarities] = {}
         for rollout_id, known in found.items():
             for gated in known.gates.values():
                 sums.update(gated.figures)

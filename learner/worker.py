@@ -140,7 +140,7 @@ class LearnerWorker:
             seconds=time.perf_counter() - started,
             metrics=metrics,
             dropped=dropped,
-            stances=found.polarities,
+            polarities=found.polarities,
             untrained={name: reason for of_rank in of_ranks for name, reason in of_rank.items()},
         )
 

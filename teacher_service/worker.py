@@ -20,8 +20,8 @@ from ..models.contexts import PLAIN, Prompter
 from ..models.loading import load_tokenizer
 from .contexts import in_context
 from .engines import make_engine
-from .follower import Averager, Follower, follower_of
 from .requests import only_numbers
+from .self_teacher import EmaWeights, LiveWeights, student_weights_of
 from .views import Viewed
 
 
@@ -55,7 +55,7 @@ class TeacherWorker:
         self.templates, self.template_kwargs, self.suffix, self.thinking = templates, template_kwargs, suffix, thinking
         own = {"shared": shared} if shared else {}
         self.engine, self.shared = make_engine(engine, model, teacher_id=teacher_id, **own, **options), shared
-        self.follower = follower_of(self.engine, follows, ema_decay) if follows else None
+        self.student_weights = student_weights_of(self.engine, follows, ema_decay) if follows else None
         self._prompting = Lock()  # a tokenizer serves one thread at a time
 
     @cached_property
@@ -81,8 +81,8 @@ class TeacherWorker:
         really scored, as they were scored.
         """
         start = time.perf_counter()
-        if self.follower:
-            self.follower.check()
+        if self.student_weights:
+            self.student_weights.check()
         asked = rollouts.column("teacher").to_pylist()
         rows = [i for i, name in enumerate(asked) if request.everyone or name in ("", self.teacher_id)]
         mine: Sequence[Rollout] = decode(Rollout, rollouts, rows)
@@ -145,7 +145,7 @@ class TeacherWorker:
     @property
     def version(self) -> int:
         """Of the student's weights that a self-teacher holds; 0 of a frozen teacher."""
-        return self.follower.version if self.follower else getattr(self.shared, "weight_version", 0)
+        return self.student_weights.version if self.student_weights else getattr(self.shared, "weight_version", 0)
 
     def load_weights(self, manifest: WeightManifest, *buckets: WeightBucket) -> float:
         """Take a published version of the student; the seconds it took. Raises WeightsMismatch, TeacherError."""
@@ -162,13 +162,13 @@ class TeacherWorker:
         self._average.load(path)
 
     @property
-    def _following(self) -> Follower:
-        if self.follower is None:
+    def _following(self) -> LiveWeights:
+        if self.student_weights is None:
             raise TeacherError("a frozen teacher takes no weights", self.teacher_id, "set its `follows` to live or ema")
-        return self.follower
+        return self.student_weights
 
     @property
-    def _average(self) -> Averager:
-        if not isinstance(self.follower, Averager):
+    def _average(self) -> EmaWeights:
+        if not isinstance(self.student_weights, EmaWeights):
             raise TeacherError("an average is kept by a teacher that follows as an ema", self.teacher_id)
-        return self.follower
+        return self.student_weights

@@ -78,7 +78,7 @@ class InProcessBackend:
         self,
         who: str,
         worker: type,
-        boundary: type[TutorloopError],
+        error_type: type[TutorloopError],
         need: Need,
         concurrent_calls: int,
         arguments: dict[str, Any],

@@ -44,7 +44,7 @@ class Call:
 
 
 class Pool:
-    """Replicas of one worker class. `boundary` is the error that a lost replica becomes.
+    """Replicas of one worker class. A lost replica is an `error_type`.
 
     `concurrent_calls`: those that one replica works on side by side. With one, a second waits beside it at the replica.
     `on_driver_node`: its replicas read files of the driver's node.
@@ -55,7 +55,7 @@ class Pool:
         name: str,
         worker: type,
         settings: config.Pool,
-        boundary: type[TutorloopError],
+        error_type: type[TutorloopError],
         backend: Backend,
         *,
         concurrent_calls: int = 1,
@@ -73,7 +73,7 @@ class Pool:
         for number in range(settings.replicas):
             who = f"replica {number} of {settings.replicas} of the {name} pool"
             self._members.append(
-                Member(number, backend.start(who, worker, boundary, self.need, concurrent_calls, arguments))
+                Member(number, backend.start(who, worker, error_type, self.need, concurrent_calls, arguments))
             )
         self._backlog: deque[Call] = deque()
         self._tasks: set[asyncio.Task[None]] = set()

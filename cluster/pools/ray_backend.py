@@ -28,9 +28,9 @@ names: dict[str, str] = {}  # actor id → what it is called: replica 1 of 2 of 
 class RayReplica:
     """An actor, and the placement group that ends with it."""
 
-    def __init__(self, actor: Any, boundary: type[TutorloopError], who: str, group: PlacementGroup | None) -> None:
+    def __init__(self, actor: Any, error_type: type[TutorloopError], who: str, group: PlacementGroup | None) -> None:
         self.actor, self.group = actor, group
-        self._boundary, self._who = boundary, who
+        self._error_type, self._who = error_type, who
 
     def ready(self) -> Awaitable[None]:
         return self.ask("started")
@@ -56,7 +56,7 @@ class RayReplica:
             remove_placement_group(self.group)
 
     def _answer(self, ref: ObjectRef) -> asyncio.Future[Any]:
-        return _answer(ref, self._boundary, self._who)
+        return _answer(ref, self._error_type, self._who)
 
 
 class RayBackend:
@@ -71,7 +71,7 @@ class RayBackend:
         self,
         who: str,
         worker: type,
-        boundary: type[TutorloopError],
+        error_type: type[TutorloopError],
         need: Need,
         concurrent_calls: int,
         arguments: dict[str, Any],
@@ -83,7 +83,7 @@ class RayBackend:
             strategy = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         options = _resources(need) | ({"scheduling_strategy": strategy} if strategy else {})
         options["max_concurrency"] = 1 if concurrent_calls == 1 else concurrent_calls + 1  # a weight update beside them
-        return RayReplica(_make_actor(who, worker, options, arguments), boundary, f"{need.pool} pool", group)
+        return RayReplica(_make_actor(who, worker, options, arguments), error_type, f"{need.pool} pool", group)
 
     async def started(self, need: Need, replicas: Sequence[Replica], tell: Tell) -> None:
         own = [replica for replica in replicas if isinstance(replica, RayReplica)]
@@ -185,9 +185,9 @@ def _peak_bytes(_: Any) -> int:
 # ---- answers and failures -------------------------------------------------------------------------------------------
 
 
-def _answer(ref: ObjectRef, boundary: type[TutorloopError], who: str) -> asyncio.Future[Any]:
+def _answer(ref: ObjectRef, error_type: type[TutorloopError], who: str) -> asyncio.Future[Any]:
     """What is referred to, once it is there. A failure is ours: an actor's own error as itself, a lost actor as
-    `boundary`."""
+    `error_type`."""
     loop = asyncio.get_running_loop()
     answer: asyncio.Future[Any] = loop.create_future()
 
@@ -198,7 +198,7 @@ def _answer(ref: ObjectRef, boundary: type[TutorloopError], who: str) -> asyncio
         if error is None:
             answer.set_result(done.result())
         else:
-            answer.set_exception(failure_of(error, boundary, who) if isinstance(error, RayError) else error)
+            answer.set_exception(failure_of(error, error_type, who) if isinstance(error, RayError) else error)
 
     def arrived(done: Any) -> None:  # in a thread of Ray's
         with suppress(RuntimeError):  # the loop has ended
@@ -208,19 +208,19 @@ def _answer(ref: ObjectRef, boundary: type[TutorloopError], who: str) -> asyncio
     return answer
 
 
-def failure_of(error: RayError, boundary: type[TutorloopError], who: str) -> TutorloopError:
+def failure_of(error: RayError, error_type: type[TutorloopError], who: str) -> TutorloopError:
     """Ray's failure as one of ours."""
     if isinstance(error, RayTaskError):
         cause = error.cause if isinstance(error.cause, BaseException) else None
         if isinstance(cause, TutorloopError):
             return cause
-        return boundary(f"the {who} must finish its call", _text_of(error, cause))
+        return error_type(f"the {who} must finish its call", _text_of(error, cause))
     if isinstance(error, RayActorError):
         if error._actor_init_failed:  # before its constructor: the class could not be read there
-            return boundary(f"the {who} must start", "\n".join(tail_of(str(error), 6)))
+            return error_type(f"the {who} must start", "\n".join(tail_of(str(error), 6)))
         name = names.get(error.actor_id or "", f"an actor of the {who}")
-        return boundary(f"the {who} keeps its actors", obituary(name, error.actor_id, str(error)))
-    return boundary(f"the {who} must finish its call", first_line(str(error)))  # an object is lost, a node has died
+        return error_type(f"the {who} keeps its actors", obituary(name, error.actor_id, str(error)))
+    return error_type(f"the {who} must finish its call", first_line(str(error)))  # an object is lost, a node has died
 
 
 def _text_of(error: RayTaskError, cause: BaseException | None) -> str:

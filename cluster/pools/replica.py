@@ -53,9 +53,15 @@ class Backend(Protocol):
         ...
 
     def start(
-        self, who: str, worker: type, boundary: type[TutorloopError], need: Need, concurrent_calls: int, arguments: dict
+        self,
+        who: str,
+        worker: type,
+        error_type: type[TutorloopError],
+        need: Need,
+        concurrent_calls: int,
+        arguments: dict,
     ) -> Replica:
-        """A replica of `worker(**arguments)`, which may still be starting. Its loss is a `boundary` error."""
+        """A replica of `worker(**arguments)`, which may still be starting. Its loss is a `error_type` error."""
         ...
 
     async def started(self, need: Need, replicas: Sequence[Replica], tell: Tell) -> None:

@@ -15,7 +15,7 @@ from typing import Annotated, ClassVar, Literal, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from ...contracts.records import Stances, Term
+from ...contracts.records import Polarities, Term
 
 Signal = Literal["none", "sampled", "views", "topk", "exact"]
 SIGNALS: tuple[Signal, ...] = ("none", "sampled", "views", "topk", "exact")  # from the weakest to the strongest
@@ -80,7 +80,7 @@ class Gated:
 
     factors: np.ndarray
     figures: dict[str, float] = field(default_factory=dict)
-    polarities: Stances = ()
+    polarities: Polarities = ()
 
 
 @dataclass(frozen=True)

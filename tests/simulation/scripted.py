@@ -201,7 +201,7 @@ class ScriptedBackend:
     def __init__(self, world: World, follows: set[str]) -> None:
         self.world, self.follows = world, follows
 
-    def start(self, who, worker, boundary, need, concurrent_calls, arguments):
+    def start(self, who, worker, error_type, need, concurrent_calls, arguments):
         return ScriptedReplica(self.world, concurrent_calls, need.pool in self.follows)
 
 

@@ -28,7 +28,7 @@ from tutorloop.cluster.flow.flow import Flow, Services
 from tutorloop.cluster.interrupt import Interrupt
 from tutorloop.cluster.methods import METHODS
 from tutorloop.cluster.pools.services import annotators
-from tutorloop.cluster.recording.tally import Tally
+from tutorloop.cluster.recording.counters import RunCounters
 from tutorloop.contracts.config import REFERENCE
 from tutorloop.contracts.errors import TutorloopError
 from tutorloop.contracts.recipe import parse_config
@@ -118,7 +118,7 @@ class Outcome:
 
     world: World
     flow: WatchedFlow
-    tally: Tally
+    counters: RunCounters
     steps: list
     finished: bool | None  # None: an error ended it
     error: TutorloopError | None = None
@@ -159,7 +159,7 @@ async def _drive(recipe: tuple, fate: Fate) -> Outcome:
     services = Services(generators=generators, annotators=annotators(others, verifiers, skills))
     flow = WatchedFlow(config, composition, services, PROMPTS, [("a", "b")[row % 2] for row in range(ROWS)], 0)
     flow.begun = []
-    quiet, tally, interrupt = Quiet(), Tally(), Interrupt(lambda _: None)
+    quiet, counters, interrupt = Quiet(), RunCounters(), Interrupt(lambda _: None)
     driver = Driver(
         config=config,
         stage=0,
@@ -169,7 +169,7 @@ async def _drive(recipe: tuple, fate: Fate) -> Outcome:
         skills=None,
         verifiers=verifiers,
         broadcasts=None,
-        followers=[],
+        self_teachers=[],
         averages=[],
         problems=[ProblemSet("in_distribution", PROMPTS, 2)],
         plan=EvalPlan(samples=1, sampling=Sampling(max_new_tokens=4), batch_size=1, seed=0),
@@ -177,7 +177,7 @@ async def _drive(recipe: tuple, fate: Fate) -> Outcome:
         log=quiet,
         progress=quiet,
         interrupt=interrupt,
-        tally=tally,
+        counters=counters,
         recorder=quiet,
         step=0,
     )
@@ -188,7 +188,7 @@ async def _drive(recipe: tuple, fate: Fate) -> Outcome:
             finished, error = await driver.train(), None
         except TutorloopError as failure:
             finished, error = None, failure
-    return Outcome(world, flow, tally, quiet.steps, finished, error)
+    return Outcome(world, flow, counters, quiet.steps, finished, error)
 
 
 def check(outcome: Outcome, recipe: tuple, fate: Fate) -> None:
@@ -217,9 +217,9 @@ def check(outcome: Outcome, recipe: tuple, fate: Fate) -> None:
     if outcome.error:
         return  # what was in flight is counted where a checkpoint could be saved, and lost with the process where not
     generated = sum(shard.generated.rows for shard in flow.begun if shard.generated)
-    dropped = sum(outcome.tally.dropped.values())
+    dropped = sum(outcome.counters.dropped.values())
     if len(trained) + dropped != generated:
-        raise Broken(f"{generated} rollouts: {len(trained)} trained, {dict(outcome.tally.dropped)} dropped")
+        raise Broken(f"{generated} rollouts: {len(trained)} trained, {dict(outcome.counters.dropped)} dropped")
     if outcome.finished:
         groups = {position_of(shard.requests[0].rollout_id) for shard in flow.begun if shard.step < config.steps}
         if groups and max(groups) >= config.steps * config.prompts_per_step:

@@ -10,7 +10,7 @@ from run_rows import eval_row, fresh_rng, step_row
 from tutorloop.cluster.methods.parts.composition import SampleSpec
 from tutorloop.cluster.pools.busy import BusyTime, Watch
 from tutorloop.cluster.recording.alarms import Alarms
-from tutorloop.cluster.recording.tally import Tally
+from tutorloop.cluster.recording.counters import RunCounters
 from tutorloop.contracts.records import StepReport
 
 
@@ -25,16 +25,16 @@ def tallied(composition=plain, steps=1, receipts=None, verifier=True, passes=lam
     """The rows of some steps. `receipts`: what the verifier's and the generators' receipts say instead."""
     world = World(fresh_rng(), passes)
     flow, taken = asyncio.run(run(world, composition, steps, verifier=verifier, max_staleness=steps))
-    tally, rows = Tally(), []
-    tally.watch.begin(flow.pools)
+    counters, rows = RunCounters(), []
+    counters.watch.begin(flow.pools)
     for step, shards in enumerate(taken):
         for shard in shards:
             for name, own in (receipts or {}).items():
                 if name in shard.receipts:
                     shard.receipts[name] = replace(shard.receipts[name], **own(shard.receipts[name]))
         flow.trainable(step, shards)
-        rows.append(tally.step_row(step + 1, shards, report(flow, shards, **changes), {"total": 1.0}, flow))
-    return tally, rows
+        rows.append(counters.step_row(step + 1, shards, report(flow, shards, **changes), {"total": 1.0}, flow))
+    return counters, rows
 
 
 def silent(receipt):
@@ -44,11 +44,11 @@ def silent(receipt):
 
 
 def test_steps_count_from_1_and_warn_of_nothing_where_nothing_is_wrong():
-    tally, rows = tallied(steps=3)
+    counters, rows = tallied(steps=3)
     assert [row.step for row in rows] == [1, 2, 3] and not any(row.warnings for row in rows)
     assert rows[0].pass_rate == rows[0].reward == rows[0].groups["all_right"] == 1
     assert rows[0].rollouts == {"taken": 12, "trained": 12} and not rows[0].dropped
-    assert tally.summary()["warnings"] == []
+    assert counters.summary()["warnings"] == []
 
 
 @pytest.mark.parametrize("source", ["student", "dataset"])
@@ -57,25 +57,25 @@ def test_what_nobody_judged_has_no_figure(source):
         ask = SampleSpec(source=source, samples=3)
         return replace(plain(config), samples=lambda step, position: (ask,), generators=(source,))
 
-    tally, (row,) = tallied(composition, verifier=source == "dataset")
+    counters, (row,) = tallied(composition, verifier=source == "dataset")
     assert (row.reward, row.pass_rate, row.abstained, row.reward_parts) == (None, None, None, {})
     assert row.groups == {"given_share": float(source == "dataset")} and row.response_length is not None
     assert (row.staleness_mean is None) == (source == "dataset") == (row.sampler_entropy is None)
-    assert tally.summary()["accuracy"] == {} and ("staleness" in tally.summary()) == (source == "student")
+    assert counters.summary()["accuracy"] == {} and ("staleness" in counters.summary()) == (source == "student")
 
 
 def test_responses_without_an_answer_are_told_of_once():
-    tally, rows = tallied(steps=4, receipts={"verdicts": silent})
+    counters, rows = tallied(steps=4, receipts={"verdicts": silent})
     (warning,) = [text for row in rows for text in row.warnings]
     assert not rows[0].warnings and rows[1].warnings  # 12 rollouts are too few, 24 are not
     assert "\\boxed" in warning and "data.prompt_suffix" in warning and "verifier.answers=any" in warning
-    again = Tally()
-    again.resume(tally.state())
+    again = RunCounters()
+    again.resume(counters.state())
     assert again.summary()["warnings"] == [warning]
-    old = {name: value for name, value in tally.state().items() if name not in ("alarms", "available", "present")}
-    again = Tally()
+    old = {name: value for name, value in counters.state().items() if name not in ("alarms", "available", "present")}
+    again = RunCounters()
     again.resume(old)  # of 0.4.0
-    assert again.tokens == tally.tokens and not again.busy
+    assert again.tokens == counters.tokens and not again.busy
 
 
 def test_one_answer_is_enough():
@@ -94,9 +94,9 @@ def test_a_step_of_nothing_but_cut_off_responses_is_an_alarm():
 @pytest.mark.parametrize("passes", [True, False])
 def test_groups_that_are_all_alike_train_nothing(passes):
     still = {"metrics": {"grad_norm": 0.0}}
-    tally, rows = tallied(steps=4, passes=lambda request: passes, **still)
+    counters, rows = tallied(steps=4, passes=lambda request: passes, **still)
     assert all(row.rollouts == {"taken": 12, "trained": 0} for row in rows)
-    assert rows[-1].dropped == {"no_gradient": 48} == tally.summary()["dropped"]
+    assert rows[-1].dropped == {"no_gradient": 48} == counters.summary()["dropped"]
     (warning,) = [text for row in rows for text in row.warnings]
     assert rows[2].warnings and "the last 3 steps moved no weight" in warning
     assert f"are right ({100 * passes} %)" in warning and "samples_per_prompt" in warning
@@ -118,17 +118,17 @@ def test_missing_scores_stale_rollouts_and_abstentions():
         faults = {"timeout": 1, "too_large": receipt.rows - 1}
         return {**silent(receipt), "answers": ("7",) * receipt.rows, "faults": faults}
 
-    tally, rows = tallied(steps=2, receipts={"verdicts": at_fault})
+    counters, rows = tallied(steps=2, receipts={"verdicts": at_fault})
     shards = rows[0].response_faults["timeout"]
     (warning,) = [text for row in rows for text in row.warnings]
     assert "12 of 12 responses" in warning and f"too_large {12 - shards}, timeout {shards}" in warning
     assert rows[0].response_faults == rows[1].response_faults == {"timeout": shards, "too_large": 12 - shards}
     assert (rows[0].abstained, rows[0].pass_rate) == (0, 0.0)
-    again = Tally()
-    again.resume(tally.state())
+    again = RunCounters()
+    again.resume(counters.state())
     expected = {"timeout": 2 * shards, "too_large": 24 - 2 * shards}
-    assert tally.summary()["response_faults"] == again.summary()["response_faults"] == expected
-    again.resume({name: value for name, value in tally.state().items() if name != "response_faults"})  # of 0.5.0
+    assert counters.summary()["response_faults"] == again.summary()["response_faults"] == expected
+    again.resume({name: value for name, value in counters.state().items() if name != "response_faults"})  # of 0.5.0
     assert again.summary()["response_faults"] == {}
 
     flow, taken = asyncio.run(run(World(fresh_rng()), plain, 1))
@@ -141,11 +141,11 @@ def test_missing_scores_stale_rollouts_and_abstentions():
 
 def test_an_evaluation_raises_them_too():
     flow, _ = asyncio.run(run(World(fresh_rng()), plain, 1))
-    tally = Tally()
+    counters = RunCounters()
     row = replace(eval_row(fresh_rng(), 0), answered_share=0.0, truncated_share=1.0)
-    said = tally.eval_row(flow.config, row).warnings
+    said = counters.eval_row(flow.config, row).warnings
     assert len(said) == 2 and "no response holds an answer" in said[0] and "eval.max_new_tokens=256" in said[1]
-    assert tally.eval_row(flow.config, row).warnings == [] and tally.summary()["warnings"] == said
+    assert counters.eval_row(flow.config, row).warnings == [] and counters.summary()["warnings"] == said
 
 
 def test_the_busy_share_is_of_the_time_watched_and_never_above_1():

@@ -162,7 +162,7 @@ def test_a_replica_that_is_wrong_beyond_some_length_is_found_by_a_canary_of_that
         replica.load_weights(manifest, *buckets)
 
 
-def test_a_follower_proves_a_long_canary_too(tmp_path):
+def test_a_self_teacher_proves_a_long_canary_too(tmp_path):
     student = save_small(tmp_path, "qwen3")
     learner = Learner(student, student)
     learner.longest = CONTEXT

@@ -168,7 +168,7 @@ def test_the_learner_gates_each_rollout_by_its_own_views(parts):
             bounded = math.log(2) - torch.nn.functional.softplus(-(delta**2) / 2)
             total = total + float(weight) * own[-1] * bounded.mean() / len(examples)
         stances[rollout.rollout_id] = tuple(own)
-    assert report.stances == stances
+    assert report.polarities == stances
     np.testing.assert_allclose(report.loss, total.item(), atol=1e-5)
     check_gradients(learner.engine.gradients[0], torch.autograd.grad(total, list(slow.parameters())))
     helpful = np.mean([[p > 0 for p in row] for row in stances.values()])
@@ -181,7 +181,7 @@ def test_a_rollout_without_views_is_left_out_and_counted():
     examples[1] = replace(examples[1], scores={})
     term = Term(name="skill_gate", teacher="big", reduction="sequences")
     report = OneProcess(world.student(), (term,)).learn(examples)
-    assert report.rollouts == 2 and report.dropped == {"teacher_refused": 1} and len(report.stances) == 2
+    assert report.rollouts == 2 and report.dropped == {"teacher_refused": 1} and len(report.polarities) == 2
 
 
 @pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
@@ -240,7 +240,7 @@ def test_the_learner_on_the_local_support(parts):
             own.append(int(example.advantage) * (0 if abs(mean) <= 0.05 else 1 if mean > 0 else -1))
             total = total + weight * own[-1] * torch.stack(losses).mean() / len(examples)
         stances[example.rollout.rollout_id] = tuple(own)
-    assert report.stances == stances
+    assert report.polarities == stances
     np.testing.assert_allclose(report.loss, total.item(), atol=1e-5)
     check_gradients(learner.engine.gradients[0], torch.autograd.grad(total, list(slow.parameters())))
 

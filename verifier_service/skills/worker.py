@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from ...contracts.arrow import decode, encode, rows_named
 from ...contracts.receipts import Receipt
-from ...contracts.records import Prompt, Rollout, Stances, Verdict
+from ...contracts.records import Polarities, Prompt, Rollout, Verdict
 from ...contracts.skills import SkillPairs
 from .build import online_update
 from .chat import ChatModel
@@ -23,7 +23,7 @@ from .published import load_metadata, load_published
 from .retrieval import Retriever
 from .store import SkillBank, bank_exists, copy_bank, create_bank
 
-PLACE = {1: 1, -1: 2, 0: 3}  # of a stance among (uses, helpful, harmful, neutral)
+PLACE = {1: 1, -1: 2, 0: 3}  # of a polarity among (uses, helpful, harmful, neutral)
 LAB = "lab"
 
 
@@ -77,10 +77,10 @@ class SkillWorker:
                 bank_version=self.version,
             )
 
-    def count(self, pairs: pa.RecordBatch, stances: Sequence[tuple[str, Stances]]) -> None:
+    def count(self, pairs: pa.RecordBatch, polarities: Sequence[tuple[str, Polarities]]) -> None:
         """What came of the pairs of each prompt, in their order; of a view beyond them, nothing."""
         shown = {row.prompt_id: row for row in decode(SkillPairs, pairs)}
-        for prompt_id, values in stances:
+        for prompt_id, values in polarities:
             own = shown[prompt_id]
             for skill, mistake, value in zip(own.skill_ids, own.mistake_ids, values, strict=False):
                 if value is not None:

@@ -47,7 +47,7 @@ def check_needs(config: Config, composition: Composition) -> None:
     if composition.min_samples > samples:
         rule = f"{method} compares the answers to a prompt, at least {composition.min_samples} of them"
         raise ConfigError(rule, f"rollout.samples_per_prompt: {samples}", "raise rollout.samples_per_prompt")
-    _check_followers(config, composition)
+    _check_self_teachers(config, composition)
     _check_engines(config, composition)
     _check_contexts(config, composition)
     _check_skills(config, composition)
@@ -70,7 +70,7 @@ def _check_skills(config: Config, composition: Composition) -> None:
         raise ConfigError(rule, composition.scoring.context, "write {skill} into it")
 
 
-def _check_followers(config: Config, composition: Composition) -> None:
+def _check_self_teachers(config: Config, composition: Composition) -> None:
     """A self-teacher takes the student's weights, and the learner holds a frozen copy of an exact teacher's head."""
     for name, teacher in config.named_teachers.items():
         if teacher.follows and teacher.model != config.student.model:

@@ -58,7 +58,7 @@ def take(worker, model, version):
     assert worker.load_weights(manifest, *buckets) >= 0
 
 
-def follower_of(name, follows, dtype="fp32", decay=0.9):
+def student_weights_of(name, follows, dtype="fp32", decay=0.9):
     return TeacherWorker(
         teacher_id="self", engine="transformers", model=name, dtype=dtype, follows=follows, ema_decay=decay
     )
@@ -70,7 +70,7 @@ def weights_of(worker):
 
 def test_a_live_teacher_scores_as_the_student_it_took(qwen3):
     rollouts = random_rollouts(fresh_random())
-    worker = follower_of(qwen3, "live")
+    worker = student_weights_of(qwen3, "live")
     batch, _ = worker.score(encode(Rollout, rollouts), ScoreRequest())
     assert {s.teacher_version for s in decode(TeacherScores, batch)} == {0}
     for version, seed in ((0, 3), (4, 4), (6, 5)):
@@ -91,7 +91,7 @@ def test_a_live_teacher_scores_as_the_student_it_took(qwen3):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_an_averaging_teacher_equals_the_loop_in_float64(dtype, tied, tmp_path):
     random = fresh_random()
-    worker = follower_of(tiny_qwen3(tmp_path / "m", tied=tied), "ema", dtype, decay=0.97)
+    worker = student_weights_of(tiny_qwen3(tmp_path / "m", tied=tied), "ema", dtype, decay=0.97)
     versions = [3, 4, 4, 7, 6, 9]  # a version that is not newer is ignored
     seeds = random.integers(0, 1000, len(versions)).tolist()
     average, newest = {}, -1
@@ -108,7 +108,7 @@ def test_an_averaging_teacher_equals_the_loop_in_float64(dtype, tied, tmp_path):
         for name, expected in average.items():
             rounding = 2**-8 * np.abs(expected) if dtype == "bf16" else 0  # half a step of bfloat16's 8 bits
             assert (np.abs(held[name] - expected) <= rounding + 1e-6).all(), name
-            kept = worker.follower.average[name]
+            kept = worker.student_weights.average[name]
             assert kept.dtype == torch.float32
             np.testing.assert_allclose(kept.numpy(), expected, atol=1e-6)
     rollouts = random_rollouts(random, 3)
@@ -121,7 +121,7 @@ def test_an_averaging_teacher_equals_the_loop_in_float64(dtype, tied, tmp_path):
 )
 def test_the_average_of_the_papers_examples(file, key, decay, qwen3):
     golden = json.loads((Path(__file__).parents[1] / "golden" / f"{file}.json").read_text())["expected"][key]
-    worker, model = follower_of(qwen3, "ema", decay=decay), tiny_model("qwen3")
+    worker, model = student_weights_of(qwen3, "ema", decay=decay), tiny_model("qwen3")
     for version, value in ((1, 1.5), (2, 2.0)):
         with torch.no_grad():
             for tensor in model.parameters():
@@ -132,7 +132,7 @@ def test_the_average_of_the_papers_examples(file, key, decay, qwen3):
 
 def test_small_changes_are_not_lost_in_bfloat16(tmp_path):
     """A share of 0.001 a version is below bfloat16's rounding; the float32 average moves on."""
-    worker = follower_of(tiny_qwen3(tmp_path), "ema", "bf16", decay=0.999)
+    worker = student_weights_of(tiny_qwen3(tmp_path), "ema", "bf16", decay=0.999)
     model = tiny_of("bf16", 0)
     with torch.no_grad():
         for version in range(40):
@@ -145,7 +145,7 @@ def test_small_changes_are_not_lost_in_bfloat16(tmp_path):
 
 @pytest.mark.parametrize("follows", ["live", "ema"])
 def test_a_teacher_whose_weights_do_not_match_refuses_to_score(follows, qwen3):
-    worker, batch = follower_of(qwen3, follows), encode(Rollout, random_rollouts(fresh_random(), 1))
+    worker, batch = student_weights_of(qwen3, follows), encode(Rollout, random_rollouts(fresh_random(), 1))
     models = [tiny_model("qwen3", seed=seed) for seed in (1, 2)]
     take(worker, models[0], 1)
     buckets, manifest = published(models[1], 2)
@@ -176,22 +176,26 @@ def test_a_teacher_whose_weights_do_not_match_refuses_to_score(follows, qwen3):
 def test_a_saved_average_goes_on_as_if_never_stopped(dtype, tmp_path):
     name = tiny_qwen3(tmp_path / "m")
     models = [tiny_of(dtype, seed) for seed in (1, 2, 3)]
-    one, two = follower_of(name, "ema", dtype), follower_of(name, "ema", dtype)
+    one, two = student_weights_of(name, "ema", dtype), student_weights_of(name, "ema", dtype)
     for version, model in enumerate(models[:2]):
         take(one, model, version)
     one.save_average(str(tmp_path / "average.safetensors"))
     two.load_average(str(tmp_path / "average.safetensors"))
-    assert two.follower.version == 1
+    assert two.student_weights.version == 1
     take(two, models[2], 1)  # the learner publishes the resumed version anew
     for worker in (one, two):
         take(worker, models[2], 2)
     for key, own in weights_of(one).items():
         assert np.array_equal(own, weights_of(two)[key])
-        assert torch.equal(one.follower.average[key], two.follower.average[key])
+        assert torch.equal(one.student_weights.average[key], two.student_weights.average[key])
 
 
 def test_averages_that_cannot_be_used_are_named(tmp_path, qwen3):
-    ema, live, frozen = follower_of(qwen3, "ema"), follower_of(qwen3, "live"), follower_of(qwen3, "")
+    ema, live, frozen = (
+        student_weights_of(qwen3, "ema"),
+        student_weights_of(qwen3, "live"),
+        student_weights_of(qwen3, ""),
+    )
     path = str(tmp_path / "average.safetensors")
     with pytest.raises(TeacherError, match="none yet"):
         ema.save_average(path)
@@ -202,7 +206,7 @@ def test_averages_that_cannot_be_used_are_named(tmp_path, qwen3):
     for refused in (lambda: take(frozen, tiny_model("qwen3"), 1), lambda: frozen.save_average(path)):
         with pytest.raises(TeacherError, match="follow"):
             refused()
-    other = follower_of(tiny_qwen3(tmp_path / "other", hidden=64), "ema")
+    other = student_weights_of(tiny_qwen3(tmp_path / "other", hidden=64), "ema")
     with pytest.raises(CheckpointError, match="parameters"):
         other.load_average(path)
     (tmp_path / "broken").write_bytes(b"nothing")
@@ -210,6 +214,6 @@ def test_averages_that_cannot_be_used_are_named(tmp_path, qwen3):
         with pytest.raises(CheckpointError, match="readable"):
             ema.load_average(str(bad))
     with pytest.raises(TeacherError, match="live, or as an ema"):
-        follower_of(qwen3, "both")
+        student_weights_of(qwen3, "both")
     with pytest.raises(TeacherError, match="FakeTeacher"):
         TeacherWorker(teacher_id="t", engine="fake", model=qwen3, dtype="fp32", follows="live")

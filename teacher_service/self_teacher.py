@@ -38,7 +38,7 @@ class HoldsWeights(TakesWeights, Protocol):
     device: str
 
 
-class Follower:
+class LiveWeights:
     """Keeps `engine`'s weights at the versions that it is given. `version` is the one held, 0 before the first."""
 
     def __init__(self, engine: TakesWeights) -> None:
@@ -66,7 +66,7 @@ class Follower:
         self._taken, self._proven = manifest.version, True
 
 
-class Averager(Follower):
+class EmaWeights(LiveWeights):
     """Runs the average of the versions. A version that could not be proven leaves it as it was."""
 
     def __init__(self, engine: HoldsWeights, decay: float) -> None:
@@ -116,12 +116,12 @@ class Averager(Follower):
         self.weights.apply()
 
 
-def follower_of(engine: object, follows: str, decay: float) -> Follower:
+def student_weights_of(engine: object, follows: str, decay: float) -> LiveWeights:
     """What keeps `engine` as `follows` says: "live", or "ema" with `decay`. Raises TeacherError."""
     if follows == "live" and isinstance(engine, TakesWeights):
-        return Follower(engine)
+        return LiveWeights(engine)
     if follows == "ema" and isinstance(engine, HoldsWeights):
-        return Averager(engine, decay)
+        return EmaWeights(engine, decay)
     raise TeacherError(
         "a teacher follows its student live, or as an ema of weights in this process",
         f"{follows!r} with {type(engine).__name__}",

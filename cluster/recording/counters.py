@@ -19,7 +19,7 @@ from .metrics import EvalRow, PoolRow, StepRow
 
 
 @dataclass(slots=True)
-class Tally:
+class RunCounters:
     """Counts over the whole run, resumed parts included. `before` is the wall time of the parts before this one."""
 
     tokens: Counter[str] = field(default_factory=Counter)  # generated, scored, trained
