@@ -72,9 +72,9 @@ class Backend(Protocol):
         self,
         worker: type,
         need: Need,
-        arguments: Callable[[int, str, int], dict],
+        arguments: Callable[[int, str, int], dict[str, Any]],
         tell: Tell,
-    ) -> list[Replica]:
+    ) -> Sequence[Replica]:
         """The learner's ranks, started; `arguments(rank, host, port)` where rank 0 listens."""
         ...
 

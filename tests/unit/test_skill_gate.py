@@ -264,6 +264,6 @@ def test_a_view_that_was_not_shown_has_no_stance_no_loss_and_no_figure():
         one, other = (learner.learn(given) for learner, given in zip(learners, (alone, beside), strict=True))
         np.testing.assert_allclose(one.loss, other.loss, atol=1e-6)
         check_gradients(learners[1].engine.gradients[0], [g.double() for g in learners[0].engine.gradients[0]])
-        assert other.stances == {name: (first, None, last) for name, (first, last) in one.stances.items()}
+        assert other.polarities == {name: (first, None, last) for name, (first, last) in one.polarities.items()}
         names = [name for name in one.metrics if name.startswith(("skill_helpful", "skill_support", "skill_right"))]
         assert {n: other.metrics[n] for n in names} == pytest.approx({n: one.metrics[n] for n in names})
