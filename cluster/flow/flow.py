@@ -161,7 +161,8 @@ class Flow:
     async def _annotate(self, shard: Shard, annotation: Annotation, made: Mapping[str, asyncio.Task[Any]]) -> Any:
         """Once all that it reads is there, ask the service's pools side by side; its batch, if one was asked."""
         own = {PROMPTS: self.prompts, ROWS: [request.row for request in shard.requests]}
-        read = {name: own[name] if name in own else await made[name] for name in annotation.reads if name in own | made}
+        there = [name for name in annotation.reads if name in own or name in made]
+        read = {name: own[name] if name in own else await made[name] for name in there}
         pools = self.services.annotators[annotation.service]
         if annotation.routed:
             named = {self.teacher_of_row[request.row] for request in shard.requests}

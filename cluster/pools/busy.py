@@ -6,7 +6,7 @@ runs side by side, and what was counted is never taken back.
 """
 
 import time
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -59,8 +59,10 @@ class WatchedPool(Protocol):
     """What is read of a pool."""
 
     name: str
-    replicas: list[Any]
     busy: BusyTime
+
+    @property
+    def replicas(self) -> Sequence[Any]: ...
 
 
 @dataclass(slots=True)
