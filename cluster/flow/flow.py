@@ -114,7 +114,7 @@ class Flow:
         requests: list[SampleRequest] = []
         numbers: defaultdict[str, Iterator[int]] = defaultdict(count)
         for spec in self.composition.samples(step - self.first, position):
-            mark = "" if spec.source == "student" else spec.source[0]
+            mark = _mark(spec.source)
             for sample in islice(numbers[mark], spec.samples):
                 name = (position, sample) if not mark else (position, mark, sample)
                 seed = seed_of(self.config.seed, "sample", *name)
@@ -187,7 +187,8 @@ class Flow:
         numbers: defaultdict[str, Iterator[int]] = defaultdict(count)
         requests = []
         for group, spec in self.composition.follow_up(shard.summaries(), shard.attempt):
-            name = f"{group}+{shard.attempt}.{next(numbers[group])}"  # of the group alone: shards may be cut otherwise
+            # Of the group alone, since shards may be cut otherwise where there are other replicas.
+            name = f"{group}+{shard.attempt}{_mark(shard.source)}.{next(numbers[group])}"
             fresh = np.random.default_rng(seed_of(self.config.seed, "fresh", name)).integers(len(self.teacher_of_row))
             row = int(fresh) if spec.fresh else row_of[group]
             for sample in range(spec.samples):
@@ -251,6 +252,11 @@ class Flow:
             self.dropped[reason] += shard.generated.rows if shard.generated else 0
         self._steps.clear()
         self.shards.clear()
+
+
+def _mark(source: str) -> str:
+    """Of a source in the ids of what it answers."""
+    return "" if source == "student" else source[0]
 
 
 def _request(rollout_id: str, group: str, sample: int, row: int, seed: int, spec: SampleSpec) -> SampleRequest:
