@@ -55,6 +55,10 @@ class VllmEngine:
             responses[i] = _generated(outputs[-1].outputs[0], sampling.topk_support, len(outputs) - 1)
         return responses
 
+    def close(self) -> None:
+        """End vLLM's processes."""
+        self.host.close()
+
     def _usable(self, prompt: np.ndarray) -> bool:
         known = len(prompt) > 0 and prompt.min() >= 0 and prompt.max() < self.host.vocab
         return bool(known) and len(prompt) < self.context

@@ -117,6 +117,12 @@ class RolloutWorker:
         )
         return batch, receipt
 
+    def close(self) -> None:
+        """End what the engine runs in other processes, if it runs any."""
+        close = getattr(self.engine, "close", None)
+        if close:
+            close()
+
     def _respond(
         self, prompts: Sequence[Prompt], requests: Sequence[SampleRequest], sampling: Sampling
     ) -> list[Generation]:

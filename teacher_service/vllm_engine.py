@@ -82,6 +82,10 @@ class VllmTeacher:
                 scores[i] = replace(scores[i], **self._columns(output, rollouts[i], request))
         return scores
 
+    def close(self) -> None:
+        """End vLLM's processes."""
+        self.host.close()
+
     def _check_signal(self, request: ScoreRequest) -> None:
         if (request.signal == "hidden") != (self.head is not None):
             found = f"{request.signal}; hidden={self.head is not None}"

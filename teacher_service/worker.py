@@ -108,6 +108,12 @@ class TeacherWorker:
         )
         return encode(TeacherScores, scores), receipt
 
+    def close(self) -> None:
+        """End what the engine runs in other processes, if it runs any."""
+        close = getattr(self.engine, "close", None)
+        if close:
+            close()
+
     def _views(
         self,
         mine: Sequence[Rollout],
