@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from tutorloop.cluster.pools.pool import Pool
 from tutorloop.contracts import config as sections
-from tutorloop.contracts.errors import RolloutError, TeacherError, VerifierError
+from tutorloop.contracts.errors import RolloutError, TeacherError, VerifierError, WeightsMismatch
 from tutorloop.contracts.receipts import Receipt, RolloutReceipt, ScoreReceipt, VerdictReceipt
 from tutorloop.contracts.records import StepReport
 
@@ -31,6 +31,7 @@ class Fate:
     spread: str = "even"  # | long: a few calls take a hundred times as long | none: all take nothing
     failing_call: int = 0  # the number of the call that raises; 0: none
     short_call: int = 0  # the number of the call whose receipt lacks a row
+    failing_load: int = 0  # the number of the weight update that raises
     stop_at: float = 0.0  # seconds until Ctrl-C; 0: never
 
     def delay(self) -> float:
@@ -47,6 +48,7 @@ class World:
     fate: Fate
     published: int = -1
     calls: int = 0
+    loads: int = 0
     steps_done: int = 0
     most_ahead: int = 0  # max_staleness
     per_step: int = 1  # prompt groups
@@ -116,8 +118,13 @@ class ScriptedReplica:
             return _done(None)
         manifest, *_ = args
         self.world.published = manifest
+        self.world.loads += 1
+        fails = self.world.loads == self.world.fate.failing_load
 
         def end():
+            if fails:
+                answer.set_exception(WeightsMismatch("a replica proves its weights", f"version {manifest}"))
+                return
             self.version = manifest
             if not answer.done():
                 answer.set_result(0.1)

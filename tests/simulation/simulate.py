@@ -136,6 +136,7 @@ def fate_of(rng: random.Random) -> Fate:
     fate = Fate(rng, spread=rng.choice(["even", "even", "long", "none"]))
     fate.failing_call = rng.randint(1, 60) if rng.random() < 0.2 else 0
     fate.short_call = rng.randint(1, 60) if rng.random() < 0.1 else 0
+    fate.failing_load = rng.randint(1, 10) if rng.random() < 0.05 else 0
     fate.stop_at = rng.random() * 20 if rng.random() < 0.3 else 0.0
     return fate
 
@@ -149,7 +150,7 @@ def run_once(recipe: tuple, fate: Fate) -> Outcome:
 async def _drive(recipe: tuple, fate: Fate) -> Outcome:
     config, composition = setting(*recipe)
     world = World(fate, most_ahead=config.max_staleness, per_step=config.prompts_per_step)
-    backend = ScriptedBackend(world, {"rollout"})
+    backend = ScriptedBackend(world, {"rollout", "a"})
     concurrent = fate.rng.choice([1, 4])
     rollouts = scripted_pool("rollout", world, backend, config.rollout.replicas, concurrent)
     others = {name: scripted_pool(name, world, backend, fate.rng.randint(1, 2), 1) for name in ("a", "b", REFERENCE)}
@@ -169,7 +170,7 @@ async def _drive(recipe: tuple, fate: Fate) -> Outcome:
         skills=None,
         verifiers=verifiers,
         broadcasts=None,
-        self_teachers=[],
+        self_teachers=[others["a"]],
         averages=[],
         problems=[ProblemSet("in_distribution", PROMPTS, 2)],
         plan=EvalPlan(samples=1, sampling=Sampling(max_new_tokens=4), batch_size=1, seed=0),
@@ -197,7 +198,7 @@ def check(outcome: Outcome, recipe: tuple, fate: Fate) -> None:
     world, flow = outcome.world, outcome.flow
     if world.broken:
         raise world.broken
-    if outcome.error and not (fate.failing_call or fate.short_call):
+    if outcome.error and not (fate.failing_call or fate.short_call or fate.failing_load):
         raise Broken(f"nothing failed, and yet: {outcome.error}")
     if outcome.finished and world.finished_steps != config.steps:
         raise Broken(f"{world.finished_steps} of {config.steps} steps, and the run says that it has finished")
