@@ -37,6 +37,12 @@ from tutorloop.verifier_service.skills.retrieval import Retriever
 
 ONE = (*SHORT, "steps=1")
 
+# What our float32 may be off the float64 of plain transformers, in the mean over a step's 30 to 50 tokens. A token's
+# log p is off by up to 4e-4 on the damaged model (its weights' noise blows rounding up through 30 layers), and rounding
+# has no sign: 4e-4 / √32 is 7e-5. Measured: 9e-6 (divergence), 2e-6 (entropy), 1e-6 (mass).
+ROUNDING = 1e-4
+OF_MASS = 2e-5  # a probability's error is p times that of its logarithm
+
 
 def mean(values: torch.Tensor) -> float:
     return float(values.mean())
@@ -72,10 +78,10 @@ def test_topk_divergence_is_that_of_the_teachers_support(real_models, tmp_path):
     top = t.topk(64, 1)
     p, q = (torch.cat([x, 1 - x.sum(1, keepdim=True)], 1) for x in (s.gather(1, top.indices).exp(), top.values.exp()))
     learner = logged["learner"]
-    near(learner["topk_reverse_kl"], mean((p * (p.log() - q.log())).sum(1)), 1e-3, "topk_reverse_kl")
-    near(learner["student_mass"], mean(p[:, :-1].sum(1)), 1e-3, "student_mass")
-    near(learner["teacher_mass"], mean(q[:, :-1].sum(1)), 1e-3, "teacher_mass")
-    near(learner["teacher_entropy"], mean(-(t.exp() * t).sum(1)), 1e-3, "teacher_entropy")
+    near(learner["topk_reverse_kl"], mean((p * (p.log() - q.log())).sum(1)), ROUNDING, "topk_reverse_kl")
+    near(learner["student_mass"], mean(p[:, :-1].sum(1)), OF_MASS, "student_mass")
+    near(learner["teacher_mass"], mean(q[:, :-1].sum(1)), OF_MASS, "teacher_mass")
+    near(learner["teacher_entropy"], mean(-(t.exp() * t).sum(1)), ROUNDING, "teacher_entropy")
     assert logged["loss"] == learner["topk_reverse_kl"]
 
 
@@ -145,6 +151,7 @@ def test_grpo_pulls_to_what_its_group_says_is_better(real_models, tmp_path):
     near(learner["advantage"], sum(a * n for a, n in tokens) / sum(n for _, n in tokens), 1e-6, "advantage")
     near(logged["loss"], 0, 1e-6, "loss")  # every ratio is 1: minus the mean of advantages whose groups sum to 0
     assert learner["ratio"] == 1
+    # Both in float32, over 135M parameters: measured 2e-5.
     near(learner["grad_norm"] / policy_gradient_norm(real_models.teacher, trained), 1, 1e-4, "gradient norm, over that")
 
 
@@ -214,13 +221,13 @@ def test_skills_are_shown_to_a_self_teacher_and_gated_by_the_verifier(real_model
         shares.append(torch.stack([polarity > 0, polarity < 0, polarity == 0]).double().mean(1))
     logged = steps_of(tmp_path / "run")[0]
     learner = logged["learner"]
-    near(logged["loss"], mean(torch.stack(losses)), 1e-3, "loss")
-    near(learner["skill_gap"], mean(torch.cat(gaps)), 1e-3, "skill_gap")
-    near(learner["skill_support"], mean(torch.stack(supports)), 1e-3, "skill_support")
-    near(learner["skill_support_size"], mean(torch.stack(supports).abs()), 1e-3, "skill_support_size")
+    # The undamaged model in float32: measured 1e-6 (loss) and 1e-5 (δ, where two roundings meet).
+    near(logged["loss"], mean(torch.stack(losses)), 1e-5, "loss")
+    near(learner["skill_gap"], mean(torch.cat(gaps)), 5e-5, "skill_gap")
+    near(learner["skill_support"], mean(torch.stack(supports)), 5e-5, "skill_support")
+    near(learner["skill_support_size"], mean(torch.stack(supports).abs()), 5e-5, "skill_support_size")
     found = [learner[f"skill_{name}"] for name in ("helpful", "harmful", "neutral")]
     assert found == pytest.approx(torch.stack(shares).mean(0).tolist())
-    print(found, [row["passed"] for row in rollouts_of(tmp_path / "run", 1)])
     assert all(found[:2])  # some views were right, some were wrong
 
 
@@ -257,7 +264,7 @@ def test_vllm_samples_and_scores_and_reads_the_export(real_models, tmp_path):
     logged, rollouts = steps_of(tmp_path / "run")[0], rollouts_of(tmp_path / "run", 1)
     s, t = both(real_models, rollouts)
     near(logged["learner"]["reverse_kl"], mean((s.exp() * (s - t)).sum(1)), 1e-3, "reverse_kl")
-    near(logged["learner"]["teacher_entropy"], mean(-(t.exp() * t).sum(1)), 1e-3, "teacher_entropy")
+    near(logged["learner"]["teacher_entropy"], mean(-(t.exp() * t).sum(1)), ROUNDING, "teacher_entropy")
     own = torch.cat([of_sampled(logprobs_of(real_models.student, row), row) for row in rollouts])
     sampled = torch.tensor([x for row in rollouts for x in row["logprobs"]])
     near(float((own - sampled).abs().max()), 0, 1e-2, "largest difference of a sampled token")
