@@ -30,14 +30,15 @@ def test_the_logged_figures_are_those_of_plain_transformers(real_models, folder)
         "total_variation": (s.exp() - t.exp()).abs().sum(1) / 2,
     }
     for name, values in figures.items():
-        near(logged["learner"][name], float(values.mean()), 1e-4, name)
+        near(logged["learner"][name], float(values.mean()), 1e-4, name)  # measured 2e-5; the mean of 32 tokens
     assert logged["loss"] == logged["learner"]["reverse_kl"]
 
 
 def test_the_sampler_says_how_likely_its_tokens_were(real_models, folder):
     for row in rollouts_of(folder, 1):
         own = of_sampled(logprobs_of(real_models.student, row), row).numpy()
-        near(float(np.abs(own - row["logprobs"]).max()), 0, 1e-3, "largest difference of a token")
+        # A token's float32 rounding on the damaged model: 4e-4 at most where it was looked for, 1.5e-5 here.
+        near(float(np.abs(own - row["logprobs"]).max()), 0, 4e-4, "largest difference of a token")
         assert row["weight_versions"][0] == 0
 
 

@@ -94,9 +94,9 @@ def test_sampled_tokens_estimate_the_divergence(real_models, tmp_path):
         for m in (real_models.student, real_models.teacher)
     )
     weights = (s - torch.tensor([x for row in rollouts for x in row["logprobs"]])).exp()
-    near(logged["learner"]["reverse_kl"], mean(s - t), 1e-3, "reverse_kl")
-    near(logged["learner"]["importance_weight"], mean(weights), 1e-3, "importance_weight")
-    near(logged["loss"], mean((s - t) * s), 1e-2, "loss")
+    near(logged["learner"]["reverse_kl"], mean(s - t), ROUNDING, "reverse_kl")
+    near(logged["learner"]["importance_weight"], mean(weights), ROUNDING, "importance_weight")
+    near(logged["loss"], mean((s - t) * s), 10 * ROUNDING, "loss")  # a rounding times |s| + |s - t|, about ten nats
 
 
 def test_adapters_alone_train_and_the_export_holds_them_merged(real_models, tmp_path):
@@ -120,7 +120,7 @@ def test_sft_learns_given_answers_and_their_end(real_models, tmp_path):
         ends = sampled_ids(row)[-1] == 2
         assert row["source"] == "dataset" and ends == (row["finish_reason"] == "stop")
         nll.append(-of_sampled(logprobs_of(real_models.student, row), row))
-    near(logged["loss"], mean(torch.cat(nll)), 1e-3, "loss")
+    near(logged["loss"], mean(torch.cat(nll)), ROUNDING, "loss")  # measured 4e-6
 
 
 def test_grpo_pulls_to_what_its_group_says_is_better(real_models, tmp_path):
