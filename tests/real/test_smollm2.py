@@ -263,6 +263,7 @@ def test_vllm_samples_and_scores_and_reads_the_export(real_models, tmp_path):
     train(real_models, tmp_path / "run", "opd_exact.yaml", *engines)
     logged, rollouts = steps_of(tmp_path / "run")[0], rollouts_of(tmp_path / "run", 1)
     s, t = both(real_models, rollouts)
+    # vLLM's CPU kernels in float32 are off by up to 2e-3 a token; in the mean of some 40 tokens 3e-4.
     near(logged["learner"]["reverse_kl"], mean((s.exp() * (s - t)).sum(1)), 1e-3, "reverse_kl")
     near(logged["learner"]["teacher_entropy"], mean(-(t.exp() * t).sum(1)), ROUNDING, "teacher_entropy")
     own = torch.cat([of_sampled(logprobs_of(real_models.student, row), row) for row in rollouts])
