@@ -126,10 +126,12 @@ def test_a_student_split_in_two(tmp_path, address):
 
 
 @pytest.mark.parametrize("engine", ["transformers", "vllm"])
-def test_a_self_teacher_shares_the_rollout_replicas_of_a_student_with_adapters(engine, tmp_path):
+def test_a_self_teacher_shares_the_rollout_replicas_of_a_student_with_adapters(engine, tmp_path, request):
+    """Under vLLM as actors, whose calls run side by side."""
+    address = request.getfixturevalue("address") if engine == "vllm" else None
     engines = [f"rollout.engine={engine}", f"teacher.engine={engine}"]
     lora = ["student.lora.rank=4", "learner.learning_rate=1e-3"]
-    shared = train("opsd", tmp_path / "shared", None, *engines, *LIVE, *lora, "teacher.shared=true", "steps=3")
+    shared = train("opsd", tmp_path / "shared", address, *engines, *LIVE, *lora, "teacher.shared=true", "steps=3")
     assert set(shared[0]["pools"]) == {"rollout", "verifier", "learner"}
     assert any(row["learner"]["grad_norm"] > 0 for row in shared)
 
