@@ -49,9 +49,10 @@ def address(marked):
 
 
 def engine_processes():
-    """vLLM's engine cores that came of this module."""
-    found = psutil.process_iter(["cmdline", "environ"])
-    return {p.pid for p in found if MARK in (p.info["environ"] or {}) and "VLLM::" in " ".join(p.info["cmdline"] or [])}
+    """vLLM's engine cores that came of this module: marked, or of this process."""
+    own = {process.pid for process in psutil.Process().children(recursive=True)}
+    engines = [p for p in psutil.process_iter(["cmdline", "environ"]) if "VLLM::" in " ".join(p.info["cmdline"] or [])]
+    return {p.pid for p in engines if p.pid in own or MARK in (p.info["environ"] or {})}
 
 
 def train(name, folder, address, *overrides):
