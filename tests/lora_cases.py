@@ -1,8 +1,11 @@
 """A student with adapters for tests, without DeepSpeed: what it publishes, and the exact model that it stands for."""
 
 import secrets
+from pathlib import Path
 
+import numpy as np
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from tutorloop.contracts.config import Lora
@@ -58,3 +61,15 @@ def exact(name: str, adapters: dict[str, torch.Tensor], lora: Lora):
         layer = key.split(".lora_A.")[0]
         weights[f"{layer}.weight"].data += lora.alpha / lora.rank * (b @ a)
     return model
+
+
+@torch.no_grad()
+def check_export(base: Path, final: Path) -> None:
+    """The merged model and peft's own reading of the adapter are one model, unlike the base."""
+    ids = torch.arange(5, 45)[None]
+    plain, merged = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32).double() for f in (base, final))
+    before = plain(ids).logits.log_softmax(-1)
+    beside = PeftModel.from_pretrained(plain, str(final / "adapter")).double()
+    with_adapter, after = (model(ids).logits.log_softmax(-1) for model in (beside, merged))
+    np.testing.assert_allclose(after, with_adapter, atol=1e-5)
+    assert float((after - before).abs().max()) > 1e-3

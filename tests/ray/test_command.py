@@ -120,24 +120,25 @@ def test_interrupted_once_saves_and_resumes(models: Path, tmp_path: Path) -> Non
 
 
 def test_of_two_starts_at_once_one_runs(models: Path, tmp_path: Path) -> None:
+    """In one process each: the folder is claimed before Ray is joined."""
     folder = tmp_path / "run"
-    both = [Command(models, folder, "steps=100000") for _ in range(2)]
+    both = [Command(models, folder, "steps=100000", "--local") for _ in range(2)]
     while all(command.process.poll() is None for command in both):
         time.sleep(0.1)
     loser, winner = sorted(both, key=lambda command: command.process.poll() is None)
     code, out, err = loser.end()
     assert code == 2 and f"process {winner.process.pid} on" in err, out + err
     winner.until(2)
-    resumed = Command(models, folder, "steps=100000", "--resume")
+    resumed = Command(models, folder, "steps=100000", "--local", "--resume")
     code, out, err = resumed.end()
     assert code == 2 and f"process {winner.process.pid} on" in err, out + err
     winner.until(len(winner.steps()) + 2)  # its metrics still reach its file
     os.killpg(winner.process.pid, signal.SIGKILL)
     winner.end()
-    for pid in winner.left_behind():  # Ray's own processes, which a killed driver leaves
+    for pid in winner.left_behind():  # its verifiers' processes
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    last = Command(models, folder, f"steps={len(winner.steps()) + 4}", "--resume")
+    last = Command(models, folder, f"steps={len(winner.steps()) + 4}", "--local", "--resume")
     code, out, err = last.end()
     assert code == 0 and "taking over" in out, out + err
     assert [row["step"] for row in last.steps()] == list(range(1, len(last.steps()) + 1))

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -168,29 +169,35 @@ def recipe(folder: Path) -> config.Config:
     )
 
 
-def kill_after_two_steps(metrics: Path, name: str) -> threading.Thread:
-    """End the process of the actor class `name` once two steps are written down."""
+@contextmanager
+def killing_after_two_steps(metrics: Path, name: str) -> Iterator[None]:
+    """Meanwhile the process of the actor class `name` is ended, once two steps are written down."""
+    over = threading.Event()
 
     def wait() -> None:
         while not metrics.is_file() or metrics.read_text().count('"kind": "step"') < 2:
-            time.sleep(0.05)
+            if over.wait(0.05):
+                return
         for process in psutil.Process().children(recursive=True):  # of this test's own cluster
             if process.cmdline()[:1] and process.cmdline()[0].startswith(f"ray::{name}"):
                 process.send_signal(signal.SIGKILL)
 
     thread = threading.Thread(target=wait)
     thread.start()
-    return thread
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 @pytest.mark.parametrize(("actor", "error"), [("RolloutWorker", RolloutError), ("LearnerWorker", LearnerError)])
 def test_a_death_that_is_not_the_learners_saves_first(
     tmp_path: Path, address: str, actor: str, error: type[TutorloopError]
 ) -> None:
-    thread = kill_after_two_steps(tmp_path / "run" / "metrics.jsonl", actor)
-    with pytest.raises(error) as caught:
+    killing = killing_after_two_steps(tmp_path / "run" / "metrics.jsonl", actor)
+    with pytest.raises(error) as caught, killing:
         run.train(recipe(tmp_path), False, address, Console(file=(tmp_path / "shown").open("w")))
-    thread.join()
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     steps = [row["step"] for row in map(json.loads, lines) if row["kind"] == "step"]
     saved = [folder.name for folder in (tmp_path / "run" / "checkpoints").glob("step-*")]

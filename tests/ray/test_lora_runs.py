@@ -1,16 +1,14 @@
-"""Adapters on real DeepSpeed ranks and in whole runs.
+"""Adapters on two DeepSpeed ranks and in whole runs with them; with one rank: tests/runs/test_adapter_runs.py.
 
 The reference of the learner shares nothing with it, nor with peft: one process, float64, A and B as leaves of
 W + alpha/rank · B·A in a plain transformers model, dense logits, torch's AdamW.
 """
 
-import io
 import json
 import math
 import shutil
 import socket
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,44 +16,26 @@ import numpy as np
 import pytest
 import ray
 import torch
-from peft import PeftModel
+from loop_cases import make_models, recipe, steps_of, train, weights_of
+from lora_cases import check_export
 from ray import cloudpickle
-from rich.console import Console
 from safetensors.torch import load_file
-from tiny import tiny_qwen3
 from transformers import AutoModelForCausalLM
 
-from tutorloop.cluster import run
 from tutorloop.contracts.arrow import encode
-from tutorloop.contracts.config import Config, Learner, Lora
-from tutorloop.contracts.recipe import parse_config
+from tutorloop.contracts.config import Learner, Lora
 from tutorloop.contracts.records import Correction, Rollout, StepPlan, TeacherScores, Term, TrainRow
 from tutorloop.learner.packing import plan_updates
 from tutorloop.learner.worker import LearnerWorker
-from tutorloop.models.loading import locate_model
 from tutorloop.models.weights import read_bucket
 
 LORA = Lora(rank=4, alpha=8.0)
 STEPS, RATE, CLIP = 5, 1e-2, 0.05
-PROBLEMS = [{"id": f"p{i}", "prompt": f"{i}+{i}=", "answer": str(2 * i)} for i in range(8)]
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    tiny_qwen3(folder / "student")
-    tiny_qwen3(folder / "teacher", seed=1, hidden=48)
-    (folder / "problems.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in PROBLEMS))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
-    yield cluster.address
-    cluster.shutdown()
+    return make_models(tmp_path_factory.mktemp("models"))
 
 
 # ---- the learner against a plain loop --------------------------------------------------------------------------------
@@ -200,54 +180,16 @@ def test_adapters_train_as_in_a_plain_loop(models: Path, address: str, tmp_path:
         ray.shutdown()
 
 
-@torch.no_grad()
-def check_export(base: Path, final: Path) -> None:
-    """The merged model and peft's own reading of the adapter are one model, unlike the base."""
-    ids = torch.arange(5, 45)[None]
-    plain, merged = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32).double() for f in (base, final))
-    before = plain(ids).logits.log_softmax(-1)
-    beside = PeftModel.from_pretrained(plain, str(final / "adapter")).double()
-    with_adapter, after = (model(ids).logits.log_softmax(-1) for model in (beside, merged))
-    np.testing.assert_allclose(after, with_adapter, atol=1e-5)
-    assert float((after - before).abs().max()) > 1e-3
-
-
 # ---- whole runs ------------------------------------------------------------------------------------------------------
 
 
-def recipe(models: Path, folder: Path, **changes: Any) -> Config:
-    tree: dict[str, Any] = {
-        "method": "opd",
-        "output_dir": str(folder),
-        "steps": 4,
-        "prompts_per_step": 4,
-        "student": {"model": str(models / "student"), "lora": LORA.model_dump()},
-        "teacher": {"model": str(models / "teacher"), "signal": "exact"},
-        "data": {"path": str(models / "problems.jsonl")},
-        "rollout": {"samples_per_prompt": 2, "max_new_tokens": 12, "batch_size": 4, "replicas": 2},
-        "learner": {"learning_rate": 1e-2, "tokens_per_batch": 64, "ranks": 2, "zero_stage": 2},
-        "verifier": {"kind": "none"},
-        "checkpoint": {"every": 2, "keep": 9},
-    }
-    return parse_config(tree | changes)
-
-
-def train(config: Config, address: str, resume: bool = False) -> dict[str, Any]:
-    assert run.train(config, resume, address, Console(file=io.StringIO(), width=100))
-    return json.loads((Path(config.output_dir) / "summary.json").read_text())
-
-
-def steps_of(folder: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
-    clocked = ("seconds", "wall_seconds", "pools")
-    return [{k: v for k, v in row.items() if k not in clocked} for row in rows if row["kind"] == "step"]
-
-
-def weights_of(folder: Path) -> dict[str, bytes]:
-    tensors = load_file(folder / "final" / "model.safetensors") | load_file(
-        folder / "final" / "adapter" / "adapter_model.safetensors"
-    )
-    return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
+SETTINGS: dict[str, Any] = {
+    "student": {"lora": LORA.model_dump()},
+    "rollout": {"replicas": 2},
+    "learner": {"ranks": 2, "zero_stage": 2},
+    "verifier": {"kind": "none"},
+    "checkpoint": {"every": 2, "keep": 9},
+}
 
 
 def checkpoint_elements(folder: Path) -> int:
@@ -258,7 +200,7 @@ def checkpoint_elements(folder: Path) -> int:
 
 def test_a_run_with_adapters_resumes_bit_for_bit(models: Path, tmp_path: Path, address: str) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    summary = train(recipe(models, whole), address)
+    summary = train(recipe(models, whole, **SETTINGS), address)
     assert summary["steps"] == 4 and summary["weight_versions"] == 5
     kls = [row["learner"]["reverse_kl"] for row in steps_of(whole)]
     assert kls[-1] < kls[0]
@@ -269,36 +211,19 @@ def test_a_run_with_adapters_resumes_bit_for_bit(models: Path, tmp_path: Path, a
     shutil.copytree(whole, cut)
     shutil.rmtree(cut / "checkpoints" / "step-000004")
     shutil.rmtree(cut / "final")
-    train(recipe(models, cut), address, resume=True)
+    train(recipe(models, cut, **SETTINGS), address, resume=True)
     assert steps_of(cut) == steps_of(whole)
     assert weights_of(cut) == weights_of(whole)
 
 
 def test_sharded_bf16_adapters_run_beside_an_averaging_self_teacher(models: Path, tmp_path: Path, address: str) -> None:
     """ZeRO 3; generators and the teacher prove each version; a second stage starts anew from the merged model."""
-    learner = {"learning_rate": 1e-2, "tokens_per_batch": 64, "ranks": 2, "zero_stage": 3, "dtype": "bf16"}
     teacher = {"model": str(models / "student"), "signal": "topk", "follows": "ema", "dtype": "bf16"}
     stages = [{"method": "opd", "steps": 2, "method_options": {"top_k": 8}}] * 2
-    changes = {"learner": learner, "teacher": teacher, "rollout": {"samples_per_prompt": 2, "max_new_tokens": 12}}
-    config = recipe(models, tmp_path / "run", **changes, stages=stages, method="", steps=0)
+    settings = SETTINGS | {"learner": {"ranks": 2, "zero_stage": 3, "dtype": "bf16"}, "rollout": {}}
+    config = recipe(models, tmp_path / "run", **settings, teacher=teacher, stages=stages, method="", steps=0)
     assert train(config, address)["steps"] == 4
     final, left = tmp_path / "run" / "final", tmp_path / "run" / "stages" / "0"
     assert (final / "adapter").is_dir() and (left / "adapter").is_dir()
     settings = json.loads((final / "adapter" / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(left) and settings["r"] == LORA.rank
-
-
-def test_grpo_trains_adapters(tmp_path: Path, address: str) -> None:
-    tree = {
-        "method": "grpo",
-        "output_dir": str(tmp_path / "run"),
-        "steps": 2,
-        "prompts_per_step": 6,
-        "student": {"model": "lab:student", "lora": LORA.model_dump()},
-        "data": {"path": "lab:train"},
-        "rollout": {"samples_per_prompt": 4, "max_new_tokens": 32},
-        "learner": {"learning_rate": 1e-3},
-    }
-    train(parse_config(tree), address)
-    assert [row["tokens"]["trained"] > 0 for row in steps_of(tmp_path / "run")] == [True, True]
-    check_export(locate_model("lab:student"), tmp_path / "run" / "final")

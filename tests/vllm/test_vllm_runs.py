@@ -1,4 +1,8 @@
-"""Whole runs on a real Ray cluster with vLLM for rollouts and teachers, a teacher behind http, and a shared one."""
+"""Whole runs with vLLM for rollouts and teachers, a teacher behind http, and a shared one.
+
+On a real Ray cluster where weights meet rollouts that run, replicas, parts or ranks are several, or a driver is killed;
+else in this process (`train` without an address).
+"""
 
 import io
 import json
@@ -28,27 +32,35 @@ TOPK = ["teacher.signal=topk", "method_options.top_k=8", "method_options.rest=re
 LIVE = ["teacher.follows=live", *TOPK]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def marked():
+    os.environ[MARK] = "1"  # inherited by every process of a cluster, and by engines
+    yield
+    del os.environ[MARK]
+
+
 @pytest.fixture(scope="module")
-def address():
+def address(marked):
     from ray.cluster_utils import Cluster
 
-    os.environ[MARK] = "1"  # inherited by every process of the cluster
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
     yield cluster.address
     cluster.shutdown()
 
 
 def engine_processes():
-    """vLLM's engine cores that came of this module."""
-    found = psutil.process_iter(["cmdline", "environ"])
-    return {p.pid for p in found if MARK in (p.info["environ"] or {}) and "VLLM::" in " ".join(p.info["cmdline"] or [])}
+    """vLLM's engine cores that came of this module: marked, or of this process."""
+    own = {process.pid for process in psutil.Process().children(recursive=True)}
+    engines = [p for p in psutil.process_iter(["cmdline", "environ"]) if "VLLM::" in " ".join(p.info["cmdline"] or [])]
+    return {p.pid for p in engines if p.pid in own or MARK in (p.info["environ"] or {})}
 
 
 def train(name, folder, address, *overrides):
     """Two or more steps of a recipe; its steps' rows. No engine outlives it."""
     before = engine_processes()
     config = load_config(ROOT / "recipes" / f"{name}.yaml", [f"output_dir={folder}", *SMALL, *overrides])
-    assert run.train(config.model_copy(update={"prompts_per_step": 24}), False, address, Console(file=io.StringIO()))
+    config = config.model_copy(update={"prompts_per_step": 24})
+    assert run.train(config, False, address, Console(file=io.StringIO()), local=address is None)
     ends = time.monotonic() + 60
     while engine_processes() - before and time.monotonic() < ends:
         time.sleep(0.5)
@@ -77,11 +89,11 @@ def test_distillation_with_vllm_on_both_sides(tmp_path, address):
     assert all("teacher_entropy" in row["learner"] for row in steps)  # the lab's vocabulary is scored whole
 
 
-def test_synchronous_runs_draw_the_same_rollouts_twice(tmp_path, address):
+def test_synchronous_runs_draw_the_same_rollouts_twice(tmp_path):
     """By their seeds alone, whatever replica and company they run in."""
     overrides = [*VLLM, "steps=1", "max_staleness=0"]
-    first = train("quickstart", tmp_path / "a", address, *overrides)
-    same_at_first(first, train("quickstart", tmp_path / "b", address, *overrides, "rollout.replicas=2"))
+    first = train("quickstart", tmp_path / "a", None, *overrides)
+    same_at_first(first, train("quickstart", tmp_path / "b", None, *overrides, "rollout.replicas=2"))
 
 
 @pytest.mark.parametrize("zero", [1, 3])
@@ -115,7 +127,9 @@ def test_a_student_split_in_two(tmp_path, address):
 
 
 @pytest.mark.parametrize("engine", ["transformers", "vllm"])
-def test_a_self_teacher_shares_the_rollout_replicas_of_a_student_with_adapters(engine, tmp_path, address):
+def test_a_self_teacher_shares_the_rollout_replicas_of_a_student_with_adapters(engine, tmp_path, request):
+    """Under vLLM as actors, whose calls run side by side."""
+    address = request.getfixturevalue("address") if engine == "vllm" else None
     engines = [f"rollout.engine={engine}", f"teacher.engine={engine}"]
     lora = ["student.lora.rank=4", "learner.learning_rate=1e-3"]
     shared = train("opsd", tmp_path / "shared", address, *engines, *LIVE, *lora, "teacher.shared=true", "steps=3")
@@ -123,20 +137,20 @@ def test_a_self_teacher_shares_the_rollout_replicas_of_a_student_with_adapters(e
     assert any(row["learner"]["grad_norm"] > 0 for row in shared)
 
 
-def test_a_live_teacher_under_vllm_in_a_pool_of_its_own(tmp_path, address):
+def test_a_live_teacher_under_vllm_in_a_pool_of_its_own(tmp_path):
     """By the same weights it says the same as one that shares them."""
     overrides = [*VLLM, *LIVE, "steps=2", "max_staleness=0"]
-    own = train("opsd", tmp_path / "own", address, *overrides)
-    shared = train("opsd", tmp_path / "shared", address, *overrides, "teacher.shared=true")
+    own = train("opsd", tmp_path / "own", None, *overrides)
+    shared = train("opsd", tmp_path / "shared", None, *overrides, "teacher.shared=true")
     same_at_first(own, shared)
 
 
-def test_a_teacher_behind_http(tmp_path, address, http_server, monkeypatch):
+def test_a_teacher_behind_http(tmp_path, http_server, monkeypatch):
     monkeypatch.setenv("LAB_KEY", http_server.key)
     at = [f"teacher.urls=[{http_server.url}]", f"teacher.model={http_server.model}", "teacher.api_key_env=LAB_KEY"]
     signal_ = ["teacher.engine=http", *TOPK]
-    over_http = train("quickstart", tmp_path / "http", address, *at, *signal_, "steps=2", "max_staleness=0")
-    here = train("quickstart", tmp_path / "here", address, *TOPK, "steps=2", "max_staleness=0")
+    over_http = train("quickstart", tmp_path / "http", None, *at, *signal_, "steps=2", "max_staleness=0")
+    here = train("quickstart", tmp_path / "here", None, *TOPK, "steps=2", "max_staleness=0")
     same_at_first(over_http, here)
     for one, other in zip(over_http, here, strict=True):
         assert "teacher_entropy" in other["learner"] and "teacher_entropy" not in one["learner"]

@@ -1,0 +1,22 @@
+"""A cluster that whole runs join; each leaves nothing behind on it."""
+
+from collections.abc import Iterator
+
+import pytest
+import ray
+
+
+@pytest.fixture(scope="session")
+def four_cpus() -> Iterator[str]:
+    """The address of a cluster with four CPUs."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
+    yield str(cluster.address)
+    cluster.shutdown()
+
+
+@pytest.fixture
+def address(four_cpus: str) -> Iterator[str]:
+    yield four_cpus
+    assert not ray.is_initialized()
