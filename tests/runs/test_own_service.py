@@ -33,9 +33,10 @@ class Counter:
         for i, (rollout, verdict) in enumerate(zip(decode(Rollout, rollouts), decode(Verdict, verdicts), strict=True)):
             values = np.arange(1, rollout.response_length + 1, dtype=np.float32) * (half if verdict.passed else 1.0)
             own = {"rollout_id": rollout.rollout_id, "service": "counter"}
-            credits.append(TokenCredit(**own, error_class="third") if i % 3 == 2 else TokenCredit(**own, values=values))
-        errors = {"third": sum(bool(credit.error_class) for credit in credits)}
-        return encode(TokenCredit, credits), Receipt(rows=len(credits), seconds=time.perf_counter() - start, errors=errors)
+            refused = i % 3 == 2
+            credits.append(TokenCredit(**own, error_class="third") if refused else TokenCredit(**own, values=values))
+        errors, seconds = {"third": sum(bool(credit.error_class) for credit in credits)}, time.perf_counter() - start
+        return encode(TokenCredit, credits), Receipt(rows=len(credits), seconds=seconds, errors=errors)
 
 
 def compose(config):
@@ -76,7 +77,7 @@ def test_credit_of_single_tokens_reaches_the_loss(tmp_path: Path, local: bool) -
             refused += 1
             continue
         credit = [(t + 1) * (0.5 if rollout["passed"] else 1.0) for t in range(length)]
-        losses += [-(-3.0 + value) for value in credit]  # the policy that sampled is the one that learns: its ratio is 1
+        losses += [-(-3.0 + value) for value in credit]  # the policy that sampled is the one that learns: ratio 1
     assert step["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
     assert step["dropped"] == {"credit_missing": refused} and step["failed"] == {"counter:third": refused}
     assert step["learner"]["missing_credit"] == refused > 0 and step["tokens"]["trained"] == len(losses)

@@ -27,6 +27,9 @@ CASES = {  # what is asked on top; a teacher that answers too; a teacher that is
 }
 
 
+MARKS = {"sg_opd": pytest.mark.sweep, "sdpo": pytest.mark.sweep}
+
+
 def figures(name: str, folder: Path, *overrides: str) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
     config = load_config(ROOT / "recipes" / f"{name}.yaml", [f"output_dir={folder}", *SMALL, *CASES[name], *overrides])
     assert run.train(config, False, None, Console(file=io.StringIO(), width=100), local=True)
@@ -36,7 +39,7 @@ def figures(name: str, folder: Path, *overrides: str) -> tuple[list[dict[str, An
     return steps, {name: tensor.tobytes() for name, tensor in weights.items()}
 
 
-@pytest.mark.parametrize("name", ["dapo", *(pytest.param(name, marks=pytest.mark.sweep) for name in ("sg_opd", "sdpo"))])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, ())) for name in CASES])
 def test_the_number_of_replicas_changes_nothing(name: str, tmp_path: Path) -> None:
     first = figures(name, tmp_path / "1", "rollout.replicas=1")
     assert any(row["learner"].get("grad_norm", 0) > 0 for row in first[0])
