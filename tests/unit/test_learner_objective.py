@@ -369,7 +369,8 @@ def test_hidden_state_t_meets_token_t_plus_1():
 def test_a_teacher_without_entropies_changes_no_loss_and_no_other_metric():
     """Engines that never see the whole vocabulary send none: that is not an entropy of 0."""
     world = World()
-    examples = [world.example(f"r{i}") for i in range(6)]
+    examples = [world.example(f"r{i}", teachers=["big"]) for i in range(6)]
+    examples = [replace(e, rollout=replace(e.rollout, teacher="big")) for e in examples]
     silent = [
         replace(e, scores={n: replace(s, entropy=np.zeros(0, np.float32)) for n, s in e.scores.items()})
         for e in examples
