@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -106,7 +107,7 @@ def test_responses_end_with_the_eos_or_at_their_limit(engine):
 
 
 @pytest.mark.parametrize("in_flight", ["keep", "abort", "wait"])
-def test_an_update_with_64_requests_in_flight_loses_none(engine, folder, in_flight):
+def test_an_update_with_64_requests_in_flight_loses_none(engine, folder, in_flight, monkeypatch):
     """Every token's logprob is that of the weights whose version it carries."""
     random = fresh_random()
     first = engine.weight_version + 1
@@ -114,10 +115,19 @@ def test_an_update_with_64_requests_in_flight_loses_none(engine, folder, in_flig
     engine.load_weights(*published(models[first], version=first))
     engine.in_flight, engine.eos_ids = in_flight, []
     prompts = random_prompts(random, random.integers(1, 30, 64))
-    found = []
-    sampling = Sampling(max_new_tokens=150)
+    found, begun = [], Counter()
+    sampling, add = Sampling(max_new_tokens=150), engine.host._llm.add_request
+
+    async def counted(*args, **options):
+        added = await add(*args, **options)
+        begun["requests"] += 1
+        return added
+
+    monkeypatch.setattr(engine.host._llm, "add_request", counted)
     thread = threading.Thread(target=lambda: found.extend(engine.generate(prompts, list(range(64)), sampling)))
     thread.start()
+    while begun["requests"] < 64:  # all are on their way, and then run
+        time.sleep(0.01)
     time.sleep(0.3)
     for version in (first + 1, first + 2):
         models[version] = moved(load_causal_lm(folder), random)

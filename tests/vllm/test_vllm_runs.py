@@ -96,7 +96,7 @@ def test_synchronous_runs_draw_the_same_rollouts_twice(tmp_path):
     same_at_first(first, train("quickstart", tmp_path / "b", None, *overrides, "rollout.replicas=2"))
 
 
-@pytest.mark.parametrize("zero", [1, 3])
+@pytest.mark.parametrize("zero", [pytest.param(1, marks=pytest.mark.sweep), 3])
 def test_broadcast_weights_are_those_of_the_object_store(zero, tmp_path, address):
     """Into two replicas, from two ranks that shard the model or do not. The canaries prove every version."""
     overrides = ["rollout.engine=vllm", "rollout.replicas=2", "learner.ranks=2", f"learner.zero_stage={zero}"]
