@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/driver_cost.py
 
 The real driver, flow and pools; the replicas and the learner of tests/simulation, which take no time of their own but
-that of making a receipt. GRPO, 8 samples a prompt, calls of 8 rollouts; medians of five runs, interleaved.
+that of making a receipt. GRPO, 2 samples a prompt, calls of 8 rollouts; medians of three runs, interleaved.
 """
 
 import asyncio
@@ -21,16 +21,16 @@ import simulate  # noqa: E402
 from scripted import Fate  # noqa: E402
 
 REPLICAS, PROMPTS = (2, 20, 200), (100, 1_000, 10_000, 100_000)
-SAMPLES, STEPS, ROUNDS = 8, 3, 5
+SAMPLES, CALL, STEPS, ROUNDS = 2, 8, 3, 3
 RESULTS = ROOT / "benchmarks" / "results"
 
 
 def seconds_of(replicas: int, prompts: int) -> float:
     """Of one stage of STEPS steps, per rollout. `prompts` in all."""
-    tree = {"rollout": {"samples_per_prompt": SAMPLES, "batch_size": SAMPLES, "replicas": replicas}}
+    tree = {"rollout": {"samples_per_prompt": SAMPLES, "batch_size": CALL, "replicas": replicas}}
     simulate.METHOD_OPTIONS["cost"] = {"method": "grpo", **tree}
     simulate.METHODS["cost"] = simulate.METHODS["grpo"]
-    recipe = ("cost", 1, max(1, prompts // STEPS), replicas, SAMPLES, STEPS, 0)
+    recipe = ("cost", 1, max(1, prompts // STEPS), replicas, CALL, STEPS, 0)
     fate = Fate(random.Random(0), spread="none")
     gc.collect()
     start = time.perf_counter()
