@@ -211,7 +211,7 @@ class Driver:
                 "first": self.flow.first,
                 "trigger": self.trigger.state() if self.trigger else None,
                 "skills": await self.skills.save() if self.skills else None,
-                "tally": self.counters.state(),
+                "tally": self.counters.state(),  # a name that checkpoints of older releases have
             }
             await self.folder.save_checkpoint(self.step, state, self._write, self.config.checkpoint.keep)
             self._saved = time.monotonic()

@@ -62,6 +62,7 @@ class Flow:
         first: int,
     ) -> None:
         self.config, self.composition, self.services = config, composition, services
+        self.annotations = [one for one in composition.annotations if services.annotators.get(one.service)]
         self.prompts, self.teacher_of_row = prompts, teacher_of_row
         self.order = PromptOrder(len(teacher_of_row), config.seed)
         self.first, self.last = first, first + config.steps
@@ -139,17 +140,12 @@ class Flow:
         made: dict[str, asyncio.Task[Any]] = {}  # batches by name, or what is still to make them
         async with asyncio.TaskGroup() as group:
             made[ROLLOUTS] = group.create_task(self._generate(shard))
-            for annotation in self._annotations(shard):
+            for annotation in [one for one in self.annotations if shard.source in one.sources]:
                 made[annotation.name] = group.create_task(self._annotate(shard, annotation, made))
             if VERDICTS in made and self.composition.follow_up:
                 await made[VERDICTS]
                 self._follow_up(shard, step)
         shard.ready = True
-
-    def _annotations(self, shard: Shard) -> list[Annotation]:
-        """Those that its rollouts get, where the stage has a service for them."""
-        said = self.composition.annotations
-        return [one for one in said if shard.source in one.sources and self.services.annotators.get(one.service)]
 
     async def _generate(self, shard: Shard) -> Any:
         given = {"prompts": self.prompts, "requests": shard.requests, "sampling": self.composition.sampling}

@@ -1,7 +1,7 @@
 """Replicas in this process, for `--local`: a call is made where it is asked for, and has ended when it returns.
 
-So a breakpoint in an engine, a verifier or a loss term stops the whole run, with the driver's frames above it. What a
-worker raises that is no error of ours comes out as it is, with its traceback.
+So a breakpoint in an engine, a verifier or a loss term stops the whole run, with whatever asked for the call in the
+frames above it. What a worker raises that is no error of ours comes out as it is, with its traceback.
 """
 
 import asyncio
@@ -14,6 +14,7 @@ import torch
 
 from ...contracts.errors import ConfigError, TutorloopError
 from ...contracts.receipts import Receipt
+from .ports import free_port
 from .replica import Replica
 from .room import Need, Tell
 
@@ -95,8 +96,6 @@ class InProcessBackend:
         if need.replicas > 1:
             rule = "a run in one process has one learner rank"
             raise ConfigError(rule, f"learner.ranks: {need.replicas}", "set learner.ranks=1, or leave --local out")
-        from .ray_backend import free_port
-
         return [InProcessReplica(worker(**arguments(0, "127.0.0.1", free_port())))]
 
     async def peak_memory(self, replicas: Mapping[str, Sequence[Replica]]) -> dict[str, int]:

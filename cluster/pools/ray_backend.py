@@ -1,8 +1,6 @@
 """Replicas as actors on a Ray cluster, batches in its object store; Ray's failures as errors named after the pool."""
 
 import asyncio
-import random
-import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
@@ -19,6 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from ...contracts.errors import LearnerError, RolloutError, TutorloopError
 from ...contracts.receipts import Receipt
 from .deaths import first_line, obituary, tail_of
+from .ports import free_port
 from .replica import Replica
 from .room import Need, Tell, wait_for_actors, wait_for_groups
 
@@ -154,19 +153,6 @@ def _task(function: Callable[..., Any]) -> Any:
 def meeting_place(_: Any = None) -> tuple[str, int]:
     """Address and a free port of the node this runs on."""
     return ray.util.get_node_ip_address(), free_port()
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens at.
-
-    Whoever asked listens there some seconds later. Ports of the range from which the system takes those of outgoing
-    connections are left alone: one of Ray's many could have it by then.
-    """
-    for port in random.sample(range(20000, 30000), 100):
-        with socket.socket() as free, suppress(OSError):
-            free.bind(("", port))
-            return port
-    raise LearnerError("a node has a free port for the learner's ranks", "100 of 20000-29999 are taken")
 
 
 def _nodes_of(group: PlacementGroup) -> int:
