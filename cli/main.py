@@ -9,13 +9,15 @@ import sys
 import typer
 
 from .. import __version__
-from . import bank, evaluate, train, verify
+from . import bank, evaluate, scale, status, train, verify
 from .outcome import INTERRUPTED, ends_clearly
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command("train", cls=train.TrainCommand)(ends_clearly(train.train))
 app.command("eval")(ends_clearly(evaluate.evaluate))
 app.command("verify")(ends_clearly(verify.verify))
+app.command("status")(ends_clearly(status.status))
+app.command("scale")(ends_clearly(scale.scale))
 app.add_typer(bank.app, name="bank")
 
 

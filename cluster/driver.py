@@ -6,29 +6,33 @@ counted so far, because prompts and seeds are functions of the step. Shards go t
 
 import asyncio
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..contracts.config import Config
-from ..contracts.errors import LearnerError, RunFolderError, StorageError, TutorloopError
+from ..contracts.errors import BatchLost, LearnerError, RunFolderError, StorageError, TutorloopError
 from ..contracts.records import StepReport
 from .flow.evaluation import EvalPlan, ProblemSet, evaluate
 from .flow.flow import Flow
 from .flow.shard import Shard
 from .interrupt import Interrupt, Interrupted
 from .learner_group import LearnerGroup
-from .pools.pool import Pool
+from .pools.pool import UNPUBLISHED, Pool
 from .pools.weight_broadcast import WeightBroadcast
 from .recording.counters import RunCounters, pass_rate, sampler_entropy
 from .recording.metrics import MetricsLog
 from .recording.progress import Progress
 from .recording.recorder import Recorder
-from .recording.run_folder import RunFolder
+from .recording.run_folder import Checkpoint, RunFolder
+from .recording.samples import truncate_samples
 from .skill_bank import SkillBank
 from .stages import EntropyCollapse
+
+MOST_DEATHS = 2  # of the learner, of one step
 
 
 @dataclass(slots=True)
@@ -79,51 +83,118 @@ class Driver:
     counters: RunCounters
     recorder: Recorder
     step: int
+    start_learner: Callable[[], Awaitable[LearnerGroup]]  # again, once it has died
+    _start: dict[str, Any] | None = None  # the state in which the stage began
+    _deaths: Counter[int] = field(default_factory=Counter)  # of the learner, by the steps that were done
+    _owed: bool = False  # a checkpoint, at the end of the round
     _saved: float = 0.0  # when the last checkpoint was, by the monotonic clock; first, when training started
 
     async def train(self) -> bool:
-        """The loop. Returns whether the stage came to its end (False: interrupted). A checkpoint stands then."""
-        clock = Stopwatch()
+        """The stage. Returns whether it came to its end (False: interrupted). A checkpoint stands then."""
         self._saved = time.monotonic()
         self.counters.watch.begin(self.flow.pools)
-        try:
-            await self.publish(clock)
-            due = self.step == self.flow.first or self._due(self.config.eval.every)
-            if due and not self.counters.evaluated(self.step):
+        while True:
+            clock = Stopwatch()
+            try:
+                await self._train(clock)
+                return not self.interrupt.requested
+            except Interrupted:
+                self.progress.note(f"interrupted after step {self.step}")
+                self.flow.abandon("interrupted")
+                await self._finish(clock)
+                return False
+            except TutorloopError as error:
+                if await self._revived(error):
+                    continue
+                await self.rescue(error, clock)
+                raise
+
+    async def _train(self, clock: Stopwatch) -> None:
+        """The loop."""
+        await self.publish(clock)
+        due = self.step == self.flow.first or self._due(self.config.eval.every)
+        if due and not self.counters.evaluated(self.step):
+            await self.evaluate(clock)
+        self._start = self._start or await self._state()
+        while not self.ended:
+            self.progress.phase("training")
+            self.interrupt.check()
+            self.folder.check_claim()
+            self.flow.admit(self.step)
+            with clock("wait"):
+                shards = await self.interrupt.beside(self.flow.take(self.step))
+            with clock("learn"):
+                report = await self.learn(shards)
+            self.step += 1
+            try:
+                self.flow.failure.check()  # a shard that failed while the learner was at its step
+                await self.watch(shards, report)
+                await self.publish(clock)
+            finally:  # a step that was learnt is written down, whatever came after it
+                await self.record(shards, report, clock)
+            clock = Stopwatch()
+            if self._due(self.config.eval.every):
                 await self.evaluate(clock)
-            while not self.ended:
-                self.progress.phase("training")
-                self.interrupt.check()
-                self.folder.check_claim()
-                self.flow.admit(self.step)
-                with clock("wait"):
-                    shards = await self.interrupt.beside(self.flow.take(self.step))
-                with clock("learn"):
-                    report = await self.learn(shards)
-                self.step += 1
-                try:
-                    self.flow.failure.check()  # a shard that failed while the learner was at its step
-                    await self.watch(shards, report)
-                    await self.publish(clock)
-                finally:  # a step that was learnt is written down, whatever came after it
-                    await self.record(shards, report, clock)
-                clock = Stopwatch()
-                if self._due(self.config.eval.every):
-                    await self.evaluate(clock)
-                if self._due(self.config.checkpoint.every) or self._long_unsaved():
-                    await self.save(clock)
-            self.flow.abandon("stage_ended")
-            if not self.counters.evaluated(self.step):
-                await self.evaluate(clock)
-        except Interrupted:
-            self.progress.note(f"interrupted after step {self.step}")
-            self.flow.abandon("interrupted")
-        except TutorloopError as error:
-            await self.rescue(error, clock)
-            raise
+            if self._unsaved():
+                await self.save(clock)
+        self.flow.abandon("stage_ended")
+        if not self.counters.evaluated(self.step):
+            await self.evaluate(clock)
+        await self._finish(clock)
+
+    async def _finish(self, clock: Stopwatch) -> None:
+        """A checkpoint of all that was counted."""
         self.counters.count(self.flow)
         await self.save(clock)
-        return self.ended and not self.interrupt.requested
+
+    async def _revived(self, error: TutorloopError) -> bool:
+        """After the learner's death: start it again from the last checkpoint, or as the stage began, and go back there.
+
+        Nothing else starts again: shards that are ready stay. False where something else has failed, or where the
+        learner dies of the same step for the third time.
+        """
+        if not error.lost or not isinstance(error, LearnerError | BatchLost) or self._deaths[self.step] >= MOST_DEATHS:
+            return False
+        self._deaths[self.step] += 1
+        self.progress.note(f"the learner is lost after step {self.step}: {error}")
+        self.progress.phase("starting the learner again")
+        checkpoint, state = self._last_checkpoint() or (None, self._start)
+        self.flow.rewind(state["step"] if state else self.step, keep=not isinstance(error, BatchLost))
+        for pool in (self.flow.services.rollouts, *self.self_teachers):
+            pool.withdraw()
+        await self.recorder.collect(wait=True)
+        self.learner.close()
+        self.learner = await self.start_learner()
+        await self.learner.ready()
+        if state is None:
+            return True  # nothing has been learnt or counted
+        if checkpoint:
+            await self.load(checkpoint, state)
+        else:
+            for pool in self.averages:
+                pool.renew()
+            await self._load_state(state)
+        self.counters.resume(state["tally"])
+        self.log.truncate_after(self.step)
+        truncate_samples(self.folder.path, self.step)
+        self.progress.note(f"the learner goes on from step {self.step}")
+        return True
+
+    def _last_checkpoint(self) -> Checkpoint | None:
+        """Of this stage, between two rounds."""
+        steps = {int(path.name.removeprefix("step-")): path for path in self.folder.all_checkpoints()}
+        between = [step for step in steps if step >= self.flow.first and not self._in_a_round(step)]
+        newest = self.folder.verified(steps[max(between)]) if between else None
+        return newest if newest and newest[1]["stage"] == self.stage else None
+
+    def _in_a_round(self, step: int) -> bool:
+        """Whether the generators then hold older weights than the learner's, which no checkpoint has."""
+        return (step - self.flow.first) % self.flow.composition.round_steps > 0
+
+    @property
+    def restarts(self) -> int:
+        """Of the learner."""
+        return self._deaths.total()
 
     @property
     def ended(self) -> bool:
@@ -133,9 +204,12 @@ class Driver:
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0 and not self.ended
 
-    def _long_unsaved(self) -> bool:
-        """Whether a death now would lose more than `checkpoint.minutes`. What trains does not depend on it."""
-        return not self.ended and time.monotonic() - self._saved >= 60 * self.config.checkpoint.minutes
+    def _unsaved(self) -> bool:
+        """Whether a checkpoint is due: by its steps, or since a death now would lose more than `checkpoint.minutes`, on
+        which nothing that trains depends. In a round it waits for its end."""
+        long = not self.ended and time.monotonic() - self._saved >= 60 * self.config.checkpoint.minutes
+        self._owed = self._owed or long or self._due(self.config.checkpoint.every)
+        return self._owed and not self._in_a_round(self.step)
 
     async def learn(self, shards: list[Shard]) -> StepReport:
         """One step on every trainable row, while the pools go on with what is in flight."""
@@ -173,8 +247,12 @@ class Driver:
         rollouts = self.flow.services.rollouts
         takers = [*([] if self.broadcasts else [rollouts]), *self.self_teachers]
         unread = done > 0 and "student" not in composition.generators and not self.self_teachers
-        in_a_round = done % composition.round_steps > 0
-        if not self.ended and (in_a_round or (unread and not self._due(self.config.eval.every))):
+        in_a_round = self._in_a_round(self.step)
+        holds = rollouts.version not in (
+            None,
+            UNPUBLISHED,
+        )  # weights of this stage: not so after its start, a resume or a death
+        if not self.ended and holds and (in_a_round or (unread and not self._due(self.config.eval.every))):
             return
         with clock("publish"):
             if self.broadcasts:
@@ -186,7 +264,7 @@ class Driver:
             if self.config.max_staleness == 0:
                 for pool in (rollouts, *self.self_teachers):
                     await pool.loaded()
-        if composition.restart and done and not self.ended:
+        if composition.restart and done and not in_a_round and not self.ended:
             await self.learner.restart()
 
     async def evaluate(self, clock: Stopwatch) -> None:
@@ -205,27 +283,34 @@ class Driver:
     async def save(self, clock: Stopwatch) -> None:
         with clock("checkpoint"), self.counters.paused(self.flow):
             await self.recorder.collect(wait=True)  # a resumed run goes on from a file that is whole
-            state = {
-                "step": self.step,
-                "stage": self.stage,
-                "first": self.flow.first,
-                "trigger": self.trigger.state() if self.trigger else None,
-                "skills": await self.skills.save() if self.skills else None,
-                "tally": self.counters.state(),  # a name that checkpoints of older releases have
-            }
-            await self.folder.save_checkpoint(self.step, state, self._write, self.config.checkpoint.keep)
-            self._saved = time.monotonic()
+            keep = self.config.checkpoint.keep
+            await self.folder.save_checkpoint(self.step, await self._state(), self._write, keep)
+            self._saved, self._owed = time.monotonic(), False
+
+    async def _state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside weights and optimizer."""
+        return {
+            "step": self.step,
+            "stage": self.stage,
+            "first": self.flow.first,
+            "trigger": self.trigger.state() if self.trigger else None,
+            "skills": await self.skills.save() if self.skills else None,
+            "tally": self.counters.state(),  # a name that checkpoints of older releases have
+        }
 
     async def _write(self, folder: Path) -> None:
         await self.learner.save(folder / "learner")
         for pool in self.averages:
-            await pool.replicas[0].ask("save_average", str(folder / f"{pool.name}.safetensors"))
+            await pool.first("save_average", str(folder / f"{pool.name}.safetensors"))
 
     async def load(self, checkpoint: Path, state: dict[str, Any]) -> None:
         """Continue from a checkpoint of this stage."""
         await self.learner.load(checkpoint / "learner")
         for pool in self.averages:
             await pool.ask("load_average", str(checkpoint / f"{pool.name}.safetensors"))
+        await self._load_state(state)
+
+    async def _load_state(self, state: dict[str, Any]) -> None:
         if self.trigger:
             self.trigger.resume(state["trigger"])
         if self.skills:

@@ -7,9 +7,10 @@ fresh optimizer.
 
 import asyncio
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from ..contracts.arrow import encode
 from ..contracts.config import Config, Teacher
 from ..contracts.own_code import package_of
 from ..contracts.records import Prompt, Sampling
+from .control.live_run import LiveRun
+from .control.server import ControlServer
 from .driver import Driver, standing
 from .flow.evaluation import EvalPlan, ProblemSet, evaluate
 from .flow.flow import Flow, Services
@@ -31,8 +34,8 @@ from .pools.in_process import InProcessBackend
 from .pools.pool import Pool
 from .pools.ray_backend import RayBackend
 from .pools.ray_cluster import cluster
-from .pools.replica import Backend
-from .pools.room import check_room
+from .pools.replica import Backend, Replica
+from .pools.self_teaching import adopt_average
 from .pools.services import (
     annotators,
     heads,
@@ -77,6 +80,7 @@ class Run:
     startup: Startup
     stack: ExitStack
     verifiers: Pool | None = None
+    live: LiveRun | None = None
     _log: MetricsLog | None = None
 
     def open(self) -> MetricsLog:
@@ -92,6 +96,8 @@ class Run:
             self._log.truncate_after(done)
             truncate_samples(self.folder.path, done)
             self.progress.note(f"metrics at {self._log.url}")
+            assert self.live
+            self.stack.enter_context(ControlServer(self.live, self.folder.path))
         return self._log
 
 
@@ -142,8 +148,9 @@ def _join(
     startup.phase("ray", "joining Ray" if address else "starting Ray")
     _take_own_code_along(config)
     stack.enter_context(cluster(address, startup.show))
-    check_room(needs_of(config, compositions))
-    return RayBackend()
+    backend = RayBackend()
+    backend.check_room(needs_of(config, compositions))
+    return backend
 
 
 def _take_own_code_along(config: Config) -> None:
@@ -164,6 +171,7 @@ def _saying_what_stands(folder: RunFolder, progress: Progress) -> Iterator[None]
 
 async def _stages(run: Run, compositions: list[Composition]) -> tuple[bool, dict[str, Any]]:
     """Drive one stage after the other, from the one that the checkpoint was in; whether all ended, and the summary."""
+    run.live = LiveRun(method_of(run.config), run.config.total_steps, run.backend, run.progress)
     if judges(run.config, compositions):
         run.verifiers = start_verifiers(run.config, run.backend)
         run.stack.callback(run.verifiers.close)
@@ -176,6 +184,8 @@ async def _stages(run: Run, compositions: list[Composition]) -> tuple[bool, dict
                 run.startup.phase("checkpoint", "loading the checkpoint")
                 await driver.load(*run.checkpoint)
             run.startup.end()
+            assert run.live
+            run.live.driver = driver
             with run.interrupt.saving():
                 finished = await driver.train()
             if not finished or number == last:
@@ -198,7 +208,8 @@ async def _assemble(run: Run, number: int, composition: Composition, first: int,
     if number:
         student = config.student.model_copy(update={"model": str(_left_by(run.folder, number - 1))})
         config = config.model_copy(update={"student": student})
-    learner, generators = await _start_student(run, config, composition, stack)
+    start_learner = partial(_start_learner, run, config, composition, stack)
+    learner, generators = await _start_student(run, config, composition, start_learner, stack)
     await generators["student"].check_room(run.inputs.longest)
     broadcasts = None
     if config.rollout.transfer == "broadcast":
@@ -211,7 +222,7 @@ async def _assemble(run: Run, number: int, composition: Composition, first: int,
     own = {name: pool for name, pool in teachers.items() if pool is not generators["student"]}
     await _ready(own, run, stack)
     if composition.scoring and composition.scoring.top_k:
-        await _note_largest_k(run, [own[name] for name in config.named_teachers if name in own])
+        await _note_largest_k(run, [own[name] for name in config.named_teachers if name in own and own[name].replicas])
     skills = await _skills(run, config, composition, stack)
     following = {name: t.follows for name, t in config.named_teachers.items() if name in own and t.follows}
     own_pools = own_services(composition, run.backend)
@@ -224,6 +235,7 @@ async def _assemble(run: Run, number: int, composition: Composition, first: int,
         prompts=run.prompts,
         teacher_of_row=[prompt.teacher for prompt in run.inputs.train],
         first=first,
+        tell=run.progress.note,
     )
     return Driver(
         config=config,
@@ -235,7 +247,7 @@ async def _assemble(run: Run, number: int, composition: Composition, first: int,
         verifiers=run.verifiers,
         broadcasts=broadcasts,
         self_teachers=[teachers[name] for name in following],
-        averages=[teachers[name] for name, follows in following.items() if follows == "ema"],
+        averages=[_averaging(run, teachers[name]) for name, follows in following.items() if follows == "ema"],
         problems=run.problems,
         plan=eval_plan(config),
         trigger=EntropyCollapse(stage.until) if stage.until else None,
@@ -245,17 +257,28 @@ async def _assemble(run: Run, number: int, composition: Composition, first: int,
         counters=run.counters,
         recorder=run.recorder,
         step=first,
+        start_learner=start_learner,
     )
 
 
-async def _start_student(
-    run: Run, config: Config, composition: Composition, stack: ExitStack
-) -> tuple[LearnerGroup, dict[str, Pool]]:
-    """The learner, the generators and the verifiers, which load side by side."""
-    run.startup.phase("placing", f"finding room for the learner of {config.method}")
+async def _start_learner(run: Run, config: Config, composition: Composition, stack: ExitStack) -> LearnerGroup:
+    """The learner, in its places. One that has died before leaves them first."""
     parts = (composition.terms, composition.correction, heads(config, composition), run.inputs.longest)
     learner = await LearnerGroup.start(config, run.backend, *parts, tell=run.progress.note)
     stack.callback(learner.close)
+    return learner
+
+
+async def _start_student(
+    run: Run,
+    config: Config,
+    composition: Composition,
+    start_learner: Callable[[], Awaitable[LearnerGroup]],
+    stack: ExitStack,
+) -> tuple[LearnerGroup, dict[str, Pool]]:
+    """The learner, the generators and the verifiers, which load side by side."""
+    run.startup.phase("placing", f"finding room for the learner of {config.method}")
+    learner = await start_learner()
     generators = stage_generators(config, composition, run.backend)
     run.startup.phase("learner", f"loading the learner of {config.method}")
     await learner.ready()
@@ -265,6 +288,18 @@ async def _start_student(
         run.startup.phase("verifiers", "starting the verifiers")
         await run.verifiers.ready(run.progress.note)
     return learner, generators
+
+
+def _averaging(run: Run, pool: Pool) -> Pool:
+    """A pool whose later replicas go on from the average of the others."""
+    pool.adopt = partial(_adopt_average, run, pool)
+    return pool
+
+
+async def _adopt_average(run: Run, pool: Pool, newcomer: Replica, peers: Sequence[Replica]) -> int | None:
+    saved = [folder / f"{pool.name}.safetensors" for folder in run.folder.all_checkpoints()]
+    own = [file for file in saved if file.is_file()]
+    return await adopt_average(newcomer, peers, pool.name, own, run.progress.note)
 
 
 async def _note_largest_k(run: Run, teachers: Sequence[Pool]) -> None:

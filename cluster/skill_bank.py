@@ -99,7 +99,7 @@ class SkillBank:
         await self._refresh_others()
 
     async def _first(self, method: str, *args: Any) -> Any:
-        return await self.pool.replicas[0].ask(method, *args)
+        return await self.pool.first(method, *args)
 
     async def _refresh_others(self) -> None:
         """Only the first replica writes; the others read what it has written."""

@@ -9,6 +9,9 @@ everything else is ours or the machine's (exit code 1).
 class TutorloopError(Exception):
     """Rule, value found, remedy. Example: `DataError("every row needs a prompt", "row 7 has keys ['q']", "set …")`."""
 
+    lost = False  # of a call: its replica has died, or its answer can no longer be read
+    again = False  # of a call: another replica may manage it
+
     def __init__(self, rule: str, found: str = "", remedy: str = "") -> None:
         super().__init__(rule, found, remedy)
         self.rule, self.found, self.remedy = rule, found, remedy
@@ -76,6 +79,14 @@ class ServiceError(TutorloopError, RuntimeError):
 
 class LearnerError(TutorloopError, RuntimeError):
     """The learner failed."""
+
+
+class BatchLost(TutorloopError, RuntimeError):
+    """A batch that a call was to read is gone with the machine that held it."""
+
+
+class Quarantined(TutorloopError, RuntimeError):
+    """A call has taken down as many replicas as it may."""
 
 
 class NotFinite(TutorloopError, ArithmeticError):

@@ -27,6 +27,27 @@ class Pool(Section):
     replicas: int = Field(default=1, ge=1, description="actors in the pool")
     num_cpus: float = Field(default=0.2, ge=0, description="CPUs that Ray reserves for each; threads: docs/cluster.md")
     num_gpus: float = Field(default=0, ge=0, description="GPUs of each; more than 0 runs the model on CUDA")
+    min_replicas: int = Field(
+        default=1, ge=0, description="fewest that `tutorloop scale` may ask for; 0: none while nothing is asked of it"
+    )
+    max_replicas: int | None = Field(
+        default=None, ge=1, description="most that `tutorloop scale` may ask for; null: as many as the cluster has"
+    )
+    deadline_seconds: float = Field(
+        default=600, gt=0, description="a replica whose call takes longer is replaced; more where calls do take long"
+    )
+    max_attempts: int = Field(default=3, ge=1, description="how often a call is made before the run ends for it")
+    max_restarts_per_minute: int = Field(
+        default=10, ge=0, description="replicas that are replaced within a minute before the run ends for it"
+    )
+
+    @model_validator(mode="after")
+    def _bounds(self) -> "Pool":
+        most = self.replicas if self.max_replicas is None else self.max_replicas
+        if not self.min_replicas <= self.replicas <= most:
+            found = {"found": f"{self.min_replicas} ≤ {self.replicas} ≤ {most}"}
+            raise PydanticCustomError("bounds", "min_replicas ≤ replicas ≤ max_replicas (found {found})", found)
+        return self
 
 
 class ModelPool(Pool):

@@ -8,10 +8,11 @@ Of a student with adapters (models/lora.py) the average is that of the factors A
 is ours too. It stays as small as the adapters, and the products of the factors' averages have the adapters' rank.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -55,11 +56,12 @@ class LiveWeights:
             raise WeightsMismatch("a teacher scores with proven weights only", "its last load failed")
 
     def take(self, buckets: Sequence[WeightBucket], manifest: WeightManifest) -> None:
-        """Have the engine take a version in and prove it; one that is not newer is ignored.
+        """Have the engine take a version in and prove it; the one that it holds is ignored. An older one comes after a
+        death of the learner, which goes on from there.
 
         Raises WeightsMismatch; the next good version heals the model.
         """
-        if manifest.version <= self._taken:
+        if manifest.version == self._taken:
             return
         self._proven = False
         self.engine.load_weights(buckets, manifest)
@@ -76,11 +78,11 @@ class EmaWeights(LiveWeights):
 
     @torch.no_grad()
     def take(self, buckets: Sequence[WeightBucket], manifest: WeightManifest) -> None:
-        """And average: the model holds the new version for a moment, and then the average again."""
-        before = self._taken
-        super().take(buckets, manifest)
-        if self._taken == before:
+        """And average: the model holds the new version for a moment, and then the average again. One that is not newer
+        is in the average."""
+        if manifest.version <= self._taken:
             return
+        super().take(buckets, manifest)
         parameters = self.weights.parameters
         if not self.average:
             self.average = {name: own.to(torch.float32, copy=True) for name, own in parameters.items()}
@@ -96,7 +98,16 @@ class EmaWeights(LiveWeights):
             raise TeacherError("an average is saved once a version has been taken", "none yet")
         save_file(self.average, path, {"version": str(self._taken)})
 
-    @torch.no_grad()
+    def share(self) -> tuple[dict[str, np.ndarray], int]:
+        """The average and its version, for a replica that comes later. Raises TeacherError where there is none yet."""
+        if not self.average:
+            raise TeacherError("an average is shared once a version has been taken", "none yet")
+        return {name: own.cpu().numpy() for name, own in self.average.items()}, self._taken
+
+    def adopt(self, average: Mapping[str, np.ndarray], version: int) -> None:
+        """Go on from what another replica shared."""
+        self._hold({name: torch.from_numpy(own.copy()).to(self.device) for name, own in average.items()}, version)
+
     def load(self, path: str | Path) -> None:
         """Go on from a saved average. Raises CheckpointError."""
         average: dict[str, torch.Tensor] = {}
@@ -110,6 +121,10 @@ class EmaWeights(LiveWeights):
         shapes = {name: own.shape for name, own in self.weights.parameters.items()}
         if shapes != {name: own.shape for name, own in average.items()}:
             raise CheckpointError("a teacher's average is of its model's parameters", str(path), "resume the same run")
+        self._hold(average, version)
+
+    @torch.no_grad()
+    def _hold(self, average: dict[str, torch.Tensor], version: int) -> None:
         self.average, self._taken, self._proven = average, version, True
         for name, own in self.weights.parameters.items():
             own.copy_(average[name])

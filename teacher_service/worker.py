@@ -2,12 +2,13 @@
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from threading import Lock
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from ..contracts.arrow import decode, encode
@@ -163,9 +164,19 @@ class TeacherWorker:
         """Write an ema teacher's average, for a checkpoint. Raises TeacherError."""
         self._average.save(path)
 
-    def load_average(self, path: str) -> None:
-        """Go on from a checkpoint's average. Raises CheckpointError, TeacherError."""
+    def load_average(self, path: str) -> int:
+        """Go on from a checkpoint's average; its version. Raises CheckpointError, TeacherError."""
         self._average.load(path)
+        return self.version
+
+    def share_average(self) -> Iterator[Any]:
+        """An ema teacher's average, then its version. Raises TeacherError."""
+        yield from self._average.share()
+
+    def adopt_average(self, version: int, average: Mapping[str, np.ndarray]) -> int:
+        """Go on from another replica's average; its version. Raises TeacherError."""
+        self._average.adopt(average, version)
+        return version
 
     @property
     def _following(self) -> LiveWeights:

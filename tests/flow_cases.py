@@ -44,7 +44,7 @@ class StandIn:
 
     def __init__(self, name, world):
         self.name, self.world = name, world
-        self.replicas, self.queue_depth, self.tokens, self.errors, self.busy = [name], 0, 0, Counter(), BusyTime(1)
+        self.replicas, self.queue_depth, self.tokens, self.errors, self.busy = [name], 0, 0, Counter(), BusyTime([0])
 
     async def call(self, method, cost, *, counted=True, **arguments):
         assert method == {"verifier": "judge", "skills": "retrieve"}.get(

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ...contracts.arrow import encode
+from ...contracts.errors import BatchLost, Quarantined
 from ...contracts.receipts import RolloutReceipt
 from ...contracts.records import Prompt, SampleRequest, Sampling, seed_of
 from ..pools.failure import first_of
@@ -17,6 +18,7 @@ from ..pools.replica import Backend
 from ..recording.metrics import EvalRow
 from ..recording.recorder import Lines, Recorder
 from ..recording.statistics import summarise
+from .shard import MOST_BEGINNINGS
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,7 @@ class Found:
     correct: np.ndarray  # bool [N, k]
     answers: list[list[str]]
     generated: list[RolloutReceipt] = field(default_factory=list)
-    lines: dict[int, Lines] = field(default_factory=dict)  # for rollouts.jsonl, by part
+    lines: dict[tuple[int, ...], Lines] = field(default_factory=dict)  # for rollouts.jsonl, by part
 
 
 async def evaluate(
@@ -72,7 +74,7 @@ async def evaluate(
         start = time.monotonic()
         known = {"kind": "eval", "step": step, "model": model, "split": problems.split}
         found = await _judged(problems, plan, generators, verifiers, recorder, known)
-        responses = sum(receipt.rows for receipt in found.generated)
+        responses = max(1, sum(receipt.rows for receipt in found.generated))
         answered = sum(bool(answer) for row in found.answers for answer in row)
         rows.append(
             EvalRow(
@@ -104,14 +106,29 @@ async def _judged(
     correct = np.zeros((problems.count, plan.samples), bool)
     found = Found(correct=correct, answers=[[""] * plan.samples for _ in range(problems.count)])
 
-    async def judge(number: int, part: tuple[SampleRequest, ...]) -> None:
+    async def judge(number: tuple[int, ...], part: tuple[SampleRequest, ...], begun: int = 1) -> None:
+        """As a shard goes its way: once more where a batch is lost, cut where it takes replicas down. A single response
+        that does is a wrong one."""
+        try:
+            await judge_whole(number, part)
+        except BatchLost:
+            if begun == MOST_BEGINNINGS:
+                raise
+            await judge(number, part, begun + 1)
+        except Quarantined as error:
+            if len(part) == 1:
+                generators.members.tell(f"{part[0].rollout_id} counts as wrong: {error}")
+            for i, request in enumerate(part if len(part) > 1 else ()):
+                await judge((*number, i), (request,))
+
+    async def judge_whole(number: tuple[int, ...], part: tuple[SampleRequest, ...]) -> None:
         asked = {"prompts": problems.prompts, "requests": part, "sampling": plan.sampling}
         rollouts, generated = await generators.call("generate", len(part), counted=False, **asked)
         generated.check_rows(len(part))
-        found.generated.append(generated)
         read = {"rollouts": rollouts, "prompts": problems.prompts}
         verdicts, judged = await verifiers.call("judge", len(part), counted=False, **read)
         judged.check_rows(len(part))
+        found.generated.append(generated)
         for request, passed, answer in zip(part, judged.passed, judged.answers, strict=True):
             correct[request.row, request.sample_index] = passed
             found.answers[request.row][request.sample_index] = answer
@@ -123,7 +140,7 @@ async def _judged(
     try:
         async with asyncio.TaskGroup() as group:
             for number, start in enumerate(range(0, len(requests), size)):
-                group.create_task(judge(number, tuple(requests[start : start + size])))
+                group.create_task(judge((number,), tuple(requests[start : start + size])))
     except ExceptionGroup as errors:
         raise first_of(errors) from None
     return found

@@ -18,14 +18,16 @@ from typing import Any
 import numpy as np
 
 from ...contracts.config import Config
-from ...contracts.errors import NotFinite
+from ...contracts.errors import BatchLost, NotFinite, Quarantined
 from ...contracts.records import SampleRequest, TrainRow, seed_of
+from ...contracts.status import StepStatus
 from ..data import PromptOrder
 from ..methods.parts.annotations import PROMPTS, ROLLOUTS, ROWS, VERDICTS, Annotation
 from ..methods.parts.composition import Composition, SampleSpec, natural
 from ..pools.failure import Failure, first_of
 from ..pools.pool import Pool
-from .shard import Shard, summaries_of
+from ..pools.room import Tell, say
+from .shard import ALONE, MOST_BEGINNINGS, Shard, summaries_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +62,9 @@ class Flow:
         prompts: Any,
         teacher_of_row: Sequence[str],
         first: int,
+        tell: Tell = say,
     ) -> None:
+        self.tell = tell
         self.config, self.composition, self.services = config, composition, services
         self.annotations = [one for one in composition.annotations if services.annotators.get(one.service)]
         self.prompts, self.teacher_of_row = prompts, teacher_of_row
@@ -72,6 +76,9 @@ class Flow:
         self.stale: list[Shard] = []  # of the step last taken
         self.scored_by_rollouts = 0  # tokens, by a teacher that shares the rollout pool
         self.failure = Failure()
+        self.now = asyncio.get_running_loop().time
+        self._asked: dict[int, float] = {}  # step → when its prompts were asked for
+        self._taken: tuple[int, list[Shard]] | None = None  # what the learner was given last
         self._steps: dict[int, asyncio.Task[None]] = {}  # done once all shards of a step are ready
 
     @property
@@ -83,6 +90,24 @@ class Flow:
         """Shards that are ready and not yet taken."""
         return sum(shard.ready for shards in self.shards.values() for shard in shards)
 
+    def in_flight(self) -> list[StepStatus]:
+        """What the steps in flight wait for; from any thread."""
+        found = []
+        for step, shards in sorted(self.shards.items()):
+            own = list(shards)
+            waits = Counter(name for shard in own if not shard.quarantined for name in self._missing(shard))
+            ready = sum(shard.ready or shard.quarantined for shard in own)
+            seconds = self.now() - self._asked[step]
+            found.append(StepStatus(step=step, seconds=seconds, shards=len(own), ready=ready, waits_for=waits))
+        return found
+
+    def _missing(self, shard: Shard) -> list[str]:
+        """The services that a shard waits for; while it is generated only the generators."""
+        if shard.generated is None:
+            return [self.services.generators[shard.source].name]
+        asked = [one for one in self.annotations if shard.source in one.sources]
+        return [own.service for own in asked if not any(name.split(".")[0] == own.name for name in list(shard.batches))]
+
     # ---- asking ----
 
     def admit(self, steps_done: int) -> None:
@@ -90,8 +115,9 @@ class Flow:
         until = min(steps_done + self.config.max_staleness, self.last - 1)
         while self.admitted <= until:
             step, self.admitted = self.admitted, self.admitted + 1
-            self.shards[step] = []
-            self._steps[step] = asyncio.create_task(self._step(step))
+            if step not in self._steps:  # else it was kept when the run went back
+                self.shards[step], self._asked[step] = [], self.now()
+                self._steps[step] = asyncio.create_task(self._step(step))
 
     async def _step(self, step: int) -> None:
         """All shards of a step, those among them that others ask for on top."""
@@ -130,9 +156,39 @@ class Flow:
         for own in by_source.values():
             shard = Shard(step, tuple(own), attempt)
             self.shards[step].append(shard)
-            group.create_task(self._way(shard, group))
+            group.create_task(self._go(shard, group))
 
     # ---- a shard's way ----
+
+    async def _go(self, shard: Shard, step: asyncio.TaskGroup) -> None:
+        """Its way; once more from the start where a batch was lost with its machine. A shard that takes replicas down
+        is cut into its rollouts, so that the one that does can be told from the others."""
+        try:
+            await self._way(shard, step)
+        except Exception as failed:
+            error = first_of(failed)
+            if isinstance(error, BatchLost) and shard.begun < MOST_BEGINNINGS:
+                shard.begin_again()
+                await self._go(shard, step)
+            elif isinstance(error, Quarantined):
+                if self._wanted(shard):
+                    self._cut(shard, step, error)
+            else:
+                raise
+
+    def _wanted(self, shard: Shard) -> bool:
+        """Whether its step still is: one that is let go may have a last turn of the loop."""
+        return shard in self.shards.get(shard.step, ())
+
+    def _cut(self, shard: Shard, step: asyncio.TaskGroup, error: Quarantined) -> None:
+        """In place of a shard, its rollouts one by one; a single one is dropped."""
+        if len(shard.requests) > 1:
+            self.shards[shard.step].remove(shard)
+            for request in shard.requests:
+                self._begin(shard.step, [request], step, ALONE)
+        else:
+            shard.quarantined = True
+            self.tell(f"rollout {shard.requests[0].rollout_id} is dropped: {error}")
 
     async def _way(self, shard: Shard, step: asyncio.TaskGroup) -> None:
         """Generated, then annotated, each annotation as soon as what it reads is there; then what its verdicts ask for
@@ -142,9 +198,11 @@ class Flow:
             made[ROLLOUTS] = group.create_task(self._generate(shard))
             for annotation in [one for one in self.annotations if shard.source in one.sources]:
                 made[annotation.name] = group.create_task(self._annotate(shard, annotation, made))
-            if VERDICTS in made and self.composition.follow_up:
+            if VERDICTS in made and self.composition.follow_up and not shard.alone and not shard.followed:
                 await made[VERDICTS]
-                self._follow_up(shard, step)
+                if self._wanted(shard):
+                    shard.followed = True
+                    self._follow_up(shard, step)
         shard.ready = True
 
     async def _generate(self, shard: Shard) -> Any:
@@ -170,8 +228,8 @@ class Flow:
     async def _ask(self, shard: Shard, annotation: Annotation, name: str, pool: Pool, read: Mapping[str, Any]) -> Any:
         tokens = sum(shard.generated.lengths) if shard.generated and ROLLOUTS in read else len(shard.requests)
         shared = pool is self.services.rollouts  # whose own figures are those of generating
-        given = {**read, **annotation.given}
-        batch, receipt = await pool.call(annotation.method, annotation.cost * tokens, counted=not shared, **given)
+        given = {**read, **annotation.given, "counted": not shared}
+        batch, receipt = await pool.call(annotation.method, annotation.cost * tokens, **given)
         shard.add(f"{annotation.name}.{name}" if name else annotation.name, batch, receipt, annotation)
         self.scored_by_rollouts += receipt.tokens if shared else 0
         return batch
@@ -207,6 +265,10 @@ class Flow:
         del self._steps[step]
         bound = self.config.max_staleness + self.composition.round_steps - 1
         shards = sorted(self.shards.pop(step), key=lambda shard: natural(shard.requests[0].rollout_id))
+        self._taken = (step, list(shards))
+        for shard in [shard for shard in shards if shard.quarantined]:
+            self.dropped["quarantined"] += 1
+            shards.remove(shard)
         self.stale = [shard for shard in shards if shard.staleness(step) > bound]
         for shard in self.stale:
             shard.outcomes = ["stale"] * len(shard.requests)
@@ -240,12 +302,33 @@ class Flow:
                 rows.append((length, TrainRow(batch=batch, row=row, **own)))
         return rows
 
+    def rewind(self, step: int, keep: bool) -> None:
+        """Go back to `step` steps done: those since are asked for again. What the learner was given last stays, where
+        `keep`, as does every later step that is ready; of the others those that the bound does not allow yet are let
+        go, and counted."""
+        self.dropped.clear()  # of steps that are taken again
+        bound = step + self.config.max_staleness
+        if keep and self._taken:
+            taken, self.shards[taken] = self._taken[0], self._taken[1]
+            self._steps[taken] = asyncio.create_task(_nothing())
+        for later in [later for later, task in self._steps.items() if later > bound and not self._ready(later)]:
+            self._steps.pop(later).cancel()
+            self._drop(self.shards.pop(later), "learner_restarted")
+        self.admitted = step
+
+    def _ready(self, step: int) -> bool:
+        return all(shard.ready or shard.quarantined for shard in self.shards[step]) and bool(self.shards[step])
+
+    def _drop(self, shards: Iterable[Shard], reason: str) -> None:
+        for shard in shards:
+            self.dropped[reason] += shard.generated.rows if shard.generated else 0
+
     def abandon(self, reason: str) -> None:
         """Nothing in flight will be trained: count what was generated. A resumed run generates it again."""
         for task in self._steps.values():
             task.cancel()
-        for shard in (shard for shards in self.shards.values() for shard in shards):
-            self.dropped[reason] += shard.generated.rows if shard.generated else 0
+        for shards in self.shards.values():
+            self._drop(shards, reason)
         self._steps.clear()
         self.shards.clear()
 
@@ -265,3 +348,7 @@ def _request(rollout_id: str, group: str, sample: int, row: int, seed: int, spec
         source=spec.source,
         context=spec.context,
     )
+
+
+async def _nothing() -> None:
+    """The task of a step whose shards are ready."""

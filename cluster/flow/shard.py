@@ -13,6 +13,8 @@ from ...contracts.records import SampleRequest
 from ..methods.parts.annotations import ROLLOUTS, SKILLS, VERDICTS, Annotation
 from ..methods.parts.composition import Credit, RolloutSummary
 
+ALONE = 0
+MOST_BEGINNINGS = 3  # of a shard whose batches are lost
 OF_VERDICTS = {"rewards": "reward", "passed": "passed", "abstained": "abstained", "answers": "answer", "paths": "path"}
 
 
@@ -23,12 +25,25 @@ class Shard:
 
     step: int
     requests: tuple[SampleRequest, ...]
-    attempt: int = 1  # 2 and more: a follow-up
+    attempt: int = 1  # 2 and more: a follow-up; ALONE: one rollout of a shard that has taken replicas down
+    begun: int = 1  # times that it was begun: more where a batch was lost
+    followed: bool = False  # what its verdicts ask for on top is asked for
     batches: dict[str, Any] = field(default_factory=dict)
     receipts: dict[str, Receipt] = field(default_factory=dict)
     to_learner: dict[str, str] = field(default_factory=dict)  # which of the batches the learner reads, as what
     ready: bool = False
+    quarantined: bool = False  # it took replicas down, and is dropped
     outcomes: list[Credit | str] = field(default_factory=list)  # what each rollout trains with, or why it does not
+
+    @property
+    def alone(self) -> bool:
+        return self.attempt == ALONE
+
+    def begin_again(self) -> None:
+        """What was made of it is lost."""
+        self.begun += 1
+        for known in (self.batches, self.receipts, self.to_learner):
+            known.clear()
 
     @property
     def source(self) -> str:

@@ -1,8 +1,8 @@
 """The first failure of what goes on in the background. Whoever waits for something else hears it at once."""
 
 import asyncio
-from collections.abc import Awaitable
-from typing import TypeVar
+from collections.abc import Awaitable, Coroutine
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -40,3 +40,10 @@ def first_of(error: BaseException) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
+
+
+def kept(work: Coroutine[Any, Any, None], tasks: set[asyncio.Task[None]]) -> None:
+    """A task of it, among `tasks` until it has ended: asyncio itself holds no reference."""
+    task = asyncio.create_task(work)
+    tasks.add(task)
+    task.add_done_callback(tasks.discard)

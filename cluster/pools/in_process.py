@@ -33,7 +33,7 @@ class InProcessReplica:
     """A worker of this process."""
 
     def __init__(self, worker: Any) -> None:
-        self.worker = worker
+        self.worker, self.where = worker, f"pid {os.getpid()}"
 
     def ready(self) -> Awaitable[None]:
         return _made(lambda: None)
@@ -68,6 +68,9 @@ class InProcessBackend:
     def __init__(self) -> None:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         torch.set_num_threads(1)  # as in an actor; a model that works on more says so (threads.py)
+
+    def check_room(self, needs: Sequence[Need]) -> None:
+        """All share this process."""
 
     def put(self, value: Any) -> Any:
         return value

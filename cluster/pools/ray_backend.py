@@ -1,6 +1,7 @@
 """Replicas as actors on a Ray cluster, batches in its object store; Ray's failures as errors named after the pool."""
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
@@ -10,17 +11,18 @@ from typing import Any
 import psutil
 import ray
 from ray import ObjectRef
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import ObjectLostError, OwnerDiedError, RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from ...contracts.errors import LearnerError, RolloutError, TutorloopError
+from ...contracts.errors import BatchLost, LearnerError, RolloutError, TutorloopError
 from ...contracts.receipts import Receipt
 from .deaths import first_line, obituary, tail_of
 from .ports import free_port
 from .replica import Replica
-from .room import Need, Tell, wait_for_actors, wait_for_groups
+from .room import Need, Tell, check_room, wait_for_actors, wait_for_groups
 
+GONE = (ObjectLostError, OwnerDiedError)
 names: dict[str, str] = {}  # actor id → what it is called: replica 1 of 2 of the rollout pool
 
 
@@ -28,7 +30,7 @@ class RayReplica:
     """An actor, and the placement group that ends with it."""
 
     def __init__(self, actor: Any, error_type: type[TutorloopError], who: str, group: PlacementGroup | None) -> None:
-        self.actor, self.group = actor, group
+        self.actor, self.group, self.where = actor, group, ""
         self._error_type, self._who = error_type, who
 
     def ready(self) -> Awaitable[None]:
@@ -53,6 +55,7 @@ class RayReplica:
         ray.kill(self.actor)
         if self.group:
             remove_placement_group(self.group)
+            self.group = None
 
     def _answer(self, ref: ObjectRef) -> asyncio.Future[Any]:
         return _answer(ref, self._error_type, self._who)
@@ -62,6 +65,7 @@ class RayBackend:
     """See replica.py: Backend."""
 
     put = staticmethod(ray.put)
+    check_room = staticmethod(check_room)
 
     def run(self, function: Callable[..., Any], *args: Any) -> Awaitable[Any]:
         return _answer(_task(function).remote(*args), RolloutError, "task")
@@ -89,7 +93,8 @@ class RayBackend:
         if groups := [replica.group for replica in own if replica.group]:
             await wait_for_groups(f"{need.pool} pool", need.each, groups, tell)
         await wait_for_actors(f"{need.pool} pool", need.each, [replica.actor for replica in own], tell)
-        await asyncio.gather(*(replica.ready() for replica in own))
+        for replica, where in zip(own, await asyncio.gather(*(replica.ask("started") for replica in own)), strict=True):
+            replica.where = where
 
     async def start_ranks(
         self, worker: type, need: Need, arguments: Callable[[int, str, int], dict[str, Any]], tell: Tell
@@ -135,9 +140,10 @@ def _make_actor(who: str, worker: type, options: dict[str, Any], arguments: dict
             except Exception as error:
                 self.__raised = error
 
-        def started(self) -> None:
+        def started(self) -> str:
             if self.__raised is not None:
                 raise self.__raised
+            return f"pid {os.getpid()} on {ray.util.get_node_ip_address()}"
 
     Actor.__name__ = Actor.__qualname__ = worker.__name__
     actor = ray.remote(Actor).options(**options).remote(**arguments)
@@ -196,17 +202,28 @@ def _answer(ref: ObjectRef, error_type: type[TutorloopError], who: str) -> async
 
 def failure_of(error: RayError, error_type: type[TutorloopError], who: str) -> TutorloopError:
     """Ray's failure as one of ours."""
+    finishes = f"the {who} must finish its call"
     if isinstance(error, RayTaskError):
         cause = error.cause if isinstance(error.cause, BaseException) else None
         if isinstance(cause, TutorloopError):
             return cause
-        return error_type(f"the {who} must finish its call", _text_of(error, cause))
+        if isinstance(cause, GONE):
+            return BatchLost("a batch is there until it is trained", first_line(str(cause)))
+        return _marked(error_type(finishes, _text_of(error, cause)), again=True)
     if isinstance(error, RayActorError):
         if error._actor_init_failed:  # before its constructor: the class could not be read there
             return error_type(f"the {who} must start", "\n".join(tail_of(str(error), 6)))
         name = names.get(error.actor_id or "", f"an actor of the {who}")
-        return error_type(f"the {who} keeps its actors", obituary(name, error.actor_id, str(error)))
-    return error_type(f"the {who} must finish its call", first_line(str(error)))  # an object is lost, a node has died
+        said = obituary(name, error.actor_id, str(error))
+        return _marked(error_type(f"the {who} keeps its actors", said), lost=True)
+    if isinstance(error, GONE):
+        return BatchLost("a batch is there until it is trained", first_line(str(error)))
+    return _marked(error_type(finishes, first_line(str(error))), lost=True)  # its node has died
+
+
+def _marked(error: TutorloopError, lost: bool = False, again: bool = False) -> TutorloopError:
+    error.lost, error.again = lost, lost or again
+    return error
 
 
 def _text_of(error: RayTaskError, cause: BaseException | None) -> str:

@@ -7,8 +7,8 @@ alone would join whatever cluster stands on the machine.
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from typing import Any, ClassVar
 
 import ray
 from ray._private import services, worker
@@ -16,6 +16,7 @@ from ray._private import services, worker
 from ..interrupt import unbroken
 from .address import find, prove
 from .deaths import first_line
+from .orphans import ended_with_us
 from .ray_backend import names
 from .room import say
 from .surroundings import check_shared_memory, give_token, temp_dir
@@ -44,27 +45,36 @@ def cluster(address: str | None, tell: Callable[[str], None] = say) -> Iterator[
         give_token(os.environ)
         check_shared_memory(os.environ, tell, folder)
         options |= {"address": "local", "include_dashboard": False, "_temp_dir": folder}
-    try:
+    with ExitStack() as stack:
+        stack.callback(_leave)
         try:
-            with unbroken(), _quiet_and_apart():
+            with unbroken(), _quiet_and_apart() as groups:
                 ray.init(**options)
+                if groups:
+                    stack.enter_context(ended_with_us(groups))
+                    stack.callback(_leave)  # before nobody watches any more
         except (ConnectionError, ValueError, RuntimeError) as error:
             if not running:
                 raise
             running.refuse(first_line(str(error)))
         yield
-    finally:
-        with unbroken():
-            ray.shutdown()
-        names.clear()
+
+
+def _leave() -> None:
+    with unbroken():
+        ray.shutdown()
+    names.clear()
 
 
 class _Apart(services.ConsolePopen):
     """A process of Ray's in a group of its own: what ends the command's group (a terminal's Ctrl-C, `timeout`, a
     shell's `kill %1`) must not end Ray before the run has saved."""
 
+    groups: ClassVar[list[int]] = []
+
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options, process_group=0)
+        self.groups.append(self.pid)
 
 
 def _nothing(*_: Any, **__: Any) -> None:
@@ -72,11 +82,12 @@ def _nothing(*_: Any, **__: Any) -> None:
 
 
 @contextmanager
-def _quiet_and_apart() -> Iterator[None]:
-    """Ray has no setting for either."""
+def _quiet_and_apart() -> Iterator[list[int]]:
+    """Ray has no setting for either. The groups of the processes that were started."""
     worker.print_to_stdstream = _nothing
     before, services.ConsolePopen = services.ConsolePopen, _Apart
+    _Apart.groups.clear()
     try:
-        yield
+        yield _Apart.groups
     finally:
         services.ConsolePopen = before

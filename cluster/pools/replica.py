@@ -14,7 +14,9 @@ from .room import Need, Tell
 
 class Replica(Protocol):
     """A call begins at once. What it raises is heard by whoever awaits its answer: an error of ours as itself, a lost
-    replica as the error of its pool."""
+    replica as the error of its pool, with `lost`. `where`: its process and machine, "" while that is not known."""
+
+    where: str
 
     def ready(self) -> Awaitable[None]:
         """Once its worker has loaded. Raises what the constructor raised."""
@@ -43,6 +45,10 @@ class Replica(Protocol):
 
 class Backend(Protocol):
     """Where a run's replicas are."""
+
+    def check_room(self, needs: Sequence[Need]) -> None:
+        """Raises ResourceError where there is less than all these ask for."""
+        ...
 
     def put(self, value: Any) -> Any:
         """A reference to it."""

@@ -1,6 +1,8 @@
-"""A live self-teacher without a pool of its own: the rollout replicas, which hold the student's weights, score too."""
+"""Self-teachers: one without a pool of its own, whose rollout replicas score too, since they hold the student's
+weights; and how a new replica of one that averages comes by the average."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -10,6 +12,8 @@ from ...contracts.receipts import ScoreReceipt
 from ...contracts.records import ScoreRequest
 from ...contracts.sections import THINKING
 from ...teacher_service.worker import TeacherWorker
+from .replica import Replica
+from .room import Tell
 
 
 class SelfTeachingWorker(RolloutWorker):
@@ -56,3 +60,19 @@ class SelfTeachingWorker(RolloutWorker):
     ) -> tuple[pa.RecordBatch, ScoreReceipt]:
         """As teacher_service.worker.TeacherWorker.score, by the weights that this replica holds."""
         return self.teacher.score(rollouts, request, prompts, verdicts, skills)
+
+
+async def adopt_average(
+    newcomer: Replica, peers: Sequence[Replica], name: str, saved: Sequence[Path], tell: Tell
+) -> int | None:
+    """The version of the average that a new replica of the pool `name` goes on from: a peer's, else that of the last
+    checkpoint that has one (`saved`, the oldest first). None where there is neither: it begins anew, which is said."""
+    if peers:
+        (average,), version = await peers[0].stream("share_average")
+        tell(f"a new replica of the {name} pool has the average of another")
+        return await newcomer.ask("adopt_average", version, average)
+    if saved:
+        tell(f"a new replica of the {name} pool has the average of {saved[-1].parent.name}: no other was left")
+        return await newcomer.ask("load_average", str(saved[-1]))
+    tell(f"a new replica of the {name} pool begins its average anew: no other and no checkpoint was left")
+    return None

@@ -81,7 +81,7 @@ class Claim:
             except (FileExistsError, FileNotFoundError):  # another was faster, or has left meanwhile
                 continue
             try:
-                _write(handle, _ourselves())
+                _write(handle, ourselves())
             except OSError:
                 _file(folder, number + 1).unlink()
                 os.close(handle)
@@ -117,7 +117,7 @@ class Claim:
                 if self._number == 1:
                     own.unlink()
                 else:
-                    _write(self._handle, _ourselves(ended=True))
+                    _write(self._handle, ourselves(ended=True))
         os.close(self._handle)
         _remove(self._made)
 
@@ -153,8 +153,8 @@ def _wait_for_the_end(path: Path, tell: Callable[[str], None]) -> None:
         holder, touched = _read(path)
         if holder and holder.ended:
             return
-        if holder and holder.machine == _machine():
-            if _began(holder.pid) in (holder.started, "unknown"):
+        if holder and holder.machine == machine():
+            if began(holder.pid) in (holder.started, "unknown"):
                 raise _held(path, holder)
             break
         if touched != first:
@@ -209,13 +209,13 @@ def _remove(made: list[Path]) -> None:
             folder.rmdir()
 
 
-def _ourselves(ended: bool = False) -> Holder:
+def ourselves(ended: bool = False) -> Holder:
     pid, now = os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S %z")
-    began = _began(pid) or "unknown"
-    return Holder(host=socket.gethostname(), machine=_machine(), pid=pid, started=began, since=now, ended=ended)
+    started = began(pid) or "unknown"
+    return Holder(host=socket.gethostname(), machine=machine(), pid=pid, started=started, since=now, ended=ended)
 
 
-def _machine() -> str:
+def machine() -> str:
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot}/{os.readlink('/proc/self/ns/pid')}"  # two containers may give one id to two processes
@@ -223,7 +223,7 @@ def _machine() -> str:
         return f"{socket.gethostname()}/{psutil.boot_time():.0f}"
 
 
-def _began(pid: int) -> str | None:
+def began(pid: int) -> str | None:
     """When a process began, as its kernel counts; None where it is gone, or waits for its parent to hear of it."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")

@@ -8,6 +8,7 @@ with its control characters escaped, and never read as markup.
 
 import re
 import unicodedata
+from collections import deque
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
@@ -24,6 +25,7 @@ from .metrics import EvalRow, StepRow
 SECONDS_BETWEEN_LINES = 10.0
 SHARE_BETWEEN_LINES = 0.05  # of all steps
 STARTING = "starting"
+KEPT_NOTES = 20
 SPLITS = {"in_distribution": "in distribution", "out_of_distribution": "out of distribution"}
 
 
@@ -31,7 +33,7 @@ class Progress:
     """Shows a run's rows as they come: `with Progress(steps) as progress: progress.step(row)`.
 
     `phase` names what the driver does now; in a pipe it is a line the first time, whatever its numbers. `note` leaves a
-    line that stays.
+    line that stays; `notes` has the last of them.
     """
 
     def __init__(self, total_steps: int, console: Console | None = None) -> None:
@@ -39,6 +41,7 @@ class Progress:
         self._console = console or Console()
         self._live: Live | None = None
         self._phase = STARTING
+        self.notes: deque[str] = deque(maxlen=KEPT_NOTES)
         self._first: StepRow | None = None
         self._row: StepRow | None = None
         self._accuracy: EvalRow | None = None
@@ -68,7 +71,12 @@ class Progress:
             self._phases.add(kind)
             self._print(text)
 
+    @property
+    def phase_now(self) -> str:
+        return self._phase
+
     def note(self, text: str) -> None:
+        self.notes.append(text)
         self._print(text)
 
     def step(self, row: StepRow, sample: Mapping[str, Any] | None = None) -> None:

@@ -32,6 +32,7 @@ FULL_BYTES = 16 * 2**20  # with less room than this, a failed write is a full di
 # is written about it; and the rate, as a person chooses. Everything else decides the weights.
 MAY_DIFFER = (
     *("steps", "output_dir", "eval", "checkpoint", "metrics", "record", "replicas", "num_cpus", "num_gpus"),
+    *("min_replicas", "max_replicas", "deadline_seconds", "max_attempts", "max_restarts_per_minute"),
     *("learning_rate", "min_learning_rate"),  # lowered to go on before what was not finite
 )
 
@@ -217,9 +218,10 @@ class RunFolder:
     def latest_checkpoint(self) -> Checkpoint | None:
         """The newest checkpoint, verified, and its state; None where there is none. Raises CheckpointError."""
         found = self.all_checkpoints()
-        if not found:
-            return None
-        newest = found[-1]
+        return self.verified(found[-1]) if found else None
+
+    def verified(self, newest: Path) -> Checkpoint:
+        """A checkpoint and its state. Raises CheckpointError."""
         remedy = f"remove {newest} to resume from the one before it, or start again in another output_dir"
         try:
             written = json.loads((newest / "manifest.json").read_text(encoding="utf-8"))

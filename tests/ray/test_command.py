@@ -170,6 +170,19 @@ def test_ended_while_it_starts_leaves_nothing(models: Path, tmp_path: Path) -> N
     assert command.left_behind() == []
 
 
+@pytest.mark.parametrize("where", ["ray", "local"])
+def test_a_killed_driver_leaves_nothing_behind(where: str, models: Path, tmp_path: Path) -> None:
+    """Neither actors nor what they had started; SIGKILL leaves the driver no time to end them."""
+    command = Command(models, tmp_path / "run", "steps=100000", *(["--local"] if where == "local" else []))
+    command.until(2)
+    command.process.kill()
+    command.process.wait()
+    deadline = time.monotonic() + 30
+    while left := command.left_behind():
+        names = [Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ")[:80] for pid in left]
+        assert time.monotonic() < deadline, names
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

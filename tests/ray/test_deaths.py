@@ -28,7 +28,6 @@ from tutorloop.cluster.pools.room import check_room
 from tutorloop.contracts import config
 from tutorloop.contracts.errors import (
     ConfigError,
-    LearnerError,
     ModelError,
     ResourceError,
     RolloutError,
@@ -96,22 +95,22 @@ def test_another_error_of_a_constructor_is_said_with_its_place(joined: None) -> 
 
 def test_a_death_is_described(joined: None) -> None:
     async def die() -> tuple[int, str]:
-        pool = pool_of(replicas=2)
+        pool = pool_of(replicas=2, max_restarts_per_minute=0)
         await pool.ready()
         _, pid = await pool.ask("pid")
         calls = [asyncio.ensure_future(pool.call("generate", 1, seconds=600.0)) for _ in range(2)]
         await asyncio.sleep(1)  # they have begun
         os.kill(pid, signal.SIGKILL)
-        (done,), _ = await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
         with pytest.raises(RolloutError) as caught:
-            done.result()
+            done.pop().result()
         pool.close()
         return pid, str(caught.value)
 
     pid, said = asyncio.run(die())
-    assert f"replica 1 of 2 of the rollout pool has died (pid {pid} on " in said
+    assert f"replica 1 of the rollout pool has died (pid {pid} on " in said
     assert "SIGKILL" in said and "| the last words  of a worker" in said and f"-{pid}.err" in said
-    assert "\t" not in said and 2 <= len(said.splitlines()) <= 8
+    assert "\t" not in said and 2 <= len(said.splitlines()) <= 10
 
 
 def test_a_busy_cluster_is_waited_for_aloud(joined: None) -> None:
@@ -161,7 +160,7 @@ def recipe(folder: Path) -> config.Config:
             "student": {"model": str(folder / "student")},
             "teacher": {"model": str(folder / "student"), "signal": "sampled", "num_cpus": 0.1},
             "data": {"path": str(folder / "problems.jsonl")},
-            "rollout": {"samples_per_prompt": 2, "max_new_tokens": 8, "num_cpus": 0.1},
+            "rollout": {"samples_per_prompt": 2, "max_new_tokens": 8, "num_cpus": 0.1, "max_restarts_per_minute": 0},
             "checkpoint": {"every": 0},
             "verifier": {"num_cpus": 0.1},
             "learner": {"num_cpus": 0.1},
@@ -191,20 +190,14 @@ def killing_after_two_steps(metrics: Path, name: str) -> Iterator[None]:
         thread.join()
 
 
-@pytest.mark.parametrize(("actor", "error"), [("RolloutWorker", RolloutError), ("LearnerWorker", LearnerError)])
-def test_a_death_that_is_not_the_learners_saves_first(
-    tmp_path: Path, address: str, actor: str, error: type[TutorloopError]
-) -> None:
-    killing = killing_after_two_steps(tmp_path / "run" / "metrics.jsonl", actor)
-    with pytest.raises(error) as caught, killing:
+def test_a_death_that_is_not_made_good_saves_first(tmp_path: Path, address: str) -> None:
+    killing = killing_after_two_steps(tmp_path / "run" / "metrics.jsonl", "RolloutWorker")
+    with pytest.raises(RolloutError, match="0 were replaced within a minute") as caught, killing:
         run.train(recipe(tmp_path), False, address, Console(file=(tmp_path / "shown").open("w")))
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     steps = [row["step"] for row in map(json.loads, lines) if row["kind"] == "step"]
     saved = [folder.name for folder in (tmp_path / "run" / "checkpoints").glob("step-*")]
     said = str(caught.value)
-    if actor == "LearnerWorker":
-        assert saved == [] and "no checkpoint stands" in said
-        return
     assert saved == [f"step-{steps[-1]:06d}"] and f"continue with --resume from {tmp_path}" in said
     settings = recipe(tmp_path)
     again = settings.model_copy(update={"steps": steps[-1] + 1})

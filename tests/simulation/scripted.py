@@ -10,7 +10,14 @@ from dataclasses import dataclass, field, replace
 
 from tutorloop.cluster.pools.pool import Pool
 from tutorloop.contracts import config as sections
-from tutorloop.contracts.errors import RolloutError, TeacherError, VerifierError, WeightsMismatch
+from tutorloop.contracts.errors import (
+    BatchLost,
+    LearnerError,
+    RolloutError,
+    TeacherError,
+    VerifierError,
+    WeightsMismatch,
+)
 from tutorloop.contracts.receipts import Receipt, RolloutReceipt, ScoreReceipt, VerdictReceipt
 from tutorloop.contracts.records import StepReport
 
@@ -33,6 +40,14 @@ class Fate:
     short_call: int = 0  # the number of the call whose receipt lacks a row
     failing_load: int = 0  # the number of the weight update that raises
     stop_at: float = 0.0  # seconds until Ctrl-C; 0: never
+    deaths: list = field(default_factory=list)  # (seconds, how many replicas): who it is, is drawn
+    resizes: list = field(default_factory=list)  # (seconds, pool, replicas)
+    hanging_calls: tuple = ()  # numbers of calls that are answered a day late
+    poison: str = ""  # the rollout that takes down whatever replica it is sent to
+    lost_batches: tuple = ()  # numbers of calls that find what they read gone
+    flaky_calls: tuple = ()  # numbers of calls that fail there, and may succeed elsewhere
+    learner_deaths: tuple = ()  # numbers of the learner's calls that it dies of
+    stillborn: float = 0.0  # the share of later replicas that die while they start
 
     def delay(self) -> float:
         if self.spread == "none":
@@ -56,6 +71,15 @@ class World:
     finished_steps: int = 0
     saved: list = field(default_factory=list)
     broken: Broken | None = None  # found where nobody would hear it raised
+    replicas: list = field(default_factory=list)  # that are alive
+    restarts: int = 0
+    learner_calls: int = 0
+    before: list = field(default_factory=list)  # what was trained before the learner died
+
+    def kill(self, many: int) -> None:
+        """Some replicas at once, as when their node dies."""
+        for replica in self.fate.rng.sample(self.replicas, min(many, len(self.replicas))):
+            replica.die()
 
     def passes(self, request) -> bool:
         return request.seed % 3 == 0
@@ -79,13 +103,10 @@ def position_of(rollout_id: str) -> int:
 class ScriptedReplica:
     """Works on `concurrent` calls side by side, the first first; weights come in between two calls, or beside them."""
 
-    def __init__(self, world: World, concurrent: int, follows: bool) -> None:
-        self.world, self.concurrent, self.follows = world, concurrent, follows
-        self.version, self.running = -1, 0
-        self.queue = deque()
-
-    def ready(self):
-        return _done(None)
+    def __init__(self, world: World, pool: str, concurrent: int, follows: bool) -> None:
+        self.world, self.pool, self.concurrent, self.follows = world, pool, concurrent, follows
+        self.version, self.running, self.where = -1, 0, "simulated"
+        self.queue, self.answers, self.dead = deque(), set(), False
 
     def call(self, method, arguments):
         world = self.world
@@ -93,17 +114,25 @@ class ScriptedReplica:
         number, wanted = world.calls, world.published
         if method == "generate":
             world.check_admitted(arguments["requests"])
-        answer = asyncio.get_running_loop().create_future()
+        answer = self._answer()
 
         def begin():
             if self.follows and self.version != wanted:
                 raise Broken(f"{method} with weights {self.version} in place of {wanted}")
-            return world.fate.delay()
+            if world.fate.poison and world.fate.poison in rollouts_of(arguments):
+                self.die()
+            return 86400.0 if number in world.fate.hanging_calls else world.fate.delay()
 
         def end():
             if answer.done():
                 return
-            if number == world.fate.failing_call:
+            if number in world.fate.lost_batches and method != "generate":
+                answer.set_exception(BatchLost("a batch is there until it is trained", f"call {number}"))
+            elif number in world.fate.flaky_calls:
+                error = ERRORS[method]("a service can fail", f"call {number}")
+                error.again = True
+                answer.set_exception(error)
+            elif number == world.fate.failing_call:
                 answer.set_exception(ERRORS[method]("a service can fail", f"call {number}"))
             else:
                 answer.set_result(self._short(getattr(self, method)(**arguments)[1], number))
@@ -113,34 +142,52 @@ class ScriptedReplica:
         return batch, answer
 
     def ask(self, method, *args):
-        answer = asyncio.get_running_loop().create_future()
         if method != "load_weights":
             return _done(None)
+        answer = self._answer()
         manifest, *_ = args
-        self.world.published = manifest
         self.world.loads += 1
         fails = self.world.loads == self.world.fate.failing_load
 
         def end():
+            if answer.done():
+                return
             if fails:
                 answer.set_exception(WeightsMismatch("a replica proves its weights", f"version {manifest}"))
                 return
             self.version = manifest
-            if not answer.done():
-                answer.set_result(0.1)
+            answer.set_result(0.1)
 
         self._enqueue(self.world.fate.delay, end)
         return answer
 
+    def die(self):
+        """What it was asked ends with the error that Ray would raise."""
+        if self.dead:
+            return
+        self.dead = True
+        self.world.replicas.remove(self)
+        for answer in self.answers:
+            if not answer.done():
+                answer.set_exception(lost(self.pool))
+
     def end(self):
-        pass
+        self.die()
+
+    def _answer(self):
+        answer = asyncio.get_running_loop().create_future()
+        self.answers.add(answer)
+        answer.add_done_callback(self.answers.discard)
+        if self.dead:
+            answer.set_exception(lost(self.pool))
+        return answer
 
     def _enqueue(self, begin, end):
         self.queue.append((begin, end))
         self._next()
 
     def _next(self):
-        while self.queue and self.running < self.concurrent:
+        while self.queue and self.running < self.concurrent and not self.dead:
             begin, end = self.queue.popleft()
             self.running += 1
             try:
@@ -152,7 +199,8 @@ class ScriptedReplica:
 
     def _over(self, end):
         self.running -= 1
-        end()
+        if not self.dead:
+            end()
         self._next()
 
     def _short(self, receipt, number):
@@ -209,7 +257,21 @@ class ScriptedBackend:
         self.world, self.follows = world, follows
 
     def start(self, who, worker, error_type, need, concurrent_calls, arguments):
-        return ScriptedReplica(self.world, concurrent_calls, need.pool in self.follows)
+        replica = ScriptedReplica(self.world, need.pool, concurrent_calls, need.pool in self.follows)
+        self.world.replicas.append(replica)
+        return replica
+
+    async def started(self, need, replicas, tell):
+        """At once the first ones; later ones take their time, and some die of it."""
+        if self.world.published < 0:
+            return
+        self.world.restarts += 1
+        (replica,) = replicas
+        await asyncio.sleep(self.world.fate.delay())
+        if self.world.fate.rng.random() < self.world.fate.stillborn:
+            replica.die()
+        if replica.dead:
+            raise lost(replica.pool)
 
 
 class ScriptedLearner:
@@ -218,38 +280,94 @@ class ScriptedLearner:
     def __init__(self, world: World) -> None:
         self.world, self.ranks = world, [None]
 
+    @classmethod
+    async def again(cls, world: World) -> "ScriptedLearner":
+        """After a death: with its first weights, until a checkpoint is loaded."""
+        await asyncio.sleep(0.01)  # what is let go ends in some turns of the loop
+        world.before, world.trained = world.trained, []
+        world.finished_steps = 0
+        return cls(world)
+
+    async def load(self, folder):
+        step = int(folder.parent.name)
+        self.world.trained = [row for row in self.world.before if row[0] < step]
+        self.world.finished_steps = self.world.steps_done = step
+
+    async def ready(self):
+        await asyncio.sleep(self.world.fate.delay())
+
+    async def _works(self):
+        """For a while; or it dies in the middle of it."""
+        self.world.learner_calls += 1
+        dies = self.world.learner_calls in self.world.fate.learner_deaths
+        await asyncio.sleep(self.world.fate.delay())
+        if dies:
+            error = LearnerError("the learner keeps its ranks", "scripted")
+            error.lost = True
+            raise error
+
     async def step(self, step, version, shards, rows):
+        trained = []
         for length, row in rows:
             shard = shards[row.batch]
             request = shard.requests[row.row]
             if length != self.world.length(request) + 10:
                 raise Broken(f"{request.rollout_id} is trained as if it had {length} tokens")
             made = shard.generated.weight_version if request.source == "student" else None
-            self.world.trained.append((version, request.rollout_id, made, row.advantage))
+            trained.append((version, request.rollout_id, made, row.advantage))
             for batch in shard.for_learner("scores"):
                 if batch[1] is not shard.requests:
                     raise Broken(f"{request.rollout_id} is trained with the scores of another shard")
-        await asyncio.sleep(self.world.fate.delay())
+        await self._works()
+        self.world.trained += trained
         self.world.finished_steps += 1
         self.world.steps_done = version + 1
         metrics = {"grad_norm": 1.0, "missing_scores": 0.0}
         return StepReport(loss=0.0, tokens=len(rows), rollouts=len(rows), seconds=0.0, metrics=metrics)
 
     async def publish(self, version):
-        await asyncio.sleep(self.world.fate.delay())
+        await self._works()
+        self.world.steps_done = version
         return version, []
 
     async def restart(self):
         await asyncio.sleep(0)
 
     async def save(self, folder):
-        await asyncio.sleep(self.world.fate.delay())
+        await self._works()
         self.world.saved.append(self.world.steps_done)
+
+    def close(self): ...
+
+
+class ScriptedPool(Pool):
+    """Notes which weights were published; only those of the student are looked at."""
+
+    world: World
+
+    def publish(self, version, method, *args):
+        self.world.published = version
+        super().publish(version, method, *args)
 
 
 def scripted_pool(name: str, world: World, backend: ScriptedBackend, replicas: int, concurrent: int) -> Pool:
-    settings = sections.Pool(replicas=replicas)
-    return Pool(name, object, settings, RolloutError, backend, concurrent_calls=concurrent)
+    settings = sections.Pool(replicas=replicas, max_restarts_per_minute=1000, max_attempts=20)
+    pool = ScriptedPool(name, object, settings, RolloutError, backend, concurrent_calls=concurrent)
+    pool.world = world
+    return pool
+
+
+def lost(pool):
+    """A replica's death, as the pool hears it."""
+    error = RolloutError("a pool keeps its replicas", pool)
+    error.lost = True
+    return error
+
+
+def rollouts_of(arguments):
+    """Ids of the rollouts that a call is about."""
+    requests = arguments["requests"] if "requests" in arguments else arguments.get("rollouts", ("", ()))[1]
+    return [request.rollout_id for request in requests]
 
 
 def _done(value):

@@ -9,13 +9,14 @@ comes. After each run the invariants of `check` hold; a synchronous run is repea
 
 import argparse
 import asyncio
+import json
 import os
 import random
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -73,9 +74,20 @@ def setting(method: str, staleness: int, prompts: int, replicas: int, batch: int
 
 
 class WatchedFlow(Flow):
-    """Remembers every shard that it began."""
+    """Remembers every shard that it began, and did not cut into its rollouts."""
 
     begun: list
+    cut = 0
+
+    def rewind(self, step, keep):
+        super().rewind(step, keep)
+        kept = {shard for shards in self.shards.values() for shard in shards}
+        self.begun = [shard for shard in self.begun if shard.step < step or shard in kept]
+
+    def _cut(self, shard, step, error):
+        self.cut += 1
+        self.begun.remove(shard)
+        super()._cut(shard, step, error)
 
     def _begin(self, step, requests, group, attempt=1):
         before = len(self.shards.get(step, []))
@@ -89,6 +101,8 @@ class Quiet:
 
     steps: list = field(default_factory=list)
     newest: None = None
+    path: Path = Path("unused")
+    checkpoints: dict = field(default_factory=dict)
 
     def phase(self, *_): ...
     def note(self, *_): ...
@@ -96,7 +110,13 @@ class Quiet:
     def log_eval(self, *_): ...
     def check_claim(self): ...
     def all_checkpoints(self):
-        return []
+        return list(self.checkpoints)
+
+    def verified(self, path):
+        return path, self.checkpoints[path]
+
+    def truncate_after(self, step):
+        self.steps = [own for own in self.steps if own <= step]
 
     def log_step(self, row):
         self.steps.append(row.step)
@@ -109,7 +129,8 @@ class Quiet:
     async def collect(self, wait=False): ...
 
     async def save_checkpoint(self, step, state, write, keep):
-        await write(Path("unused"))
+        await write(Path(str(step)))
+        self.checkpoints[Path(str(step))] = json.loads(json.dumps(state))
 
 
 @dataclass
@@ -138,6 +159,19 @@ def fate_of(rng: random.Random) -> Fate:
     fate.short_call = rng.randint(1, 60) if rng.random() < 0.1 else 0
     fate.failing_load = rng.randint(1, 10) if rng.random() < 0.05 else 0
     fate.stop_at = rng.random() * 20 if rng.random() < 0.3 else 0.0
+    if rng.random() < 0.5:
+        fate.deaths = [(rng.random() * 20, rng.choice([1, 1, 2, 9])) for _ in range(rng.randint(1, 4))]
+        fate.stillborn = rng.choice([0.0, 0.2])
+        fate.hanging_calls = (rng.randint(1, 60),) if rng.random() < 0.3 else ()
+        fate.lost_batches = (rng.randint(1, 60),) if rng.random() < 0.3 else ()
+        fate.flaky_calls = tuple(rng.randint(1, 60) for _ in range(rng.randint(0, 4)))
+        if rng.random() < 0.2:
+            fate.poison = f"{rng.randint(0, 12)}-{rng.randint(0, 1)}"
+    if rng.random() < 0.3:
+        fate.learner_deaths = tuple(rng.randint(1, 20) for _ in range(rng.randint(1, 3)))
+    if rng.random() < 0.3:
+        pools = ["rollout", "a", "b", "verifier"]
+        fate.resizes = [(rng.random() * 20, rng.choice(pools), rng.randint(1, 4)) for _ in range(rng.randint(1, 3))]
     return fate
 
 
@@ -158,9 +192,12 @@ async def _drive(recipe: tuple, fate: Fate) -> Outcome:
     skills = scripted_pool("skills", world, backend, 1, 1)
     generators = {"student": rollouts, "dataset": rollouts, "teacher": scripted_pool("t", world, backend, 1, 1)}
     services = Services(generators=generators, annotators=annotators(others, verifiers, skills))
-    flow = WatchedFlow(config, composition, services, PROMPTS, [("a", "b")[row % 2] for row in range(ROWS)], 0)
+    quiet = Quiet()
+    flow = WatchedFlow(
+        config, composition, services, PROMPTS, [("a", "b")[row % 2] for row in range(ROWS)], 0, quiet.note
+    )
     flow.begun = []
-    quiet, counters, interrupt = Quiet(), RunCounters(), Interrupt(lambda _: None)
+    counters, interrupt = RunCounters(), Interrupt(lambda _: None)
     driver = Driver(
         config=config,
         stage=0,
@@ -181,10 +218,19 @@ async def _drive(recipe: tuple, fate: Fate) -> Outcome:
         counters=counters,
         recorder=quiet,
         step=0,
+        start_learner=partial(ScriptedLearner.again, world),
     )
+    for pool in {*flow.pools, verifiers}:
+        await pool.ready(quiet.note)
     with interrupt.saving():
+        loop = asyncio.get_running_loop()
+        pools = {pool.name: pool for pool in [*flow.pools, verifiers]}
         if fate.stop_at:
-            asyncio.get_running_loop().call_later(fate.stop_at, interrupt.stop)
+            loop.call_later(fate.stop_at, interrupt.stop)
+        for at, many in fate.deaths:
+            loop.call_later(at, world.kill, many)
+        for at, name, replicas in fate.resizes:
+            loop.call_later(at, pools[name].resize, replicas)
         try:
             finished, error = await driver.train(), None
         except TutorloopError as failure:
@@ -198,7 +244,8 @@ def check(outcome: Outcome, recipe: tuple, fate: Fate) -> None:
     world, flow = outcome.world, outcome.flow
     if world.broken:
         raise world.broken
-    if outcome.error and not (fate.failing_call or fate.short_call or fate.failing_load):
+    dies_for_good = len(fate.learner_deaths) > 2 or (fate.learner_deaths and fate.stop_at)
+    if outcome.error and not (fate.failing_call or fate.short_call or fate.failing_load or dies_for_good):
         raise Broken(f"nothing failed, and yet: {outcome.error}")
     if outcome.finished and world.finished_steps != config.steps:
         raise Broken(f"{world.finished_steps} of {config.steps} steps, and the run says that it has finished")
@@ -218,7 +265,8 @@ def check(outcome: Outcome, recipe: tuple, fate: Fate) -> None:
     if outcome.error:
         return  # what was in flight is counted where a checkpoint could be saved, and lost with the process where not
     generated = sum(shard.generated.rows for shard in flow.begun if shard.generated)
-    dropped = sum(outcome.counters.dropped.values())
+    never = ("quarantined", "learner_restarted")  # generated, or asked for again
+    dropped = sum(many for reason, many in outcome.counters.dropped.items() if reason not in never)
     if len(trained) + dropped != generated:
         raise Broken(f"{generated} rollouts: {len(trained)} trained, {dict(outcome.counters.dropped)} dropped")
     if outcome.finished:
@@ -239,7 +287,7 @@ def simulate(seed: int) -> None:
         method, staleness, prompts, _, _, *rest = recipe
         cut_otherwise = (method, staleness, prompts, rng.randint(1, 3), rng.choice([2, 4]), *rest)
         again = run_once(cut_otherwise, Fate(random.Random(seed + 1)))
-        if again.world.trained != outcome.world.trained:
+        if not outcome.flow.cut and again.world.trained != outcome.world.trained:
             raise Broken("a synchronous run trains other rows with another timing")
 
 

@@ -160,7 +160,7 @@ def test_the_busy_share_is_of_the_time_watched_and_never_above_1():
 
     clock = Clock()
     pool, watch = Pool(), Watch(clock)
-    pool.busy = BusyTime(2, clock)
+    pool.busy = BusyTime(range(2), clock)
     watch.begin([pool])
     pool.busy.sent(0, "a")
     clock.at = 10

@@ -18,7 +18,7 @@ class Clock:
 
 def test_a_long_call_counts_in_every_step_that_it_spans():
     clock = Clock()
-    busy = BusyTime(2, clock)
+    busy = BusyTime(range(2), clock)
     busy.sent(0, "long")
     seen = [busy.seconds]
     for _ in range(3):
@@ -31,7 +31,7 @@ def test_a_long_call_counts_in_every_step_that_it_spans():
 
 def test_calls_side_by_side_count_once_a_replica():
     clock = Clock()
-    busy = BusyTime(2, clock)
+    busy = BusyTime(range(2), clock)
     for replica, call in ((0, "a"), (0, "b"), (1, "c")):
         busy.sent(replica, call)
     clock.at += 10
@@ -54,7 +54,7 @@ def test_no_moment_counts_twice_and_the_sum_is_right():
     rng = fresh_rng()
     for _ in range(50):
         clock, replicas = Clock(), int(rng.integers(1, 4))
-        busy = BusyTime(replicas, clock)
+        busy = BusyTime(range(replicas), clock)
         open_calls, spans, last = {}, [[] for _ in range(replicas)], 0.0
         for number in range(60):
             before = clock.at
@@ -80,7 +80,7 @@ def test_no_moment_counts_twice_and_the_sum_is_right():
             edges = sorted({edge for span in own for edge in span})
             gaps = pairwise(edges)
             truth += sum(b - a for a, b in gaps if any(begin <= a and b <= end for begin, end in own))
-        fresh = BusyTime(replicas, clock)  # without a look on the way nothing is counted too early
+        fresh = BusyTime(range(replicas), clock)  # without a look on the way nothing is counted too early
         clock.at = 100.0
         for replica, own in enumerate(spans):
             for i in range(len(own)):

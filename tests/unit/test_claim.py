@@ -130,7 +130,7 @@ def elsewhere(folder: Path, **changes: str) -> Path:
 
 def test_one_with_the_id_of_a_dead_one_is_not_it(tmp_path: Path) -> None:
     told: list[str] = []
-    elsewhere(tmp_path / "run", machine=claim._machine(), started="12")
+    elsewhere(tmp_path / "run", machine=claim.machine(), started="12")
     Claim.take(tmp_path / "run", told.append).release()
     assert "taking over" in told[0] and f"process {os.getpid()}" in told[0]
 
@@ -185,11 +185,11 @@ def test_one_that_stood_still_hears_that_it_was_followed(tmp_path: Path) -> None
 
 def test_an_old_look_makes_none_that_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It saw claim-1 of a dead one, and slept while others came and went."""
-    elsewhere(tmp_path / "run", machine=claim._machine(), started="12")
+    elsewhere(tmp_path / "run", machine=claim.machine(), started="12")
     real, looks = claim._numbers, iter([[1]])
     monkeypatch.setattr(claim, "_numbers", lambda folder: next(looks, None) or real(folder))
     monkeypatch.setattr(claim, "_wait_for_the_end", lambda path, tell: None)
-    living = {**json.loads((tmp_path / "run" / "claim-1").read_text()), "started": claim._began(os.getpid())}
+    living = {**json.loads((tmp_path / "run" / "claim-1").read_text()), "started": claim.began(os.getpid())}
     (tmp_path / "run" / "claim-3").write_text(json.dumps(living))
     (tmp_path / "run" / "claim-1").unlink()
     held = Claim.take(tmp_path / "run", lambda _: None)

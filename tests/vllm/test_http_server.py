@@ -14,6 +14,8 @@ from tutorloop.models.loading import load_tokenizer
 from tutorloop.teacher_service.http_engine import HttpTeacher, ServerLimits, probe
 from tutorloop.teacher_service.transformers_engine import TransformersTeacher
 
+pytestmark = pytest.mark.xdist_group("http_server")
+
 LIMITS = ServerLimits(context=511, vocab=512, largest_k=64, temperature="raw")
 TOLERANCE = 1e-4  # nats
 TOP, SUPPORT = 64, 8

@@ -18,6 +18,8 @@ from tutorloop.contracts.errors import WeightsMismatch
 from tutorloop.contracts.records import Prompt, Rollout, SampleRequest, Sampling
 from tutorloop.models.loading import load_causal_lm
 
+pytestmark = pytest.mark.xdist_group("rollout_engine")
+
 CONTEXT = 256
 
 

@@ -91,12 +91,13 @@ def test_distillation_with_vllm_on_both_sides(tmp_path, address):
 
 def test_synchronous_runs_draw_the_same_rollouts_twice(tmp_path):
     """By their seeds alone, whatever replica and company they run in."""
-    overrides = [*VLLM, "steps=1", "max_staleness=0"]
+    overrides = ["rollout.engine=vllm", "steps=1", "max_staleness=0"]
     first = train("quickstart", tmp_path / "a", None, *overrides)
     same_at_first(first, train("quickstart", tmp_path / "b", None, *overrides, "rollout.replicas=2"))
 
 
-@pytest.mark.parametrize("zero", [pytest.param(1, marks=pytest.mark.sweep), 3])
+@pytest.mark.sweep
+@pytest.mark.parametrize("zero", [1, 3])
 def test_broadcast_weights_are_those_of_the_object_store(zero, tmp_path, address):
     """Into two replicas, from two ranks that shard the model or do not. The canaries prove every version."""
     overrides = ["rollout.engine=vllm", "rollout.replicas=2", "learner.ranks=2", f"learner.zero_stage={zero}"]
@@ -106,8 +107,9 @@ def test_broadcast_weights_are_those_of_the_object_store(zero, tmp_path, address
     same_at_first(sent, stored)
 
 
-def test_a_student_split_in_two(tmp_path, address):
-    """In a placement group; both parts take the weights, by either way."""
+@pytest.mark.parametrize("transfer", ["broadcast", pytest.param("object_store", marks=pytest.mark.sweep)])
+def test_a_student_split_in_two(transfer, tmp_path, address):
+    """In a placement group; both parts take the weights of a learner that shards them too, by either way."""
     tiny_qwen3(tmp_path / "student", hidden=128)
     tiny_qwen3(tmp_path / "teacher", hidden=128, seed=1)
     rows = [{"prompt": f"{i}+{i}=", "answer": str(2 * i)} for i in range(30)]
@@ -116,14 +118,17 @@ def test_a_student_split_in_two(tmp_path, address):
         f"data.path={tmp_path / 'data.jsonl'}",
         "rollout.engine=vllm",
         "rollout.tensor_parallel=2",
+        f"rollout.transfer={transfer}",
         "rollout.max_new_tokens=12",
+        "rollout.num_cpus=0.2",
+        "learner.ranks=2",
+        "learner.zero_stage=3",
         "teacher.signal=topk",
         "max_staleness=0",
         "steps=3",
     ]
-    ways = ("object_store", "broadcast")
-    stored, sent = (train("quickstart", tmp_path / way, address, *overrides, f"rollout.transfer={way}") for way in ways)
-    same_at_first(stored, sent)
+    steps = train("quickstart", tmp_path / "run", address, *overrides)
+    assert all(row["learner"]["grad_norm"] > 0 and row["staleness_max"] == 0 for row in steps) and len(steps) == 3
 
 
 @pytest.mark.parametrize("engine", ["transformers", "vllm"])
@@ -138,13 +143,13 @@ def test_a_self_teacher_shares_the_rollout_replicas_of_a_student_with_adapters(e
 
 
 def test_a_live_teacher_under_vllm_in_a_pool_of_its_own(tmp_path):
-    """By the same weights it says the same as one that shares them."""
-    overrides = [*VLLM, *LIVE, "steps=2", "max_staleness=0"]
-    own = train("opsd", tmp_path / "own", None, *overrides)
-    shared = train("opsd", tmp_path / "shared", None, *overrides, "teacher.shared=true")
-    same_at_first(own, shared)
+    """By the same weights it says the same as one under transformers."""
+    overrides = [*LIVE, "steps=2", "max_staleness=0"]
+    vllm = train("opsd", tmp_path / "vllm", None, *overrides, "teacher.engine=vllm")
+    same_at_first(vllm, train("opsd", tmp_path / "transformers", None, *overrides))
 
 
+@pytest.mark.xdist_group("http_server")
 def test_a_teacher_behind_http(tmp_path, http_server, monkeypatch):
     monkeypatch.setenv("LAB_KEY", http_server.key)
     at = [f"teacher.urls=[{http_server.url}]", f"teacher.model={http_server.model}", "teacher.api_key_env=LAB_KEY"]
@@ -157,6 +162,7 @@ def test_a_teacher_behind_http(tmp_path, http_server, monkeypatch):
     assert http_server.key not in "".join(path.read_text() for path in (tmp_path / "http").glob("*.*"))
 
 
+@pytest.mark.xdist_group("http_server")
 @pytest.mark.parametrize(
     ("overrides", "rule"),
     [

@@ -23,7 +23,9 @@ def folder(tmp_path_factory):
     return tiny_qwen3(tmp_path_factory.mktemp("teacher"), hidden=128, context=CONTEXT, vocab=VOCAB)
 
 
-@pytest.fixture(scope="module", params=["logprobs", "hidden"])
+@pytest.fixture(
+    scope="module", params=[pytest.param(of, marks=pytest.mark.xdist_group(of)) for of in ("logprobs", "hidden")]
+)
 def teachers(request, folder):
     """vLLM's, in steps of 256 tokens, and the slow one."""
     hidden = request.param == "hidden"

@@ -1,0 +1,1 @@
+"""How a run that goes on is asked how it stands, and told to have other numbers of replicas."""

@@ -1,0 +1,122 @@
+"""What a simulation must find once replicas die, hang, come and go, and the learner dies: each fault is planted."""
+
+import pytest
+from simulate import replay, simulate
+
+from tutorloop.cluster.driver import Driver
+from tutorloop.cluster.flow.flow import Flow
+from tutorloop.cluster.pools.calls import Pace
+from tutorloop.cluster.pools.members import Members
+from tutorloop.cluster.pools.pool import Pool
+
+SEEDS = 1500
+
+
+def no_deadline(monkeypatch):
+    """A call that hangs is waited for until its answer comes, a day later: the run looks stuck for its people."""
+    monkeypatch.setattr(Pace, "deadline", lambda pace, method, cost: 1e12)
+
+
+def a_late_answer_counts_too(monkeypatch):
+    """A call's first replica answers after the call was made again, and its answer is taken as the second's."""
+    real = Pool._settle
+    monkeypatch.setattr(Pool, "_settle", lambda pool, member, call, found=None: real(pool, member, call, found) or True)
+
+
+def draining_drops_calls(monkeypatch):
+    """A replica that is let go ends at once, and what it worked on is forgotten."""
+
+    def drain(members, member):
+        member.calls.clear()
+        real(members, member)
+
+    real = Members.drain
+    monkeypatch.setattr(Members, "drain", drain)
+
+
+def a_new_replica_works_before_its_weights(monkeypatch):
+    """One that has started gets calls before it has taken the published weights."""
+
+    def arrived(pool, member):
+        member.version = pool.version
+        pool._dispatch()
+
+    monkeypatch.setattr(Pool, "_arrived", arrived)
+
+
+def the_dead_are_not_replaced(monkeypatch):
+    monkeypatch.setattr(Members, "_replace", lambda members, error: None)
+
+
+def a_lost_call_is_forgotten(monkeypatch):
+    """What a replica worked on when it died is asked for nowhere else."""
+
+    def lose(pool, member, error):
+        member.calls = set()
+        pool.members.lose(member, error)
+
+    monkeypatch.setattr(Pool, "_lose", lose)
+
+
+def poison_is_tried_for_ever(monkeypatch):
+    """A call that takes replicas down is never told from the others."""
+    monkeypatch.setattr("tutorloop.cluster.pools.pool.MOST_DEATHS", 10**9)
+
+
+def going_back_keeps_what_is_too_early(monkeypatch):
+    """After the learner's death steps that the bound does not allow yet go on."""
+
+    def rewind(flow, step, keep):
+        flow.dropped.clear()
+        flow.admitted = step
+
+    monkeypatch.setattr(Flow, "rewind", rewind)
+
+
+def going_back_forgets_the_weights(monkeypatch):
+    """After the learner's death the generators go on with the weights that they hold."""
+    monkeypatch.setattr(Pool, "withdraw", lambda pool: None)
+
+
+def going_back_counts_twice(monkeypatch):
+    """After the learner's death what had been counted before stays counted."""
+    real = Driver._revived
+
+    async def revived(driver, error):
+        before = dict(driver.counters.dropped)
+        done = await real(driver, error)
+        driver.counters.dropped.update(before)
+        return done
+
+    monkeypatch.setattr(Driver, "_revived", revived)
+
+
+def half_taken_weights_count(monkeypatch):
+    """A replica counts as holding its old version while it takes another in."""
+    real = Pool._load
+
+    def load(pool, member, new=False):
+        before = member.version
+        real(pool, member, new)
+        member.version = before
+
+    monkeypatch.setattr(Pool, "_load", load)
+
+
+FAULTS = (
+    *(no_deadline, a_late_answer_counts_too, draining_drops_calls, a_new_replica_works_before_its_weights),
+    *(the_dead_are_not_replaced, a_lost_call_is_forgotten, poison_is_tried_for_ever),
+    *(going_back_keeps_what_is_too_early, going_back_forgets_the_weights, going_back_counts_twice),
+    half_taken_weights_count,
+)
+
+
+@pytest.mark.parametrize("plant", FAULTS, ids=lambda plant: plant.__name__)
+def test_a_planted_fault_is_found(monkeypatch, plant):
+    plant(monkeypatch)
+    found = next((line for line in map(replay, range(SEEDS)) if line), "")
+    seed = found.rpartition("--seed ")[2]
+    assert seed.isdecimal(), "no seed breaks"
+    assert replay(int(seed)) == found, "it breaks again in the same way"
+    monkeypatch.undo()
+    simulate(int(seed))
