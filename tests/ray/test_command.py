@@ -170,9 +170,10 @@ def test_ended_while_it_starts_leaves_nothing(models: Path, tmp_path: Path) -> N
     assert command.left_behind() == []
 
 
-@pytest.mark.parametrize("where", ["ray", "local"])
+@pytest.mark.parametrize("where", [pytest.param("ray", marks=pytest.mark.sweep), "local"])
 def test_a_killed_driver_leaves_nothing_behind(where: str, models: Path, tmp_path: Path) -> None:
-    """Neither actors nor what they had started; SIGKILL leaves the driver no time to end them."""
+    """Neither actors nor what they had started; SIGKILL leaves the driver no time to end them. With Ray and an engine
+    of vLLM: tests/vllm/test_vllm_runs.py."""
     command = Command(models, tmp_path / "run", "steps=100000", *(["--local"] if where == "local" else []))
     command.until(2)
     command.process.kill()

@@ -199,9 +199,3 @@ def test_a_death_that_is_not_made_good_saves_first(tmp_path: Path, address: str)
     saved = [folder.name for folder in (tmp_path / "run" / "checkpoints").glob("step-*")]
     said = str(caught.value)
     assert saved == [f"step-{steps[-1]:06d}"] and f"continue with --resume from {tmp_path}" in said
-    settings = recipe(tmp_path)
-    again = settings.model_copy(update={"steps": steps[-1] + 1})
-    assert run.train(again, True, address, Console(file=(tmp_path / "shown").open("w")))
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["steps"] == steps[-1] + 1
-    assert summary["startup_seconds"].keys() >= {"inputs", "ray", "learner", "generators", "teachers"}

@@ -37,6 +37,8 @@ from tutorloop.learner.packing import plan_updates
 from tutorloop.learner.worker import LearnerWorker
 from tutorloop.models.weights import fingerprint, read_bucket
 
+pytestmark = pytest.mark.xdist_group("parity")
+
 
 class Host(LearnerWorker):
     """A rank whose process builds one learner after another: starting processes is what would take the time."""
@@ -339,8 +341,11 @@ def test_what_cannot_be_trained_is_counted(hosts, models, data):
     assert weights_of(hosts[2])[1].fingerprint == before
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    ("stage", "dtype"),
+    [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")]
+    + [pytest.param(*more, marks=pytest.mark.sweep) for more in ((0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "fp32"))],
+)
 def test_what_is_no_number_is_never_stepped(hosts, models, data, tmp_path, stage, dtype):
     """One row of one rank is enough; weights, moments and counts of every rank stay, to the byte. So they do where no
     row has a signal, whatever weight decay and momentum would do."""

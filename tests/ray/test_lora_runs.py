@@ -198,6 +198,7 @@ def checkpoint_elements(folder: Path) -> int:
     return sum(tensor.numel() for tensor in module.values())
 
 
+@pytest.mark.sweep
 def test_a_run_with_adapters_resumes_bit_for_bit(models: Path, tmp_path: Path, address: str) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     summary = train(recipe(models, whole, **SETTINGS), address)
@@ -216,6 +217,7 @@ def test_a_run_with_adapters_resumes_bit_for_bit(models: Path, tmp_path: Path, a
     assert weights_of(cut) == weights_of(whole)
 
 
+@pytest.mark.sweep
 def test_sharded_bf16_adapters_run_beside_an_averaging_self_teacher(models: Path, tmp_path: Path, address: str) -> None:
     """ZeRO 3; generators and the teacher prove each version; a second stage starts anew from the merged model."""
     teacher = {"model": str(models / "student"), "signal": "topk", "follows": "ema", "dtype": "bf16"}

@@ -19,6 +19,8 @@ from tutorloop.contracts import config
 from tutorloop.contracts.errors import RolloutError
 from tutorloop.contracts.receipts import RolloutReceipt
 
+pytestmark = pytest.mark.xdist_group("pool")
+
 
 class Worker:
     """Answers with the version that it holds and the calls that ran beside."""

@@ -40,6 +40,7 @@ def test_a_run_leaves_what_it_promises(models: Path, tmp_path: Path, address: st
     assert None not in summary["accuracy"].values()
     assert summary["tokens"]["generated"] == summary["tokens"]["trained"] > 0
     assert set(summary["pools"]) == {"rollout", "teacher", "verifier", "learner"}
+    assert summary["startup_seconds"].keys() >= {"inputs", "ray", "learner", "generators", "teachers"}
     assert [row["step"] for row in summary["evals"] if row["model"] == "student"] == [0, 0, 2, 2, 4, 4]
     assert summary["staleness"] == {"mean": 0.0, "max": 0}
     kls = [row["learner"]["reverse_kl"] for row in steps_of(folder)]
