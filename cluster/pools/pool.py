@@ -24,6 +24,7 @@ from .room import Need, Tell, say
 UNPUBLISHED = -1  # the version of weights that are still to come
 MOST_DEATHS = 2  # of replicas, for one call
 FAILURES = 3  # in a row, after which a replica is replaced
+POLL_SECONDS = 0.1  # for a replica that starts
 IDLE_SECONDS = 60.0  # after which a pool that may have no replicas has none
 
 Adopt = Callable[[Replica, Sequence[Replica]], Awaitable[int | None]]
@@ -315,8 +316,18 @@ class Pool:
         return await asyncio.gather(*(replica.ask(method, *args) for replica in self.replicas))
 
     async def first(self, method: str, *args: Any) -> Any:
-        """Call one replica, of several always the oldest."""
-        return await self.members.serving[0].replica.ask(method, *args)
+        """Call one replica, of several always the oldest; where it is lost, the next."""
+        for attempt in range(1, self.settings.max_attempts + 1):
+            while not self.members.serving:
+                await self.failure.beside(asyncio.sleep(POLL_SECONDS))
+            member = self.members.serving[0]
+            try:
+                return await self.failure.beside(member.replica.ask(method, *args))
+            except TutorloopError as error:
+                if not error.lost or attempt == self.settings.max_attempts:
+                    raise
+                self._lose(member, error)
+        raise AssertionError("max_attempts is 1 at least")
 
     async def least(self, figure: str) -> int:
         """The least of its replicas' engines: `context`, `largest_k`. Of a pool that has a replica."""

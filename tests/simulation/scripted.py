@@ -22,6 +22,7 @@ from tutorloop.contracts.receipts import Receipt, RolloutReceipt, ScoreReceipt, 
 from tutorloop.contracts.records import StepReport
 
 PROMPTS = "prompts"
+LATE = 864_000.0  # seconds
 ERRORS = {"generate": RolloutError, "score": TeacherError, "judge": VerifierError, "retrieve": VerifierError}
 
 
@@ -42,7 +43,7 @@ class Fate:
     stop_at: float = 0.0  # seconds until Ctrl-C; 0: never
     deaths: list = field(default_factory=list)  # (seconds, how many replicas): who it is, is drawn
     resizes: list = field(default_factory=list)  # (seconds, pool, replicas)
-    hanging_calls: tuple = ()  # numbers of calls that are answered a day late
+    hanging_calls: tuple = ()  # numbers of calls that are answered ten days late, even by a replica that was ended
     poison: str = ""  # the rollout that takes down whatever replica it is sent to
     lost_batches: tuple = ()  # numbers of calls that find what they read gone
     flaky_calls: tuple = ()  # numbers of calls that fail there, and may succeed elsewhere
@@ -107,6 +108,7 @@ class ScriptedReplica:
         self.world, self.pool, self.concurrent, self.follows = world, pool, concurrent, follows
         self.version, self.running, self.where = -1, 0, "simulated"
         self.queue, self.answers, self.dead = deque(), set(), False
+        self.cut_off = False  # it hears of nothing any more, and works on
 
     def call(self, method, arguments):
         world = self.world
@@ -121,7 +123,10 @@ class ScriptedReplica:
                 raise Broken(f"{method} with weights {self.version} in place of {wanted}")
             if world.fate.poison and world.fate.poison in rollouts_of(arguments):
                 self.die()
-            return 86400.0 if number in world.fate.hanging_calls else world.fate.delay()
+            if number in world.fate.hanging_calls:
+                self.cut_off = True
+                return LATE
+            return world.fate.delay()
 
         def end():
             if answer.done():
@@ -167,7 +172,7 @@ class ScriptedReplica:
             return
         self.dead = True
         self.world.replicas.remove(self)
-        for answer in self.answers:
+        for answer in [] if self.cut_off else self.answers:
             if not answer.done():
                 answer.set_exception(lost(self.pool))
 
@@ -199,7 +204,7 @@ class ScriptedReplica:
 
     def _over(self, end):
         self.running -= 1
-        if not self.dead:
+        if not self.dead or self.cut_off:
             end()
         self._next()
 
@@ -341,9 +346,15 @@ class ScriptedLearner:
 
 
 class ScriptedPool(Pool):
-    """Notes which weights were published; only those of the student are looked at."""
+    """Notes which weights were published, and the tokens of what it answered."""
 
     world: World
+    answered = 0
+
+    async def call(self, method, cost, *, counted=True, **arguments):
+        batch, receipt = await super().call(method, cost, counted=counted, **arguments)
+        self.answered += receipt.tokens if counted else 0
+        return batch, receipt
 
     def publish(self, version, method, *args):
         self.world.published = version

@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 from clock import VirtualLoop
-from scripted import PROMPTS, Broken, Fate, ScriptedBackend, ScriptedLearner, World, position_of, scripted_pool
+from scripted import LATE, PROMPTS, Broken, Fate, ScriptedBackend, ScriptedLearner, World, position_of, scripted_pool
 
 from tutorloop.cluster.driver import Driver
 from tutorloop.cluster.flow.evaluation import EvalPlan, ProblemSet
@@ -143,6 +143,8 @@ class Outcome:
     steps: list
     finished: bool | None  # None: an error ended it
     error: TutorloopError | None = None
+    seconds: float = 0.0
+    pools: list = field(default_factory=list)
 
 
 def recipe_of(rng: random.Random):
@@ -171,7 +173,7 @@ def fate_of(rng: random.Random) -> Fate:
         fate.learner_deaths = tuple(rng.randint(1, 20) for _ in range(rng.randint(1, 3)))
     if rng.random() < 0.3:
         pools = ["rollout", "a", "b", "verifier"]
-        fate.resizes = [(rng.random() * 20, rng.choice(pools), rng.randint(1, 4)) for _ in range(rng.randint(1, 3))]
+        fate.resizes = [(rng.random() * 8, rng.choice(pools), rng.choice([1, 1, 2, 4])) for _ in range(6)]
     return fate
 
 
@@ -235,7 +237,9 @@ async def _drive(recipe: tuple, fate: Fate) -> Outcome:
             finished, error = await driver.train(), None
         except TutorloopError as failure:
             finished, error = None, failure
-    return Outcome(world, flow, counters, quiet.steps, finished, error)
+    took = loop.time()
+    await asyncio.sleep(2 * LATE if fate.hanging_calls else 0)  # what comes late comes now
+    return Outcome(world, flow, counters, quiet.steps, finished, error, took, list(pools.values()))
 
 
 def check(outcome: Outcome, recipe: tuple, fate: Fate) -> None:
@@ -273,8 +277,23 @@ def check(outcome: Outcome, recipe: tuple, fate: Fate) -> None:
         groups = {position_of(shard.requests[0].rollout_id) for shard in flow.begun if shard.step < config.steps}
         if groups and max(groups) >= config.steps * config.prompts_per_step:
             raise Broken("a prompt group past the run's end was asked for")
+        check_pools(outcome, fate)
     if world.saved[-1:] != [world.finished_steps]:
         raise Broken(f"checkpoints of {world.saved} after {world.finished_steps} steps")
+
+
+def check_pools(outcome: Outcome, fate: Fate) -> None:
+    """Of a run that has finished: nothing waits, and no answer was counted twice."""
+    if outcome.seconds > LATE / 2:
+        raise Broken(f"the run took {outcome.seconds:.0f} s: it waited for an answer that hung")
+    for pool in outcome.pools:
+        if pool.queue_depth or any(member.cost for member in pool.members.here):
+            raise Broken(f"{pool.queue_depth} calls are left in the {pool.name} pool")
+        unheard = (
+            fate.learner_deaths or fate.lost_batches or outcome.flow.cut
+        )  # some that were asked beside what failed
+        if not unheard and pool.tokens != pool.answered:
+            raise Broken(f"the {pool.name} pool counted {pool.tokens} tokens, and answered with {pool.answered}")
 
 
 def simulate(seed: int) -> None:

@@ -73,11 +73,6 @@ def going_back_keeps_what_is_too_early(monkeypatch):
     monkeypatch.setattr(Flow, "rewind", rewind)
 
 
-def going_back_forgets_the_weights(monkeypatch):
-    """After the learner's death the generators go on with the weights that they hold."""
-    monkeypatch.setattr(Pool, "withdraw", lambda pool: None)
-
-
 def going_back_counts_twice(monkeypatch):
     """After the learner's death what had been counted before stays counted."""
     real = Driver._revived
@@ -106,8 +101,7 @@ def half_taken_weights_count(monkeypatch):
 FAULTS = (
     *(no_deadline, a_late_answer_counts_too, draining_drops_calls, a_new_replica_works_before_its_weights),
     *(the_dead_are_not_replaced, a_lost_call_is_forgotten, poison_is_tried_for_ever),
-    *(going_back_keeps_what_is_too_early, going_back_forgets_the_weights, going_back_counts_twice),
-    half_taken_weights_count,
+    *(going_back_keeps_what_is_too_early, going_back_counts_twice, half_taken_weights_count),
 )
 
 

@@ -266,3 +266,25 @@ def test_a_pool_that_may_be_empty_starts_when_it_is_asked_and_ends_when_it_is_no
         await world.pool.call("generate", 1)
 
     run_it(min_replicas=0)
+
+
+def test_the_first_replica_is_the_oldest_that_lives():
+    @simulated
+    async def run_it(world):
+        assert await world.pool.first("who") == 0
+        world.backend.made[0].ask = lambda *_: _raised(lost())
+        assert await world.pool.first("who") == 1
+        for replica in world.backend.made:
+            if not replica.ended:
+                world.pool.members.lose(_member(world.pool, replica), lost())
+        assert await world.pool.first("who") > 1
+
+    def _raised(error):
+        answer = asyncio.get_running_loop().create_future()
+        answer.set_exception(error)
+        return answer
+
+    def _member(pool, replica):
+        return next(own for own in pool.members.here if own.replica is replica)
+
+    run_it()
