@@ -150,16 +150,17 @@ class Driver:
     async def _revived(self, error: TutorloopError) -> bool:
         """After the learner's death: start it again from the last checkpoint, or as the stage began, and go back there.
 
-        Nothing else starts again: shards that are ready stay. False where something else has failed, or where the
-        learner dies of the same step for the third time.
+        Nothing else starts again: shards that are ready stay. False where something else has failed, where the learner
+        dies of the same step for the third time, or where it has met the generators in a group of theirs.
         """
-        if not error.lost or not isinstance(error, LearnerError | BatchLost) or self._deaths[self.step] >= MOST_DEATHS:
+        for_good = self.broadcasts is not None or self._deaths[self.step] >= MOST_DEATHS
+        if not error.lost or not isinstance(error, LearnerError) or for_good:
             return False
         self._deaths[self.step] += 1
         self.progress.note(f"the learner is lost after step {self.step}: {error}")
         self.progress.phase("starting the learner again")
         checkpoint, state = self._last_checkpoint() or (None, self._start)
-        self.flow.rewind(state["step"] if state else self.step, keep=not isinstance(error, BatchLost))
+        self.flow.rewind(state["step"] if state else self.step, keep=not isinstance(error.__cause__, BatchLost))
         for pool in (self.flow.services.rollouts, *self.self_teachers):
             pool.withdraw()
         await self.recorder.collect(wait=True)

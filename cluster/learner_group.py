@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..contracts.config import Config
+from ..contracts.errors import BatchLost, LearnerError
 from ..contracts.records import Correction, StepPlan, StepReport, Term, WeightManifest
 from ..learner.packing import Lengths, plan_updates
 from ..learner.worker import LearnerWorker
@@ -75,7 +76,12 @@ class LearnerGroup:
             rank.ask("step", StepPlan(updates=plan, **common), *batches)
             for rank, plan in zip(self.ranks, plans, strict=True)
         ]
-        return (await asyncio.gather(*steps))[0]
+        try:
+            return (await asyncio.gather(*steps))[0]
+        except BatchLost as error:  # one rank has not begun, and the others wait for it
+            lost = LearnerError("the learner's batches are there until they are trained", error.found)
+            lost.lost = True
+            raise lost from error
 
     async def publish(self, version: int) -> tuple[WeightManifest, list[Any]]:
         """References to a version's buckets, and its manifest. The other ranks only take part."""

@@ -48,7 +48,7 @@ from .pools.services import (
 )
 from .pools.weight_broadcast import WeightBroadcast
 from .preflight import Inputs, needs_of
-from .recording.counters import RunCounters
+from .recording.counters import RunCounters, deaths_of
 from .recording.metrics import MetricsLog
 from .recording.model_card import write_model_card
 from .recording.progress import Progress, final_table
@@ -383,6 +383,7 @@ async def _write_down(run: Run, driver: Driver, finished: bool) -> dict[str, Any
         "peak_memory_bytes": sum(memory.values()),
         "peak_memory_bytes_by_pool": memory,
         "startup_seconds": dict(run.startup.seconds),
+        **deaths_of(driver.flow.pools, driver.restarts),
         **({"left_out": run.inputs.left_out} if run.inputs.left_out else {}),
         **run.counters.summary(),
     }

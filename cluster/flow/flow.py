@@ -182,13 +182,13 @@ class Flow:
 
     def _cut(self, shard: Shard, step: asyncio.TaskGroup, error: Quarantined) -> None:
         """In place of a shard, its rollouts one by one; a single one is dropped."""
-        if len(shard.requests) > 1:
-            self.shards[shard.step].remove(shard)
-            for request in shard.requests:
-                self._begin(shard.step, [request], step, ALONE)
-        else:
+        if len(shard.requests) == 1:
             shard.quarantined = True
             self.tell(f"rollout {shard.requests[0].rollout_id} is dropped: {error}")
+            return
+        self.shards[shard.step].remove(shard)
+        for request in shard.requests:
+            self._begin(shard.step, [request], step, ALONE)
 
     async def _way(self, shard: Shard, step: asyncio.TaskGroup) -> None:
         """Generated, then annotated, each annotation as soon as what it reads is there; then what its verdicts ask for

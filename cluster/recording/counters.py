@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -289,3 +289,13 @@ TOKENS_OF = {"rollout": "generated", "teacher_rollout": "teacher_generated"}  # 
 BUSY = ("busy", "available", "present")
 COUNTERS = ("tokens", "dropped", "failed", "response_faults", "pool_tokens", *BUSY)
 PLAIN = ("staleness_sum", "staleness_rows", "staleness_max", "training_seconds")
+
+
+def deaths_of(pools: Iterable[Pool], learner: int) -> dict[str, dict[str, int]]:
+    """For the summary: replicas that were replaced, calls that were made again; nothing where nothing died. `learner`:
+    how often it was started again."""
+    pools = list(pools)
+    restarts = {pool.name: pool.members.restarts for pool in pools} | {"learner": learner}
+    found = {"restarts": restarts, "retries": {pool.name: pool.retries for pool in pools}}
+    own = {name: {pool: many for pool, many in counts.items() if many} for name, counts in found.items()}
+    return {name: counts for name, counts in own.items() if counts}

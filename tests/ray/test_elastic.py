@@ -126,6 +126,8 @@ def test_kills_of_every_kind_change_nothing(models: Path, undisturbed: Path, tmp
         assert run.train(recipe(models, folder), False, address, Console(file=shown, width=200))
     assert done == list(deeds)
     check_whole(folder, undisturbed)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["restarts"] == {"rollout": 2, "teacher": 1, "verifier": 1, "learner": 1}
     said = shown.getvalue()
     for name in ("rollout", "teacher", "verifier"):
         assert f"of the {name} pool is lost" in said
