@@ -157,7 +157,7 @@ class Driver:
         if not error.lost or not isinstance(error, LearnerError) or for_good:
             return False
         self._deaths[self.step] += 1
-        self.progress.note(f"the learner is lost after step {self.step}: {error}")
+        self.progress.note(f"the learner is lost after step {self.step}: {error.short}")
         self.progress.phase("starting the learner again")
         checkpoint, state = self._last_checkpoint() or (None, self._start)
         self.flow.rewind(state["step"] if state else self.step, keep=not isinstance(error.__cause__, BatchLost))

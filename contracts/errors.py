@@ -5,6 +5,8 @@ so an actor's error reaches the driver as itself. `InputError` and its children 
 everything else is ours or the machine's (exit code 1).
 """
 
+SHORT = 300  # characters
+
 
 class TutorloopError(Exception):
     """Rule, value found, remedy. Example: `DataError("every row needs a prompt", "row 7 has keys ['q']", "set …")`."""
@@ -15,6 +17,11 @@ class TutorloopError(Exception):
     def __init__(self, rule: str, found: str = "", remedy: str = "") -> None:
         super().__init__(rule, found, remedy)
         self.rule, self.found, self.remedy = rule, found, remedy
+
+    @property
+    def short(self) -> str:
+        """What was found, in one line, for a log."""
+        return (self.found or self.rule).split("\n", maxsplit=1)[0][:SHORT]
 
     def __str__(self) -> str:
         parts = [self.rule, f"found: {self.found}" if self.found else "", self.remedy]

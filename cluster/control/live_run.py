@@ -9,7 +9,7 @@ from ...contracts.errors import ConfigError, InputError, TutorloopError
 from ...contracts.status import RunStatus
 from ..driver import Driver
 from ..learner_group import need_of_learner
-from ..pools.pool import Pool
+from ..pools.pool import UNPUBLISHED, Pool
 from ..pools.replica import Backend
 from ..recording.progress import Progress
 
@@ -35,12 +35,13 @@ class LiveRun:
         driver = self.driver
         if driver is None:
             raise TutorloopError("a run that has started can be asked", self.progress.phase_now, "ask again later")
+        version = driver.flow.services.rollouts.version
         return RunStatus(
             method=self.method,
             phase=self.progress.phase_now,
             step=driver.step,
             steps=self.steps,
-            version=driver.flow.services.rollouts.version,
+            version=version if version != UNPUBLISHED else None,
             seconds=driver.counters.wall_seconds,
             pools=[pool.status() for pool in self.pools],
             in_flight=driver.flow.in_flight(),

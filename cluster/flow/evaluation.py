@@ -117,7 +117,7 @@ async def _judged(
             await judge(number, part, begun + 1)
         except Quarantined as error:
             if len(part) == 1:
-                generators.members.tell(f"{part[0].rollout_id} counts as wrong: {error}")
+                generators.members.tell(f"{part[0].rollout_id} counts as wrong: {error.short}")
             for i, request in enumerate(part if len(part) > 1 else ()):
                 await judge((*number, i), (request,))
 

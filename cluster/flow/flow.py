@@ -184,7 +184,7 @@ class Flow:
         """In place of a shard, its rollouts one by one; a single one is dropped."""
         if len(shard.requests) == 1:
             shard.quarantined = True
-            self.tell(f"rollout {shard.requests[0].rollout_id} is dropped: {error}")
+            self.tell(f"rollout {shard.requests[0].rollout_id} is dropped: {error.short}")
             return
         self.shards[shard.step].remove(shard)
         for request in shard.requests:

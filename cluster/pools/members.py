@@ -137,7 +137,7 @@ class Members:
             return
         self._remove(member)
         self._barren = 0 if member.answered else self._barren + 1
-        self.tell(f"replica {member.number} of the {self.name} pool is lost: {error}")
+        self.tell(f"replica {member.number} of the {self.name} pool is lost: {getattr(error, 'short', error)}")
         self._replace(error)
 
     def retire(self, member: Member, why: str) -> None:

@@ -176,7 +176,7 @@ class Pool:
         again = getattr(error, "again", False)
         member.failures += 1
         if again and member.failures >= FAILURES and member.state == "serving" and len(self.members.serving) > 1:
-            self.members.retire(member, f"it failed {FAILURES} times in a row: {error}")
+            self.members.retire(member, f"it failed {FAILURES} times in a row: {getattr(error, 'short', error)}")
         self._again(call, error, again)
 
     def _lose(self, member: Member, error: Exception) -> None:

@@ -1,6 +1,4 @@
-"""The learner against a plain PyTorch loop (parity_reference.py): real DeepSpeed ranks as Ray actors, ZeRO 0-3, one and
-two ranks.
-"""
+"""The learner against a plain PyTorch loop (parity_reference.py): DeepSpeed as Ray actors, ZeRO 0-3, one and two ranks."""
 
 import socket
 import sys
@@ -341,11 +339,10 @@ def test_what_cannot_be_trained_is_counted(hosts, models, data):
     assert weights_of(hosts[2])[1].fingerprint == before
 
 
-@pytest.mark.parametrize(
-    ("stage", "dtype"),
-    [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")]
-    + [pytest.param(*more, marks=pytest.mark.sweep) for more in ((0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "fp32"))],
-)
+SWEPT = [pytest.param(*more, marks=pytest.mark.sweep) for more in ((0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "fp32"))]
+
+
+@pytest.mark.parametrize("stage, dtype", [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16"), *SWEPT])
 def test_what_is_no_number_is_never_stepped(hosts, models, data, tmp_path, stage, dtype):
     """One row of one rank is enough; weights, moments and counts of every rank stay, to the byte. So they do where no
     row has a signal, whatever weight decay and momentum would do."""
