@@ -1,4 +1,4 @@
-"""The learner against a plain PyTorch loop (parity_reference.py): DeepSpeed as Ray actors, ZeRO 0-3, one and two ranks."""
+"""The learner against a plain PyTorch loop (parity_reference.py): DeepSpeed on Ray, ZeRO 0-3, one and two ranks."""
 
 import socket
 import sys
