@@ -35,7 +35,7 @@ class Member:
     replica: Replica
     since: float  # when its state began, by the loop's clock
     state: ReplicaState = "starting"
-    calls: set[Call] = field(default_factory=set)
+    calls: list[Call] = field(default_factory=list)  # the oldest first
     cost: int = 0
     version: int | None = None
     loading: bool = False

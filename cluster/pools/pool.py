@@ -123,7 +123,7 @@ class Pool:
 
     def _begin(self, member: Member, call: Call) -> None:
         call.attempts += 1
-        member.calls.add(call)
+        member.calls.append(call)
         member.cost += call.cost
         self.busy.sent(member.number, call)
         kept(self._end(member, call, *member.replica.call(call.method, call.arguments)), self._tasks)
@@ -181,9 +181,9 @@ class Pool:
 
     def _lose(self, member: Member, error: Exception) -> None:
         """A replica is gone, and what it worked on is asked for elsewhere."""
-        calls, member.calls = sorted(member.calls, key=lambda call: call.asked, reverse=True), set()
+        calls, member.calls = member.calls, []
         self.members.lose(member, error)
-        for call in calls:
+        for call in reversed(calls):  # each comes before what waits
             call.deaths += 1
             self._again(call, error, True)
         self._dispatch()

@@ -107,7 +107,7 @@ class ScriptedReplica:
     def __init__(self, world: World, pool: str, concurrent: int, follows: bool) -> None:
         self.world, self.pool, self.concurrent, self.follows = world, pool, concurrent, follows
         self.version, self.running, self.where = -1, 0, "simulated"
-        self.queue, self.answers, self.dead = deque(), set(), False
+        self.queue, self.answers, self.dead = deque(), [], False
         self.cut_off = False  # it hears of nothing any more, and works on
 
     def call(self, method, arguments):
@@ -181,8 +181,7 @@ class ScriptedReplica:
 
     def _answer(self):
         answer = asyncio.get_running_loop().create_future()
-        self.answers.add(answer)
-        answer.add_done_callback(self.answers.discard)
+        self.answers.append(answer)
         if self.dead:
             answer.set_exception(lost(self.pool))
         return answer

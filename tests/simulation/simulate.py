@@ -222,7 +222,7 @@ async def _drive(recipe: tuple, fate: Fate) -> Outcome:
         step=0,
         start_learner=partial(ScriptedLearner.again, world),
     )
-    for pool in {*flow.pools, verifiers}:
+    for pool in dict.fromkeys([*flow.pools, verifiers]):
         await pool.ready(quiet.note)
     with interrupt.saving():
         loop = asyncio.get_running_loop()

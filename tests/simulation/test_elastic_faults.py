@@ -52,7 +52,7 @@ def a_lost_call_is_forgotten(monkeypatch):
     """What a replica worked on when it died is asked for nowhere else."""
 
     def lose(pool, member, error):
-        member.calls = set()
+        member.calls = []
         pool.members.lose(member, error)
 
     monkeypatch.setattr(Pool, "_lose", lose)
