@@ -118,10 +118,11 @@ class RayBackend:
         return ranks
 
     async def peak_memory(self, replicas: Mapping[str, Sequence[Replica]]) -> dict[str, int]:
-        """Of each actor and the processes that it runs."""
+        """Of each living actor and the processes that it runs."""
         found = {}
         for name, own in replicas.items():
-            found[name] = sum(await asyncio.gather(*(replica.read(_peak_bytes) for replica in own)))
+            read = await asyncio.gather(*(replica.read(_peak_bytes) for replica in own), return_exceptions=True)
+            found[name] = sum(size for size in read if isinstance(size, int))
         return found
 
 
