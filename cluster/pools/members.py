@@ -205,6 +205,7 @@ class Members:
             task.cancel()
         for member in list(self.here):
             self._remove(member)
+        self._arrived = lambda _: None  # its pool, and with it all that it holds, is let go at once
 
     def status(self) -> list[ReplicaStatus]:
         return [

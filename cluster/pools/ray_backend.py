@@ -30,7 +30,8 @@ class RayReplica:
     """An actor, and the placement group that ends with it."""
 
     def __init__(self, actor: Any, error_type: type[TutorloopError], who: str, group: PlacementGroup | None) -> None:
-        self.actor, self.group, self.where = actor, group, ""
+        self.actor: Any = actor
+        self.group, self.where = group, ""
         self._error_type, self._who = error_type, who
 
     def ready(self) -> Awaitable[None]:
@@ -52,10 +53,14 @@ class RayReplica:
         return refs[:-1], await self._answer(refs[-1]) if refs else None
 
     def end(self) -> None:
+        """And let go of the handle. One that is collected in a later session of Ray's would end whatever has its id
+        there, since ids begin anew in each cluster."""
+        if self.actor is None:
+            return
         ray.kill(self.actor)
         if self.group:
             remove_placement_group(self.group)
-            self.group = None
+        self.actor = self.group = None
 
     def _answer(self, ref: ObjectRef) -> asyncio.Future[Any]:
         return _answer(ref, self._error_type, self._who)

@@ -1,5 +1,6 @@
 """A cluster that whole runs join; each leaves nothing behind on it."""
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +15,13 @@ def four_cpus() -> Iterator[str]:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
     yield str(cluster.address)
     cluster.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def no_leftovers() -> Iterator[None]:
+    """What a run held of its Ray is let go before a test begins another one: their ids are alike."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture
