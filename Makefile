@@ -39,7 +39,8 @@ test-all: SWEEPS :=
 test-all: setup lint test-unit test-runs types test-packaging test-real test-vllm test-ray simulate
 
 SWEEPS := -m "not sweep"
-# Most of their time is one process's start. What shares an engine or a cluster says so (xdist_group).
+# Most of their time is one process's start. What shares an engine says so (xdist_group), and so does what starts Ray:
+# of two Rays side by side on one machine the actors of one were cancelled now and then.
 SIDE_BY_SIDE := -n 2 --dist loadgroup
 
 test-unit: setup
@@ -54,7 +55,7 @@ simulate: setup
 	$(BIN)/python tests/simulation/simulate.py 10000
 
 test-ray: setup
-	$(BIN)/python -m pytest tests/ray $(SIDE_BY_SIDE) $(SWEEPS)
+	$(BIN)/python -m pytest tests/ray $(SWEEPS)
 
 # vLLM itself, and a server of it.
 test-vllm: vllm

@@ -29,6 +29,7 @@ VLLM = ["rollout.engine=vllm", "teacher.engine=vllm"]
 MARK = f"TUTORLOOP_TEST_{os.getpid()}"
 # Of a teacher that is all but certain the servers' float32 leaves no tail to compare.
 TOPK = ["teacher.signal=topk", "method_options.top_k=8", "method_options.rest=renormalise"]
+ON_RAY = pytest.mark.xdist_group("ray")  # one at a time
 LIVE = ["teacher.follows=live", *TOPK]
 
 
@@ -80,6 +81,7 @@ def same_at_first(one, other):
     assert one[0]["loss"] == pytest.approx(other[0]["loss"], rel=1e-4)
 
 
+@ON_RAY
 def test_distillation_with_vllm_on_both_sides(tmp_path, address):
     """Asynchronous, with the sampler's own ids; weights arrive while rollouts run."""
     ids = ["teacher.signal=topk", "method_options.support=student", "method_options.top_k=8"]
@@ -96,6 +98,7 @@ def test_synchronous_runs_draw_the_same_rollouts_twice(tmp_path):
     same_at_first(first, train("quickstart", tmp_path / "b", None, *overrides, "rollout.replicas=2"))
 
 
+@ON_RAY
 @pytest.mark.sweep
 @pytest.mark.parametrize("zero", [1, 3])
 def test_broadcast_weights_are_those_of_the_object_store(zero, tmp_path, address):
@@ -107,6 +110,7 @@ def test_broadcast_weights_are_those_of_the_object_store(zero, tmp_path, address
     same_at_first(sent, stored)
 
 
+@ON_RAY
 @pytest.mark.parametrize("transfer", ["broadcast", pytest.param("object_store", marks=pytest.mark.sweep)])
 def test_a_student_split_in_two(transfer, tmp_path, address):
     """In a placement group; both parts take the weights of a learner that shards them too, by either way."""
@@ -131,7 +135,7 @@ def test_a_student_split_in_two(transfer, tmp_path, address):
     assert all(row["learner"]["grad_norm"] > 0 and row["staleness_max"] == 0 for row in steps) and len(steps) == 3
 
 
-@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+@pytest.mark.parametrize("engine", ["transformers", pytest.param("vllm", marks=ON_RAY)])
 def test_a_self_teacher_shares_the_rollout_replicas_of_a_student_with_adapters(engine, tmp_path, request):
     """Under vLLM as actors, whose calls run side by side."""
     address = request.getfixturevalue("address") if engine == "vllm" else None
@@ -184,6 +188,7 @@ def test_a_server_that_cannot_do_it_is_refused_before_the_run(overrides, rule, t
     assert not (tmp_path / "run").exists()
 
 
+@ON_RAY
 def test_a_killed_driver_leaves_nothing_behind(tmp_path):
     """Neither engines nor actors, nor the Ray that it had started."""
     mark = f"TUTORLOOP_KILLED_{os.getpid()}"
