@@ -39,8 +39,7 @@ test-all: SWEEPS :=
 test-all: setup lint test-unit test-runs types test-packaging test-real test-vllm test-ray simulate
 
 SWEEPS := -m "not sweep"
-# Most of their time is one process's start. What shares an engine says so (xdist_group), and so does what starts Ray:
-# of two Rays side by side on one machine the actors of one were cancelled now and then.
+# Most of their time is one process's start. What shares an engine or Ray says so (xdist_group).
 SIDE_BY_SIDE := -n 2 --dist loadgroup
 
 test-unit: setup

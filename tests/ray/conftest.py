@@ -7,9 +7,10 @@ import pytest
 import ray
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def four_cpus() -> Iterator[str]:
-    """The address of a cluster with four CPUs."""
+    """The address of a cluster with four CPUs. One a module: of a cluster that stood while this process was in others
+    meanwhile (tests/ray/test_elastic.py has its own), the actors of later runs were cancelled."""
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
