@@ -308,7 +308,7 @@ class Flow:
         go, and counted."""
         self.dropped.clear()  # of steps that are taken again
         bound = step + self.config.max_staleness
-        if keep and self._taken:
+        if keep and self._taken and self._taken[0] >= step:
             taken, self.shards[taken] = self._taken[0], self._taken[1]
             self._steps[taken] = asyncio.create_task(_nothing())
         for later in [later for later, task in self._steps.items() if later > bound and not self._ready(later)]:
@@ -321,7 +321,10 @@ class Flow:
 
     def _drop(self, shards: Iterable[Shard], reason: str) -> None:
         for shard in shards:
-            self.dropped[reason] += shard.generated.rows if shard.generated else 0
+            if shard.quarantined:
+                self.dropped["quarantined"] += 1
+            else:
+                self.dropped[reason] += shard.generated.rows if shard.generated else 0
 
     def abandon(self, reason: str) -> None:
         """Nothing in flight will be trained: count what was generated. A resumed run generates it again."""

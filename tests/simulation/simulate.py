@@ -287,8 +287,9 @@ def check_pools(outcome: Outcome, fate: Fate) -> None:
     if outcome.seconds > LATE / 2:
         raise Broken(f"the run took {outcome.seconds:.0f} s: it waited for an answer that hung")
     for pool in outcome.pools:
-        if pool.queue_depth or any(member.cost for member in pool.members.here):
-            raise Broken(f"{pool.queue_depth} calls are left in the {pool.name} pool")
+        calls = [*pool._backlog, *(call for member in pool.members.here for call in member.calls)]
+        if left := [call for call in calls if not call.answer.done()]:
+            raise Broken(f"{len(left)} calls are left in the {pool.name} pool")
         unheard = (
             fate.learner_deaths or fate.lost_batches or outcome.flow.cut
         )  # some that were asked beside what failed
