@@ -249,10 +249,8 @@ class Driver:
         takers = [*([] if self.broadcasts else [rollouts]), *self.self_teachers]
         unread = done > 0 and "student" not in composition.generators and not self.self_teachers
         in_a_round = self._in_a_round(self.step)
-        holds = rollouts.version not in (
-            None,
-            UNPUBLISHED,
-        )  # weights of this stage: not so after its start, a resume or a death
+        # After its start, a resume or a death of the learner nobody holds weights of this stage.
+        holds = rollouts.version not in (None, UNPUBLISHED)
         if not self.ended and holds and (in_a_round or (unread and not self._due(self.config.eval.every))):
             return
         with clock("publish"):

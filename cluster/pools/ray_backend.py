@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import ray
 from ray import ObjectRef
-from ray.exceptions import ObjectLostError, OwnerDiedError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
@@ -22,7 +22,6 @@ from .ports import free_port
 from .replica import Replica
 from .room import Need, Tell, check_room, wait_for_actors, wait_for_groups
 
-GONE = (ObjectLostError, OwnerDiedError)
 names: dict[str, str] = {}  # actor id → what it is called: replica 1 of 2 of the rollout pool
 
 
@@ -53,8 +52,7 @@ class RayReplica:
         return refs[:-1], await self._answer(refs[-1]) if refs else None
 
     def end(self) -> None:
-        """And let go of the handle. One that is collected in a later session of Ray's would end whatever has its id
-        there, since ids begin anew in each cluster."""
+        """And let go of the handle, while the Ray that it is of still stands."""
         if self.actor is None:
             return
         ray.kill(self.actor)
@@ -213,7 +211,7 @@ def failure_of(error: RayError, error_type: type[TutorloopError], who: str) -> T
         cause = error.cause if isinstance(error.cause, BaseException) else None
         if isinstance(cause, TutorloopError):
             return cause
-        if isinstance(cause, GONE):
+        if isinstance(cause, ObjectLostError):
             return BatchLost("a batch is there until it is trained", first_line(str(cause)))
         return _marked(error_type(finishes, _text_of(error, cause)), again=True)
     if isinstance(error, RayActorError):
@@ -222,7 +220,7 @@ def failure_of(error: RayError, error_type: type[TutorloopError], who: str) -> T
         name = names.get(error.actor_id or "", f"an actor of the {who}")
         said = obituary(name, error.actor_id, str(error))
         return _marked(error_type(f"the {who} keeps its actors", said), lost=True)
-    if isinstance(error, GONE):
+    if isinstance(error, ObjectLostError):
         return BatchLost("a batch is there until it is trained", first_line(str(error)))
     return _marked(error_type(finishes, first_line(str(error))), lost=True)  # its node has died
 

@@ -4,7 +4,6 @@ Without `--address` (or Ray's own RAY_ADDRESS, which a Ray job sets) a private l
 alone would join whatever cluster stands on the machine.
 """
 
-import gc
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -38,7 +37,6 @@ def cluster(address: str | None, tell: Callable[[str], None] = say) -> Iterator[
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     options["runtime_env"] = {"env_vars": ACTOR_ENVIRONMENT}
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    gc.collect()  # what a run before this one held of its Ray: see ray_backend.py, RayReplica.end
     running = find(address)
     if running:
         options["address"] = prove(running)

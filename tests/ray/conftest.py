@@ -20,7 +20,7 @@ def four_cpus() -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def no_leftovers() -> Iterator[None]:
-    """What a run held of its Ray is let go before a test begins another one: their ids are alike."""
+    """What a run held of its Ray is let go before a test begins another one."""
     yield
     gc.collect()
 
