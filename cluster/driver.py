@@ -232,7 +232,7 @@ class Driver:
     async def watch(self, shards: list[Shard], report: StepReport) -> None:
         """Show a finished step to the skill bank and to the stage's trigger."""
         if self.skills:
-            await self.skills.record(shards, report)
+            self.skills.record(shards, report)
             if said := await self.skills.grow(self.step, shards):
                 self.progress.note(f"the skill bank after step {self.step}: {said}")
         if self.trigger and self.trigger.observe(sampler_entropy(shards), pass_rate(shards) or 0.0):

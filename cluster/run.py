@@ -315,7 +315,7 @@ async def _skills(run: Run, config: Config, composition: Composition, stack: Exi
     bank = SkillBank(config, run.folder.path / "bank", run.prompts, prompt_ids, run.backend)
     stack.callback(bank.pool.close)
     run.startup.phase("skills", "opening the skill bank")
-    await bank.pool.ready(run.progress.note)
+    await bank.ready(run.progress.note)
     return bank
 
 

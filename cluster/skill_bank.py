@@ -1,10 +1,10 @@
 """A run's own skill bank: what came of each view is counted, and the bank grows where the student still errs.
 
 The bank is a copy in the run's folder, on the driver's machine; the service that retrieves from it runs there too. Its
-version stands in every checkpoint, and a resumed run goes on from that one.
+version stands in every checkpoint, and a resumed run goes on from that one. What was counted since is kept here, where
+the service's death cannot take it.
 """
 
-import asyncio
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,12 +13,13 @@ from typing import Any
 from .. import lab
 from ..contracts.config import Config
 from ..contracts.errors import ConfigError, SkillError, VerifierError
-from ..contracts.records import StepReport
+from ..contracts.records import Polarities, StepReport
 from ..contracts.verifier_config import Skills
 from ..verifier_service.skills.published import load_published
 from .flow.shard import Shard
 from .pools.pool import Pool
 from .pools.replica import Backend
+from .pools.room import Tell
 from .pools.services import key_of
 from .recording.counters import pass_rate
 
@@ -68,14 +69,24 @@ class SkillBank:
             "api_key": key_of("skills.api_key_env", self.settings.api_key_env),
         }
         self.pool = Pool("skills", SkillWorker, self.settings, VerifierError, backend, on_driver_node=True, **arguments)
+        self.version = 0  # of the bank as it was written last; 0: not known yet
+        self._shown: list[Any] = []  # references to pairs whose outcome is not written down
+        self._polarities: list[list[tuple[str, Polarities]]] = []  # what came of them
 
-    async def record(self, shards: Sequence[Shard], report: StepReport) -> None:
+    async def ready(self, tell: Tell) -> None:
+        """Once the service has opened the bank."""
+        await self.pool.ready(tell)
+        await self.save()
+        await self._retrieve_from_now()
+
+    def record(self, shards: Sequence[Shard], report: StepReport) -> None:
         """Count each shown entry's use, and whether it was helpful, harmful or neutral."""
         for shard in shards:
             names = {request.rollout_id: self.prompt_ids[request.row] for request in shard.requests}
             polarities = [(names[rollout], values) for rollout, values in report.polarities.items() if rollout in names]
             if shard.skills is not None and polarities:
-                await self._first("count", shard.skills, polarities)
+                self._shown.append(shard.skills)
+                self._polarities.append(polarities)
 
     async def grow(self, step: int, shards: Sequence[Shard]) -> str:
         """Update the bank from a step's rollouts where that is due and too few passed; what was done, in words."""
@@ -83,26 +94,29 @@ class SkillBank:
         passed = pass_rate(shards)
         if not own.update_every or step % own.update_every or passed is None or passed >= own.update_below:
             return ""
+        since = await self.save()
         judged = [shard for shard in shards if shard.verdicts is not None]
         batches = [batch for shard in judged for batch in (shard.rollouts, shard.verdicts)]
-        said = await self._first("grow", own.most_new, own.capacity, self.prompts, *batches)
-        await self._refresh_others()
+        limits = (own.most_new, own.capacity)
+        self.version, said = await self.pool.first("grow", since, *limits, self.prompts, *batches)
+        await self._retrieve_from_now()
         return said
 
     async def save(self) -> int:
         """Write down what was counted; the version that a checkpoint names."""
-        return await self._first("save")
+        self.version = await self.pool.first("save", self.version, self._polarities, *self._shown)
+        self._shown.clear()
+        self._polarities.clear()
+        return self.version
 
     async def load(self, version: int) -> None:
         """Go on from a checkpoint's version."""
-        await self._first("restore", version)
-        await self._refresh_others()
+        self._shown.clear()
+        self._polarities.clear()
+        self.version = await self.pool.first("restore", version)
+        await self._retrieve_from_now()
 
-    async def _first(self, method: str, *args: Any) -> Any:
-        return await self.pool.first(method, *args)
-
-    async def _refresh_others(self) -> None:
-        """Only the first replica writes; the others read what it has written."""
-        if others := self.pool.replicas[1:]:
-            version = await self._first("save")
-            await asyncio.gather(*(replica.ask("refresh", version) for replica in others))
+    async def _retrieve_from_now(self) -> None:
+        """Every replica, also one that starts later, retrieves from this version: counts alone change no retrieval."""
+        self.pool.publish(self.version, "refresh", self.version)
+        await self.pool.loaded()

@@ -211,11 +211,13 @@ def test_a_worker_reads_one_version_until_told(worker):
         worker.refresh(version + 1)
 
 
-def test_a_worker_counts_what_was_shown_and_writes_it_once(worker):
+def test_a_worker_writes_down_what_came_of_what_was_shown_once(worker):
     found, _ = worker.retrieve(prompts({"p1": "halve 12"}), [0], 8)
     before = worker.bank.version
-    worker.count(found, [("p1", (1, -1)), ("p1", (0, None)), ("p1", (None, -1, 1))])  # a view beyond the pairs: none
-    assert worker.bank.version == before and worker.save() == before + 1 == worker.save()
-    counts = {e.entry_id: (e.uses, e.helpful, e.harmful, e.neutral) for e in worker.bank.entries()}
-    assert counts == dict.fromkeys(("s1", "m1"), (2, 1, 0, 1)) | dict.fromkeys(("s2", "m2"), (2, 0, 2, 0))
+    came = [[("p1", (1, -1)), ("p1", (0, None))], [("p1", (None, -1, 1))]]  # a view beyond the pairs: none
+    assert worker.save(before, came, found, found) == before + 1 == worker.save(0, [])
+    expected = dict.fromkeys(("s1", "m1"), (2, 1, 0, 1)) | dict.fromkeys(("s2", "m2"), (2, 0, 2, 0))
+    for _ in range(2):  # and once more from the same version, as where the answer was lost
+        assert {e.entry_id: (e.uses, e.helpful, e.harmful, e.neutral) for e in worker.bank.entries()} == expected
+        assert worker.save(before, came, found, found) > before + 1
     assert worker.restore(before) > before + 1 and all(e.uses == 0 for e in worker.bank.entries())

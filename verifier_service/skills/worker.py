@@ -1,7 +1,7 @@
 """The skill worker: what a Ray actor of the skill pool runs, on a run's own bank.
 
-Prompts in, their skill-mistake pairs out; what came of the entries is counted, and the bank grows from the run's
-rollouts. Counts stay here until `save`, or until the bank grows: one commit a checkpoint, not one a step.
+Prompts in, their skill-mistake pairs out; what came of the entries is written down, and the bank grows from the run's
+rollouts. A write names the version that it goes on from, so that it can be made again where its answer was lost.
 """
 
 import time
@@ -45,7 +45,6 @@ class SkillWorker:
         model = None if extractor == LAB else ChatModel(extractor, extractor_model, api_key)
         self.extractor: Extractor = LlmExtractor(model) if model else LabExtractor()
         self.merger = LlmMerger(model) if model else None
-        self._counts: Counter[tuple[str, int]] = Counter()
         self.refresh(self.bank.version)
 
     def refresh(self, version: int) -> int:
@@ -77,41 +76,45 @@ class SkillWorker:
                 bank_version=self.version,
             )
 
-    def count(self, pairs: pa.RecordBatch, polarities: Sequence[tuple[str, Polarities]]) -> None:
-        """What came of the pairs of each prompt, in their order; of a view beyond them, nothing."""
-        shown = {row.prompt_id: row for row in decode(SkillPairs, pairs)}
-        for prompt_id, values in polarities:
-            own = shown[prompt_id]
-            for skill, mistake, value in zip(own.skill_ids, own.mistake_ids, values, strict=False):
-                if value is not None:
-                    self._counts.update((entry, place) for entry in (skill, mistake) for place in (0, PLACE[value]))
-
-    def save(self) -> int:
-        """Write down what was counted; the bank's version."""
-        entries = sorted({entry for entry, _ in self._counts})
-        if entries:
-            own = self._counts
-            self.bank.record({e: (own[e, 0], own[e, 1], own[e, 2], own[e, 3]) for e in entries})
-            self._counts.clear()
+    def save(self, since: int, polarities: Sequence[Sequence[tuple[str, Polarities]]], *shown: pa.RecordBatch) -> int:
+        """Write down what came of the pairs that were `shown`, on top of version `since` (0: the latest), in one
+        commit; the bank's version. `polarities` of a batch name its prompts, with a value for each pair in their order;
+        a view beyond them counts nothing."""
+        self._go_back_to(since)
+        counts: Counter[tuple[str, int]] = Counter()
+        for pairs, of_prompts in zip(shown, polarities, strict=True):
+            shown_to = {row.prompt_id: row for row in decode(SkillPairs, pairs)}
+            for prompt_id, values in of_prompts:
+                own = shown_to[prompt_id]
+                for skill, mistake, value in zip(own.skill_ids, own.mistake_ids, values, strict=False):
+                    if value is not None:
+                        counts.update((entry, place) for entry in (skill, mistake) for place in (0, PLACE[value]))
+        if entries := sorted({entry for entry, _ in counts}):
+            self.bank.record({e: (counts[e, 0], counts[e, 1], counts[e, 2], counts[e, 3]) for e in entries})
         return self.bank.version
 
     def restore(self, version: int) -> int:
         """Go on from an older version: the bank's content becomes that; its new version."""
-        if version != self.bank.version:
-            self.bank.restore(version)
-        self._counts.clear()
-        return self.refresh(self.bank.version)
+        self._go_back_to(version)
+        return self.bank.version
 
-    def grow(self, most_new: int, capacity: int, prompts: pa.RecordBatch, *batches: pa.RecordBatch) -> str:
-        """Update the bank from rollouts and their verdicts, batch by batch in turn; what was done, in words."""
-        self.save()
+    def _go_back_to(self, version: int) -> None:
+        if version not in (0, self.bank.version):
+            self.bank.restore(version)
+
+    def grow(
+        self, since: int, most_new: int, capacity: int, prompts: pa.RecordBatch, *batches: pa.RecordBatch
+    ) -> tuple[int, str]:
+        """Update version `since` of the bank from rollouts and their verdicts, batch by batch in turn; the version that
+        came of it, and what was done, in words."""
+        self._go_back_to(since)
         memories = [m for at in range(0, len(batches), 2) for m in memories_of(prompts, batches[at], batches[at + 1])]
         limits = {"most_new": most_new, "capacity": capacity}
         update = online_update(self.bank, memories, self.extractor, merger=self.merger, **limits)
-        self.refresh(self.bank.version)
         errors = "".join(f", {count} {name}" for name, count in sorted(update.errors.items()))
         counts = f"{len(update.added)} added, {len(update.merged)} merged, {len(update.dropped)} dropped{errors}"
-        return f"version {self.bank.version} from {len(memories)} rollouts: {counts}"
+        version = self.bank.version
+        return version, f"version {version} from {len(memories)} rollouts: {counts}"
 
 
 def own_bank(path: str, source: str) -> SkillBank:
