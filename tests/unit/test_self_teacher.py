@@ -1,5 +1,6 @@
 """Self-teachers: the student's versions taken as they are, or averaged as a loop in float64 does, and proven."""
 
+import asyncio
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,8 @@ import torch
 from service_rows import CONTEXT, VOCAB, dense, fresh_random, random_rollouts, sent_buckets
 from tiny import tiny_model, tiny_qwen3
 
+from tutorloop.cluster.pools.in_process import InProcessReplica
+from tutorloop.cluster.pools.self_teaching import adopt_average
 from tutorloop.contracts.arrow import decode, encode
 from tutorloop.contracts.errors import CheckpointError, TeacherError, WeightsMismatch
 from tutorloop.contracts.records import Rollout, ScoreRequest, TeacherScores, WeightManifest
@@ -173,15 +176,25 @@ def test_a_teacher_whose_weights_do_not_match_refuses_to_score(follows, qwen3):
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_a_saved_average_goes_on_as_if_never_stopped(dtype, tmp_path):
+@pytest.mark.parametrize("from_peer", [False, True])
+def test_an_average_goes_on_in_another_replica_as_if_never_stopped(dtype, from_peer, tmp_path):
+    """From a checkpoint, or from a replica that still has it: a new one takes it before its first call."""
     name = tiny_qwen3(tmp_path / "m")
     models = [tiny_of(dtype, seed) for seed in (1, 2, 3)]
     one, two = student_weights_of(name, "ema", dtype), student_weights_of(name, "ema", dtype)
     for version, model in enumerate(models[:2]):
         take(one, model, version)
-    one.save_average(str(tmp_path / "average.safetensors"))
-    two.load_average(str(tmp_path / "average.safetensors"))
-    assert two.student_weights.version == 1
+    saved = tmp_path / "step-1" / "self.safetensors"
+    saved.parent.mkdir()
+    one.save_average(str(saved))
+    said = []
+    peers = [InProcessReplica(one)] if from_peer else []
+
+    async def adopt():
+        return await adopt_average(InProcessReplica(two), peers, "self", [saved], said.append)
+
+    assert asyncio.run(adopt()) == 1 == two.student_weights.version
+    assert said[0].endswith("of another" if from_peer else "of step-1: no other was left")
     take(two, models[2], 1)  # the learner publishes the resumed version anew
     for worker in (one, two):
         take(worker, models[2], 2)
