@@ -192,6 +192,20 @@ class Disturbing(Blaming):
         return disturbing, ()
 
 
+class Raising:
+    """Raises for the gold `bad`, and for the response `bad` with any."""
+
+    needs_gold, waits, harmless = True, False, "harmless"
+
+    def prepare(self, response):
+        return response
+
+    def __call__(self, response):
+        if "bad" in (response.text, response.gold):
+            raise LookupError
+        return Judgement(response.text == response.gold, response.text)
+
+
 class Waiting(Behaving):
     waits = True
 
@@ -208,6 +222,29 @@ def refuse():
 class Unloadable(Behaving):
     def __reduce__(self):
         return refuse, ()
+
+
+# ---- reward functions: here, since a process imports the whole module that a function is of --------------------------
+
+
+def half(completions):
+    if completions[0].startswith("nap"):
+        raise LookupError
+    if completions[0].startswith("burn"):
+        while True:
+            pass
+    return [0.5]
+
+
+def describe(prompts, completions, answer, level, **columns):
+    """A reward function: hangs at level 9, and else scores a tenth of the level where the answer is in the text."""
+    if level == [9]:
+        pow(7, 10**9)
+    return [level[0] / 10 if answer[0] in completions[0] and prompts[0].startswith("What") else None]
+
+
+def cheer(completions, **columns):
+    return [float(completions[0].count("!"))]
 
 
 def ask(*golds, text="text"):

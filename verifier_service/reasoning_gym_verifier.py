@@ -6,6 +6,10 @@ name in `source_dataset`. Many of its scorers give part of a point to nearly rig
 Some of them (0.1.25) call `eval` on the answer, or sympy's `parse_expr`, which does. While they score, the `eval` that
 these modules see takes nothing but literals, arithmetic and sympy's elementary functions by name: no attribute, no
 subscript, no other call. What is left can still hang, and runs in the process that can be killed.
+
+`Integral` is no such name, so an answer that only writes the problem down again scores nothing, where reasoning-gym's
+own scorer of `intermediate_integration` differentiates it and is content. About one in eight of that generator's own
+answers is such: it could not solve its problem (0.1.25). The solved integral passes there.
 """
 
 import ast

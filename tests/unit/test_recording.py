@@ -146,13 +146,17 @@ def test_hostile_text_is_a_line_of_its_own_and_escaped_in_the_report(tmp_path):
     log = MetricsLog(tmp_path, "127.0.0.1", 0)
     log.log_step(step_row(rng, 1))
     log.close()
-    for text in TEXTS:
+    for i in range(0, len(TEXTS), 3):
+        shown = [
+            TEXTS[j % len(TEXTS)] for j in range(i, i + 3)
+        ]  # the page shows one that passed, one not, and one of an eval
         (tmp_path / ROLLOUTS_FILE).unlink(missing_ok=True)
-        written(tmp_path, rng, [text, text], [1])
+        written(tmp_path, rng, shown[:2], [1])
+        written(tmp_path, rng, shown[2:], [1], "eval")
         lines = (tmp_path / ROLLOUTS_FILE).read_bytes().splitlines()
-        assert len(lines) == 2 and all(line.isascii() for line in lines)
-        assert [json.loads(line)["response"] for line in lines] == [text, text]
+        assert len(lines) == 3 and all(line.isascii() for line in lines)
+        assert [json.loads(line)["response"] for line in lines] == shown
         page = write_report(tmp_path).read_text(encoding="utf-8")
-        assert "What the model wrote" in page and not STEERS.search(page)
+        assert page.count("<pre class='said'") == 3 and "What the model wrote" in page and not STEERS.search(page)
         assert "<script" not in page and "onerror=alert(1)>" not in page
         assert len(page) < 2**20

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -33,12 +34,18 @@ def shared(name):
         return [json.loads(line) for line in file]
 
 
-def judged(verifier, rows, seconds=PATIENT):
-    pool = VerifierPool(verifier, timeout_seconds=seconds)
-    try:
+@pytest.fixture(scope="module")
+def judged():
+    """Judges rows; equal verifiers share their processes, which start slowly."""
+    pools = {}
+
+    def judge(verifier, rows):
+        pool = pools.setdefault(pickle.dumps(verifier), VerifierPool(verifier, timeout_seconds=PATIENT))
         responses = [Response(row.get("as_response") or row["prediction"], row["gold"]) for row in rows]
         return [outcome.judgement for outcome in pool.judge(responses)]
-    finally:
+
+    yield judge
+    for pool in pools.values():
         pool.close()
 
 
@@ -47,7 +54,7 @@ def disagreements(rows, judgements):
     return {row["id"] for row, judged in pairs if judged.error_class or judged.passed != row["expected"]}
 
 
-def test_grader_pairs_of_other_projects():
+def test_grader_pairs_of_other_projects(judged):
     rows = [
         row
         for row in shared("verdicts/grader_test_pairs.jsonl")
@@ -59,20 +66,20 @@ def test_grader_pairs_of_other_projects():
     assert len(wrong) <= 0.02 * len(rows)
 
 
-def test_real_boxed_responses():
+def test_real_boxed_responses(judged):
     rows = shared("verdicts/qwen_math_cot_responses.jsonl")
     wrong = disagreements(rows, judged(MathVerifier(), rows))
     assert len(rows) == 432 and wrong == set(MISLABELLED), wrong
 
 
 @pytest.mark.parametrize("kind", [MathVerifier, NumericVerifier])
-def test_real_responses_with_a_marker(kind):
+def test_real_responses_with_a_marker(kind, judged):
     rows = shared("verdicts/gsm8k_model_solutions.jsonl")
     assert not disagreements(rows, judged(kind(marker="A:"), rows))
 
 
 @pytest.mark.parametrize("answers", ["box", "any"])
-def test_adversarial_inputs_always_return_and_never_pass(answers):
+def test_adversarial_inputs_always_return_and_never_pass(answers, judged):
     rows = shared("verdicts/adversarial.jsonl")
     judgements = judged(MathVerifier(answers), rows)
     pairs = list(zip(rows, judgements, strict=True))
@@ -95,7 +102,7 @@ def test_gold_answers_of_gsm8k_verify_themselves_and_not_their_neighbours():
             assert judgement.passed == (numbers[gold] == numbers[other])
 
 
-def test_gold_answers_of_math_verify_themselves_and_not_their_neighbours():
+def test_gold_answers_of_math_verify_themselves_and_not_their_neighbours(judged):
     golds = list(dict.fromkeys(row["answer"] for row in shared("problems/math500_public.jsonl")))
     assert all(MathVerifier().prepare(Response(f"\\boxed{{{gold}}}", gold)).passed for gold in golds)
     rows = [{"prediction": f"\\boxed{{{other}}}", "gold": gold} for gold, other in pairwise(golds)]

@@ -8,11 +8,11 @@ from itertools import pairwise
 import cloudpickle
 import numpy as np
 import pytest
-from misbehaving import PATIENCE, Behaving, Blaming, Disturbing
+from misbehaving import PATIENCE, Behaving, Blaming, Disturbing, Raising, half
 
 from tutorloop.contracts.arrow import decode, encode
 from tutorloop.contracts.errors import VerifierError
-from tutorloop.contracts.protocols import Judgement, Response
+from tutorloop.contracts.protocols import Response
 from tutorloop.contracts.records import Rollout, Verdict
 from tutorloop.contracts.verifier_config import Reward, Verifier
 from tutorloop.verifier_service.any_gold import AnyGoldVerifier
@@ -175,15 +175,6 @@ def test_a_gold_that_hangs_hides_no_other(text, golds, expected):
     assert (judgement.passed, judgement.error_class, judgement.fault) == expected
 
 
-def half(completions):
-    if completions[0].startswith("nap"):
-        raise LookupError
-    if completions[0].startswith("burn"):
-        while True:
-            pass
-    return [0.5]
-
-
 def test_beside_a_reward_function_a_response_is_at_fault_for_the_verifier_alone():
     """And has the parts of its reward: hanging spares it no penalty."""
     function = FunctionVerifier(cloudpickle.dumps(half), 0.0)
@@ -197,20 +188,6 @@ def test_beside_a_reward_function_a_response_is_at_fault_for_the_verifier_alone(
     assert found(outcomes) == [("timeout", True), ("LookupError", True), ("crash", True), *ours, ("", False)]
     assert [outcome.judgement.score for outcome in outcomes] == [-0.5] * 3 + [0.0] * 2 + [0.5]
     assert found(of_gold) == [("gold_timeout", False)]
-
-
-class Raising:
-    """Raises for the gold `bad`, and for the response `bad` with any."""
-
-    needs_gold, waits, harmless = True, False, "harmless"
-
-    def prepare(self, response):
-        return response
-
-    def __call__(self, response):
-        if "bad" in (response.text, response.gold):
-            raise LookupError
-        return Judgement(response.text == response.gold, response.text)
 
 
 @pytest.mark.parametrize(

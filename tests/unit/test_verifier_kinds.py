@@ -43,7 +43,10 @@ GENERATORS += ("string_insertion", "spiral_matrix", "binary_matrix", "n_queens")
 def entries():
     reasoning_gym = pytest.importorskip("reasoning_gym")
     seed = int(fresh_random().integers(2**31))
-    return {name: reasoning_gym.create_dataset(name, seed=seed, size=2)[1] for name in GENERATORS}
+    entries = {name: reasoning_gym.create_dataset(name, seed=seed, size=2)[1] for name in GENERATORS}
+    solved = reasoning_gym.create_dataset("intermediate_integration", seed=seed, size=40)
+    entries["intermediate_integration"] = next(entry for entry in solved if "Integral" not in entry["answer"])
+    return entries
 
 
 def gym(answers="any", marker="", pass_score=1.0):
@@ -61,6 +64,22 @@ def test_the_dataset_s_own_answer_has_its_own_score(name, entries):
         assert judged == Judgement(judged.passed, answer, direct(answer=answer, entry=entry))
         assert judged.passed == (judged.score >= 1)
     assert judge(gym(), Response(text=f"<answer>{entry['answer']}</answer>", row=json.dumps(entry))).passed
+
+
+def test_a_problem_written_down_again_is_no_answer():
+    """A generator that cannot solve its integral gives it back, and its scorer is content with that."""
+    reasoning_gym = pytest.importorskip("reasoning_gym")
+    metadata = {"source_dataset": "intermediate_integration", "integrand": "2*x*sin(x)", "variable": "x"}
+    entry = {"question": "", "answer": "2*Integral(x*sin(x), x) + C", "metadata": metadata}
+    direct = reasoning_gym.get_score_answer_fn("intermediate_integration")
+    for answer, own, passed in (
+        (entry["answer"], 1.0, False),
+        ("2*sin(x) - 2*x*cos(x) + C", 1.0, True),
+        ("x", 0.0, False),
+    ):
+        assert direct(answer=answer, entry=entry) == own
+        judged = judge(gym(), Response(text=f"<answer>{answer}</answer>", row=json.dumps(entry)))
+        assert judged == Judgement(passed, answer, float(passed))
 
 
 def test_where_its_answer_stands(entries):
@@ -102,7 +121,7 @@ def test_rows_of_no_generator_abstain(row, error_class):
 
 
 def test_an_answer_that_hangs_is_killed(entries):
-    pool = VerifierPool(gym(), timeout_seconds=3.0)
+    pool = VerifierPool(gym(), timeout_seconds=1.5)
     row = json.dumps(entries["countdown"])
     outcomes = pool.judge(
         [Response(text=f"<answer>{a}</answer>", row=row) for a in ("9**9**9**9", entries["countdown"]["answer"])]
@@ -227,7 +246,7 @@ def test_what_is_no_reward_abstains(rewards, value):
 
 def test_what_a_function_may_do_is_its_sample_s_alone(rewards):
     values = ["none", "raise", "exit", "hang", "bool", "hang"]
-    pool = VerifierPool(own(rewards, "odd"), timeout_seconds=3.0)
+    pool = VerifierPool(own(rewards, "odd"), timeout_seconds=1.0)
     outcomes = pool.judge([Response(text="t", row=json.dumps({"value": value})) for value in values])
     pool.close()
     assert [o.judgement.error_class for o in outcomes] == [
@@ -360,7 +379,7 @@ def test_a_verifier_or_a_part_that_abstains_abstains_the_whole(rewards):
 
 def test_a_pattern_that_backtracks_is_killed_and_one_that_is_none_is_told():
     config = Config(kind="exact", rewards=(Reward(kind="format", weight=1, pattern="(a+)+b"),))
-    pool = VerifierPool(make_verifier(config), timeout_seconds=3.0)
+    pool = VerifierPool(make_verifier(config), timeout_seconds=1.0)
     texts = ["a" * 40, "aab", "\\boxed{7}"]
     judged = [o.judgement for o in pool.judge([Response(text=text, gold="aab") for text in texts])]
     pool.close()

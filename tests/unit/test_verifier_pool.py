@@ -12,6 +12,8 @@ from tutorloop.contracts.errors import VerifierError
 from tutorloop.contracts.protocols import Judgement, Response
 from tutorloop.verifier_service.pool import VerifierPool
 
+BUDGET = 0.5  # seconds of a CPU, for what hangs
+
 
 @pytest.fixture(scope="module")
 def pool():
@@ -24,7 +26,7 @@ def pool():
 @pytest.fixture
 def strict():
     """For samples that hang."""
-    pool = VerifierPool(Behaving(), timeout_seconds=1.0, memory_gib=0.25)
+    pool = VerifierPool(Behaving(), timeout_seconds=BUDGET, memory_gib=0.25)
     yield pool
     pool.close()
 
@@ -51,7 +53,7 @@ def test_every_kind_of_failure_abstains_under_its_name(strict):
     outcomes = strict.judge(ask(*expected))
     assert errors(outcomes) == list(expected.values())
     assert [o.judgement.passed for o in outcomes] == [not error for error in expected.values()]
-    assert 1.0 <= outcomes[1].seconds < PATIENCE / 2
+    assert BUDGET <= outcomes[1].seconds < PATIENCE / 2
 
 
 def test_a_death_with_the_memory_full_is_of_memory(pool):

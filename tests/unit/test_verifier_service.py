@@ -6,6 +6,7 @@ import threading
 import cloudpickle
 import numpy as np
 import pytest
+from misbehaving import cheer, describe
 from pydantic import ValidationError
 
 from tutorloop.contracts.arrow import decode, encode
@@ -16,19 +17,7 @@ from tutorloop.verifier_service.paths import reasoning_path
 from tutorloop.verifier_service.verifiers import make_verifier
 from tutorloop.verifier_service.worker import VerifierWorker
 
-
-def describe(prompts, completions, answer, level, **columns):
-    """A reward function: hangs at level 9, and else scores a tenth of the level where the answer is in the text."""
-    if level == [9]:
-        pow(7, 10**9)
-    return [level[0] / 10 if answer[0] in completions[0] and prompts[0].startswith("What") else None]
-
-
-def cheer(completions, **columns):
-    return [float(completions[0].count("!"))]
-
-
-SCORE, CHEER = "test_verifier_service:describe", "test_verifier_service:cheer"
+SCORE, CHEER = "misbehaving:describe", "misbehaving:cheer"
 FUNCTIONS = {SCORE: cloudpickle.dumps(describe), CHEER: cloudpickle.dumps(cheer)}
 
 
