@@ -27,7 +27,8 @@ from tutorloop.lab.real import real_models
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PROMPTS, NEW_TOKENS, STEPS = 16, 48, 5  # a step; the first is not counted
-SYSTEMS = {"synchronous": 0, "one step ahead": 1, "one process": 0, "TRL": None}  # max_staleness of ours
+# Of ours max_staleness and tokens a micro-batch: one process has room for larger ones within TRL's memory.
+SYSTEMS = {"synchronous": (0, 256), "one step ahead": (1, 256), "one process": (0, 1024), "TRL": None}
 WORDS = ("apple", "river", "stone", "cloud", "tiger", "piano", "green", "winter", "basket", "engine")
 
 
@@ -37,8 +38,8 @@ def measure(system: str, peer: str, folder: Path) -> dict:
     prompts = folder / "prompts.jsonl"
     rows = [{"prompt": f"Tell me something about a {WORDS[i % 10]} and the number {i}."} for i in range(64)]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    staleness = SYSTEMS[system]
-    if staleness is None:
+    ours = SYSTEMS[system]
+    if ours is None:
         result = folder / "trl.json"
         sizes = [str(PROMPTS), str(NEW_TOKENS), str(STEPS), str(result)]
         script = str(ROOT / "benchmarks" / "real_model_trl.py")
@@ -46,6 +47,7 @@ def measure(system: str, peer: str, folder: Path) -> dict:
         found = json.loads(result.read_text(encoding="utf-8"))
         return {"system": system, "seconds": found["seconds"], "memory": peak, "stages": {}}
     run = folder / "run"
+    staleness, tokens_per_batch = ours
     overrides = {
         "steps": STEPS,
         "prompts_per_step": PROMPTS,
@@ -56,7 +58,7 @@ def measure(system: str, peer: str, folder: Path) -> dict:
         "verifier.kind": "none",
         "eval.path": "",
         "eval.ood_path": "",
-        "learner.tokens_per_batch": 256,
+        "learner.tokens_per_batch": tokens_per_batch,
         "learner.learning_rate": 1e-4,
         "output_dir": run,
     }
