@@ -1,6 +1,7 @@
 """The learner's ranks as one thing: plan a step, run it on every rank, publish, save, load, export."""
 
 import asyncio
+import math
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -72,6 +73,8 @@ class LearnerGroup:
         """What every rank answers to a call. Raises what one of them raised, and LearnerError, `lost`, where a rank has
         died or does not answer before the deadline of such a call."""
         loop, limit = asyncio.get_running_loop(), self._pace.deadline(method, cost)
+        if method == "ready" and not self._pace.knows(method):
+            limit = math.inf  # a first start takes as long as its models take to load
         began, ranks = loop.time(), [asyncio.ensure_future(answer) for answer in answers]
         try:
             await asyncio.wait(ranks, timeout=limit, return_when=asyncio.FIRST_EXCEPTION)
