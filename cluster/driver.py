@@ -104,10 +104,10 @@ class Driver:
                 await self._finish(clock)
                 return False
             except TutorloopError as error:
-                if await self._revived(error):
+                if not (final := await self._final(error)):
                     continue
-                await self.rescue(error, clock)
-                raise
+                await self.rescue(final, clock)
+                raise final from final.__cause__
 
     async def _train(self, clock: Stopwatch) -> None:
         """The loop."""
@@ -122,7 +122,7 @@ class Driver:
             self.folder.check_claim()
             self.flow.admit(self.step)
             with clock("wait"):
-                shards = await self.interrupt.beside(self.flow.take(self.step))
+                shards = await self.interrupt.beside(self.learner.beside(self.flow.take(self.step)))
             with clock("learn"):
                 report = await self.learn(shards)
             self.step += 1
@@ -146,6 +146,16 @@ class Driver:
         """A checkpoint of all that was counted."""
         self.counters.count(self.flow)
         await self.save(clock)
+
+    async def _final(self, error: TutorloopError) -> TutorloopError | None:
+        """None once the learner goes on after its death, else what ends the stage: it may die again of its start."""
+        while True:
+            try:
+                return None if await self._revived(error) else error
+            except LearnerError as again:
+                if not again.lost:
+                    raise
+                error = again
 
     async def _revived(self, error: TutorloopError) -> bool:
         """After the learner's death: start it again from the last checkpoint, or as the stage began, and go back there.
@@ -274,7 +284,7 @@ class Driver:
         pools = (self.flow.services.rollouts, self.verifiers)
         with clock("evaluate"), self.counters.paused(self.flow):
             found = evaluate(self.problems, self.plan, *pools, "student", self.step, self.recorder)
-            for row in await self.interrupt.beside(found):
+            for row in await self.interrupt.beside(self.learner.beside(found)):
                 row = self.counters.eval_row(self.config, row)
                 self.log.log_eval(row)
                 self.progress.eval(row)

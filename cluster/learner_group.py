@@ -1,9 +1,10 @@
 """The learner's ranks as one thing: plan a step, run it on every rank, publish, save, load, export."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..contracts.config import Config
 from ..contracts.errors import BatchLost, LearnerError
@@ -11,16 +12,25 @@ from ..contracts.records import Correction, StepPlan, StepReport, Term, WeightMa
 from ..learner.packing import Lengths, plan_updates
 from ..learner.worker import LearnerWorker
 from .flow.shard import Shard
+from .pools.calls import Pace
+from .pools.failure import Failure
 from .pools.replica import Backend, Replica
 from .pools.room import Need, Tell
 from .pools.threads import threads_of
+from .pools.watch import watch
+
+T = TypeVar("T")
+REMEDY = "see where a rank of it hangs, or raise learner.deadline_seconds"
+DEATH_SECONDS = 5.0  # within which a rank's death is known, after it has broken off what the others do
 
 
 class LearnerGroup:
-    """One replica a rank; every call goes to all of them, since each is collective."""
+    """One replica a rank; every call goes to all of them, since each is collective. Ranks that wait for each other for
+    ever end like one that dies, at a call's deadline: in a LearnerError that is `lost`. `pace`: of the calls so far,
+    which the learner that is started in its place goes on with."""
 
-    def __init__(self, config: Config, ranks: Sequence[Replica]) -> None:
-        self.config, self.ranks = config.learner, ranks
+    def __init__(self, config: Config, ranks: Sequence[Replica], pace: Pace) -> None:
+        self.config, self.ranks, self._pace = config.learner, ranks, pace
 
     @classmethod
     async def start(
@@ -31,6 +41,7 @@ class LearnerGroup:
         correction: Correction,
         heads: Mapping[str, tuple[str, str]],
         longest: int,
+        pace: Pace,
         tell: Tell,
     ) -> "LearnerGroup":
         """Ranks that have their places, and may still be loading. `heads`: teachers whose frozen output projection the
@@ -56,14 +67,42 @@ class LearnerGroup:
                 "threads": threads_of(config, learner),
             }
 
-        return cls(config, await backend.start_ranks(LearnerWorker, need_of_learner(config), arguments, tell))
+        return cls(config, await backend.start_ranks(LearnerWorker, need_of_learner(config), arguments, tell), pace)
 
-    async def _all(self, method: str, *args: Any) -> list[Any]:
-        return await asyncio.gather(*(rank.ask(method, *args) for rank in self.ranks))
+    async def in_time(self, method: str, cost: int, answers: Iterable[Awaitable[T]]) -> list[T]:
+        """What every rank answers to a call. Raises what one of them raised, and LearnerError, `lost`, where a rank has
+        died or does not answer before the deadline of such a call."""
+        loop, limit = asyncio.get_running_loop(), self._pace.deadline(method, cost)
+        if method == "ready" and not self._pace.knows(method):
+            limit = math.inf  # a first start takes as long as its models take to load
+        began, ranks = loop.time(), [asyncio.ensure_future(answer) for answer in answers]
+        try:
+            await asyncio.wait(ranks, timeout=limit, return_when=asyncio.FIRST_EXCEPTION)
+            if error := await _error_of(ranks):
+                raise error
+            if not all(rank.done() for rank in ranks):
+                raise _lost("the learner answers before its deadline", f"{method}: no answer in {limit:.0f} s", REMEDY)
+        finally:
+            for rank in ranks:
+                rank.cancel()
+        self._pace.took(method, cost, loop.time() - began)
+        return [rank.result() for rank in ranks]
+
+    async def beside(self, work: Awaitable[T]) -> T:
+        """The result of `work`, while nothing is asked of the ranks; what it is that one of them has died of, if so."""
+        death = Failure()
+        watching = asyncio.create_task(watch(lambda: self.ranks, lambda _, error: death.set(error)))
+        try:
+            return await death.beside(work)
+        finally:
+            watching.cancel()
+
+    async def _all(self, method: str, *args: Any) -> None:
+        await self.in_time(method, 1, [rank.ask(method, *args) for rank in self.ranks])
 
     async def ready(self) -> None:
         """Once every rank has loaded. Raises what its constructor raised."""
-        await asyncio.gather(*(rank.ready() for rank in self.ranks))
+        await self.in_time("ready", 1, [rank.ready() for rank in self.ranks])
 
     async def step(self, step: int, version: int, shards: Sequence[Shard], rows: Lengths) -> StepReport:
         """One step on every rank; each gets its own plan and the same references."""
@@ -77,16 +116,14 @@ class LearnerGroup:
             for rank, plan in zip(self.ranks, plans, strict=True)
         ]
         try:
-            return (await asyncio.gather(*steps))[0]
+            return (await self.in_time("step", sum(tokens for tokens, _ in rows), steps))[0]
         except BatchLost as error:  # one rank has not begun, and the others wait for it
-            lost = LearnerError("the learner's batches are there until they are trained", error.found)
-            lost.lost = True
-            raise lost from error
+            raise _lost("the learner's batches are there until they are trained", error.found) from error
 
     async def publish(self, version: int) -> tuple[WeightManifest, list[Any]]:
         """References to a version's buckets, and its manifest. The other ranks only take part."""
         streams = [rank.stream("publish", version) for rank in self.ranks]
-        (buckets, manifest), *_ = await asyncio.gather(*streams)
+        (buckets, manifest), *_ = await self.in_time("publish", 1, streams)
         return manifest, buckets
 
     async def restart(self) -> None:
@@ -105,6 +142,26 @@ class LearnerGroup:
     def close(self) -> None:
         for rank in reversed(self.ranks):  # rank 0 last: their places end with it
             rank.end()
+
+
+def _lost(rule: str, found: str, remedy: str = "") -> LearnerError:
+    error = LearnerError(rule, found, remedy)
+    error.lost = True
+    return error
+
+
+async def _error_of(ranks: Sequence[asyncio.Future[Any]]) -> BaseException | None:
+    """What a call failed with, if it did. Where a rank has died, the others often say first that a collective of theirs
+    was broken off."""
+    errors = _errors(ranks)
+    if errors and all(getattr(error, "again", False) for error in errors):  # nobody's rule
+        await asyncio.wait(ranks, timeout=DEATH_SECONDS)
+        errors = _errors(ranks)
+    return next((error for error in errors if getattr(error, "lost", False)), errors[0] if errors else None)
+
+
+def _errors(ranks: Sequence[asyncio.Future[Any]]) -> list[BaseException]:
+    return [error for rank in ranks if rank.done() and (error := rank.exception())]
 
 
 def need_of_learner(config: Config) -> Need:

@@ -30,6 +30,7 @@ from .interrupt import Interrupt
 from .learner_group import LearnerGroup
 from .methods import compose_stages, own_modules
 from .methods.parts.composition import Composition
+from .pools.calls import Pace
 from .pools.in_process import InProcessBackend
 from .pools.pool import Pool
 from .pools.ray_backend import RayBackend
@@ -208,7 +209,7 @@ async def _assemble(run: Run, number: int, composition: Composition, first: int,
     if number:
         student = config.student.model_copy(update={"model": str(_left_by(run.folder, number - 1))})
         config = config.model_copy(update={"student": student})
-    start_learner = partial(_start_learner, run, config, composition, stack)
+    start_learner = partial(_learner, run, config, composition, Pace(config.learner.deadline_seconds), stack)
     learner, generators = await _start_student(run, config, composition, start_learner, stack)
     await generators["student"].check_room(run.inputs.longest)
     broadcasts = None
@@ -261,9 +262,9 @@ async def _assemble(run: Run, number: int, composition: Composition, first: int,
     )
 
 
-async def _start_learner(run: Run, config: Config, composition: Composition, stack: ExitStack) -> LearnerGroup:
+async def _learner(run: Run, config: Config, composition: Composition, pace: Pace, stack: ExitStack) -> LearnerGroup:
     """The learner, in its places. One that has died before leaves them first."""
-    parts = (composition.terms, composition.correction, heads(config, composition), run.inputs.longest)
+    parts = (composition.terms, composition.correction, heads(config, composition), run.inputs.longest, pace)
     learner = await LearnerGroup.start(config, run.backend, *parts, tell=run.progress.note)
     stack.callback(learner.close)
     return learner

@@ -180,6 +180,9 @@ class Learner(Section):
     max_grad_norm: float = Field(default=1.0, gt=0, description="gradients are clipped to this global norm")
     tokens_per_batch: int = Field(default=4096, ge=1, description="most tokens in one packed micro-batch of a rank")
     updates_per_step: int = Field(default=1, ge=1, description="optimizer updates on a step's rollouts, a part each")
+    deadline_seconds: float = Field(
+        default=1800, gt=0, description="a learner whose call takes longer is started again; more where calls take long"
+    )
 
 
 class OffPolicy(Section):

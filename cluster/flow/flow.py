@@ -308,7 +308,8 @@ class Flow:
         go, and counted."""
         self.dropped.clear()  # of steps that are taken again
         bound = step + self.config.max_staleness
-        if keep and self._taken and self._taken[0] >= step:
+        self._taken = self._taken if keep else None
+        if self._taken and self._taken[0] >= step:
             taken, self.shards[taken] = self._taken[0], self._taken[1]
             self._steps[taken] = asyncio.create_task(_nothing())
         for later in [later for later, task in self._steps.items() if later > bound and not self._ready(later)]:

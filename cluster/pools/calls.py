@@ -34,6 +34,9 @@ class Pace:
     def took(self, method: str, cost: int, seconds: float) -> None:
         self._seconds[method] = max(FORGETS * self._seconds.get(method, 0.0), seconds / max(1, cost))
 
+    def knows(self, method: str) -> bool:
+        return method in self._seconds
+
     def deadline(self, method: str, cost: int) -> float:
         """Seconds after which a call with `cost` before it and in it counts as lost."""
         return max(self.least, SLACK * self._seconds.get(method, 0.0) * max(1, cost))

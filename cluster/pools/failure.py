@@ -42,8 +42,9 @@ def first_of(error: BaseException) -> BaseException:
     return error
 
 
-def kept(work: Coroutine[Any, Any, None], tasks: set[asyncio.Task[None]]) -> None:
+def kept(work: Coroutine[Any, Any, None], tasks: set[asyncio.Task[None]]) -> asyncio.Task[None]:
     """A task of it, among `tasks` until it has ended: asyncio itself holds no reference."""
     task = asyncio.create_task(work)
     tasks.add(task)
     task.add_done_callback(tasks.discard)
+    return task

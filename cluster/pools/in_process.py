@@ -32,6 +32,8 @@ def _made(function: Callable[..., Any], *args: Any, **arguments: Any) -> asyncio
 class InProcessReplica:
     """A worker of this process."""
 
+    dead = False
+
     def __init__(self, worker: Any) -> None:
         self.worker, self.where = worker, f"pid {os.getpid()}"
 

@@ -20,6 +20,7 @@ from .calls import Call
 from .failure import Failure, kept
 from .replica import Backend, Replica
 from .room import Need, Tell, say
+from .watch import watch
 
 MOST_BACKOFF = 30.0  # seconds
 MINUTE = 60.0
@@ -39,6 +40,7 @@ class Member:
     cost: int = 0
     version: int | None = None
     loading: bool = False
+    load: asyncio.Task[None] | None = None  # the last one
     answered: int = 0
     failures: int = 0  # in a row
     paces: deque[float] = field(default_factory=lambda: deque(maxlen=LOOKED_AT))  # seconds a unit of cost, lately
@@ -93,6 +95,7 @@ class Members:
         await self.backend.started(self.need, [member.replica for member in starting], tell)
         for member in starting:
             self._serve(member)
+        self.watching = kept(watch(lambda: [member.replica for member in self._idle()], self._found_dead), self._tasks)
 
     # ---- coming ----
 
@@ -130,6 +133,14 @@ class Members:
             self._serve(member)
 
     # ---- going ----
+
+    def _idle(self) -> list[Member]:
+        """Those from which nobody waits for an answer."""
+        return [member for member in self.serving if not member.calls and not member.loading]
+
+    def _found_dead(self, replica: Replica, error: TutorloopError) -> None:
+        for member in [member for member in self._idle() if member.replica is replica]:
+            self.lose(member, error)
 
     def lose(self, member: Member, error: Exception) -> None:
         """It has died, or counts as dead: another is started in its place."""
@@ -184,6 +195,8 @@ class Members:
         self.here.remove(member)
         self.busy.left(member.number)
         member.replica.end()
+        if member.load:
+            member.load.cancel()  # its answer may never come, and the published weights wait for nobody who has gone
 
     def answered(self, member: Member, pace: float) -> None:
         """It has answered a call, which took `pace` seconds a unit of cost."""

@@ -276,7 +276,7 @@ class Pool:
             )
         else:
             answer = member.replica.ask(method, *args)
-        kept(self._loaded(member, self.version, answer, bool(adopts)), self._loads)
+        member.load = kept(self._loaded(member, self.version, answer, bool(adopts)), self._loads)
 
     async def _loaded(self, member: Member, version: int, answer: Awaitable[Any], adopts: bool) -> None:
         loop, limit = asyncio.get_running_loop(), self._pace.deadline("load", 1)

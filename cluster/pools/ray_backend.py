@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from ...contracts.errors import BatchLost, LearnerError, RolloutError, TutorloopError
 from ...contracts.receipts import Receipt
-from .deaths import first_line, obituary, tail_of
+from .deaths import ActorState, first_line, obituary, tail_of
 from .ports import free_port
 from .replica import Replica
 from .room import Need, Tell, check_room, wait_for_actors, wait_for_groups
@@ -32,6 +32,11 @@ class RayReplica:
         self.actor: Any = actor
         self.group, self.where = group, ""
         self._error_type, self._who = error_type, who
+
+    @property
+    def dead(self) -> bool:
+        """As the head has told this process, which holds the actor's handle."""
+        return self.actor is not None and self.actor._get_local_state() == ActorState.DEAD
 
     def ready(self) -> Awaitable[None]:
         return self.ask("started")

@@ -18,6 +18,11 @@ class Replica(Protocol):
 
     where: str
 
+    @property
+    def dead(self) -> bool:
+        """Whether it is known here to have died; nobody is asked for it."""
+        ...
+
     def ready(self) -> Awaitable[None]:
         """Once its worker has loaded. Raises what the constructor raised."""
         ...

@@ -1,12 +1,15 @@
 """Real deaths in a running job: SIGKILL of each kind of actor and of a whole node. The run ends by itself, and where it
 is synchronous with the weights of one that nobody disturbed."""
 
+import asyncio
+import inspect
 import json
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partialmethod
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,8 @@ from safetensors.torch import load_file
 from tiny import tiny_qwen3
 
 from tutorloop.cluster import run
+from tutorloop.cluster.learner_group import LearnerGroup
+from tutorloop.cluster.pools.pool import Pool
 from tutorloop.contracts.config import Config
 from tutorloop.contracts.recipe import parse_config
 
@@ -132,6 +137,103 @@ def test_kills_of_every_kind_change_nothing(models: Path, undisturbed: Path, tmp
     for name in ("rollout", "teacher", "verifier"):
         assert f"of the {name} pool is lost" in said
     assert "the learner goes on from step" in said
+
+
+def processes(actor: str) -> list[psutil.Process]:
+    """Of the actor class `actor`, of this test's own clusters."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it has ended meanwhile
+            if process.cmdline()[:1] and process.cmdline()[0].startswith(f"ray::{actor}"):
+                found.append(process)
+    return found
+
+
+class Killed:
+    """Calls of a class's `method`, of which those whose numbers are in `fatal` are killed while they run: the actor's
+    processes stop before the call is sent to them, and are killed once it has been."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, owner: type, method: str, actor: str, fatal: set[int]) -> None:
+        real, self.calls, self.killed = getattr(owner, method), 0, 0
+
+        def stop() -> list[psutil.Process]:
+            self.calls += 1
+            found = processes(actor) if self.calls in fatal else []
+            for process in found:
+                process.suspend()
+            return found
+
+        def later(found: list[psutil.Process]) -> None:
+            self.killed += len(found)
+            for process in found:
+                asyncio.get_running_loop().call_later(0.3, process.kill)
+
+        async def call(own: Any, *args: Any, **options: Any) -> Any:
+            later(stop())
+            return await real(own, *args, **options)
+
+        def begin(own: Any, *args: Any, **options: Any) -> Any:
+            found = stop()
+            begun = real(own, *args, **options)
+            later(found)
+            return begun
+
+        patch.setattr(owner, method, call if inspect.iscoroutinefunction(real) else begin)
+
+
+def test_kills_inside_of_each_call_change_nothing(
+    models: Path, undisturbed: Path, tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The learner in a publication, a step and a checkpoint; the generator while it takes weights in. No unfinished
+    checkpoint is gone back to: each that is read has its manifest, and is of a step's end."""
+    folder, shown = tmp_path / "run", StringIO()
+    deaths = [
+        Killed(monkeypatch, LearnerGroup, "publish", "LearnerWorker", {3}),
+        Killed(monkeypatch, LearnerGroup, "step", "LearnerWorker", {5}),
+        Killed(monkeypatch, LearnerGroup, "save", "LearnerWorker", {2}),
+        Killed(monkeypatch, Pool, "_load", "RolloutWorker", {7}),
+    ]
+    read = []
+    monkeypatch.setattr(LearnerGroup, "load", partialmethod(_noting, LearnerGroup.load, read))
+    assert run.train(recipe(models, folder), False, address, Console(file=shown, width=200))
+    assert [own.killed for own in deaths] == [1, 1, 1, 1], shown.getvalue()
+    # Once no checkpoint stood yet, and the stage began again.
+    assert read == [True, True]
+    assert not [path for path in (folder / "checkpoints").iterdir() if path.name.startswith(".")]
+    check_whole(folder, undisturbed)
+    restarts = json.loads((folder / "summary.json").read_text())["restarts"]
+    assert restarts["learner"] == 3 and restarts["rollout"] == 1
+
+
+async def _noting(learner: LearnerGroup, load: Callable[..., Any], read: list[bool], folder: Path) -> None:
+    read.append((folder.parent / "manifest.json").is_file())
+    await load(learner, folder)
+
+
+def test_a_learner_that_hangs_is_started_again(
+    models: Path, undisturbed: Path, tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two ranks one is killed inside of a step, on which the other waits or fails; later both stop, and stay so."""
+    folder, shown = tmp_path / "run", StringIO()
+    real, steps = LearnerGroup.step, []
+
+    async def step(learner: LearnerGroup, *args: Any) -> Any:
+        steps.append(args[1])
+        ranks = processes("LearnerWorker")
+        if len(steps) == 3:
+            ranks[-1].suspend()
+            asyncio.get_running_loop().call_later(0.3, ranks[-1].kill)
+        if len(steps) == 6:
+            ranks[-1].suspend()
+        return await real(learner, *args)
+
+    monkeypatch.setattr(LearnerGroup, "step", step)
+    config = recipe(models, folder, **{"learner.ranks": 2, "learner.deadline_seconds": 20})
+    assert run.train(config, False, address, Console(file=shown, width=200))
+    said = shown.getvalue()
+    assert "step: no answer in" in said and "of the learner has died" in said
+    assert [row["step"] for row in steps_in(folder)] == list(range(1, STEPS + 1))
+    assert json.loads((folder / "summary.json").read_text())["restarts"]["learner"] == 2
 
 
 def test_a_node_that_dies_takes_no_work_with_it(models: Path, undisturbed: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -32,6 +33,9 @@ class Worker:
     def load_weights(self, version):
         time.sleep(0.3)
         self.version = version
+
+    def pid(self):
+        return os.getpid()
 
     def generate(self, seconds):
         with self.lock:
@@ -82,6 +86,27 @@ async def publish_four_times(concurrent_calls):
         assert pool.queue_depth == 0
     pool.close()
     return before, after
+
+
+def test_an_idle_replica_that_is_killed_is_replaced_before_anything_is_asked():
+    before, after, told = asyncio.run(kill_an_idle_one())
+    assert len(before) == len(after) == 2 and len(set(before) & set(after)) == 1
+    assert "replica 1 of the verifier pool is lost" in told and f"pid {before[1]} " in told
+
+
+async def kill_an_idle_one():
+    """Process ids before and after, and what was told."""
+    told = []
+    pool = Pool("verifier", Worker, config.Pool(replicas=2, num_cpus=0.1), RolloutError, RayBackend())
+    await pool.ready(told.append)
+    before = await pool.ask("pid")
+    os.kill(before[1], signal.SIGKILL)
+    async with asyncio.timeout(60):  # a process starts meanwhile
+        while not told or len(pool.replicas) < 2:
+            await asyncio.sleep(0.1)
+    after = await pool.ask("pid")
+    pool.close()
+    return before, after, "\n".join(told)
 
 
 PRIVATE = """

@@ -1,4 +1,4 @@
-"""Scripted replicas and a scripted learner: they take their time, hold weights, answer what their request decides, and
+"""Scripted replicas: they take their time, hold weights, answer what their request decides, and
 write down what they were asked. What is wrong with a call is raised where it is made.
 """
 
@@ -7,19 +7,18 @@ import random
 import re
 from collections import deque
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from tutorloop.cluster.pools.pool import Pool
 from tutorloop.contracts import config as sections
 from tutorloop.contracts.errors import (
     BatchLost,
-    LearnerError,
     RolloutError,
     TeacherError,
     VerifierError,
     WeightsMismatch,
 )
 from tutorloop.contracts.receipts import Receipt, RolloutReceipt, ScoreReceipt, VerdictReceipt
-from tutorloop.contracts.records import StepReport
 
 PROMPTS = "prompts"
 LATE = 864_000.0  # seconds
@@ -48,7 +47,13 @@ class Fate:
     lost_batches: tuple = ()  # numbers of calls that find what they read gone
     flaky_calls: tuple = ()  # numbers of calls that fail there, and may succeed elsewhere
     learner_deaths: tuple = ()  # numbers of the learner's calls that it dies of
+    learner_hangs: tuple = ()  # numbers of its calls that are answered ten days late
+    learner_dies_at: float = 0.0  # seconds until it dies, whatever it does; 0: never
     stillborn: float = 0.0  # the share of later replicas that die while they start
+
+    @property
+    def learner_faults(self) -> int:
+        return len(self.learner_deaths) + len(self.learner_hangs) + bool(self.learner_dies_at)
 
     def delay(self) -> float:
         if self.spread == "none":
@@ -76,6 +81,10 @@ class World:
     restarts: int = 0
     learner_calls: int = 0
     before: list = field(default_factory=list)  # what was trained before the learner died
+    rank: Any = None  # of the learner that there is (scripted_learner.py)
+
+    def kill_learner(self) -> None:
+        self.rank.die()
 
     def kill(self, many: int) -> None:
         """Some replicas at once, as when their node dies."""
@@ -109,6 +118,11 @@ class ScriptedReplica:
         self.version, self.running, self.where = -1, 0, "simulated"
         self.queue, self.answers, self.dead = deque(), [], False
         self.cut_off = False  # it hears of nothing any more, and works on
+        self.died_at = 0.0
+
+    async def ready(self):
+        if self.dead:
+            raise lost(self.pool)
 
     def call(self, method, arguments):
         world = self.world
@@ -170,7 +184,7 @@ class ScriptedReplica:
         """What it was asked ends with the error that Ray would raise."""
         if self.dead:
             return
-        self.dead = True
+        self.dead, self.died_at = True, asyncio.get_running_loop().time()
         self.world.replicas.remove(self)
         for answer in [] if self.cut_off else self.answers:
             if not answer.done():
@@ -276,72 +290,6 @@ class ScriptedBackend:
             replica.die()
         if replica.dead:
             raise lost(replica.pool)
-
-
-class ScriptedLearner:
-    """Trains nothing, and looks at everything that it is given."""
-
-    def __init__(self, world: World) -> None:
-        self.world, self.ranks = world, [None]
-
-    @classmethod
-    async def again(cls, world: World) -> "ScriptedLearner":
-        """After a death: with its first weights, until a checkpoint is loaded."""
-        await asyncio.sleep(0.01)  # what is let go ends in some turns of the loop
-        world.before, world.trained = world.trained, []
-        world.finished_steps = 0
-        return cls(world)
-
-    async def load(self, folder):
-        step = int(folder.parent.name)
-        self.world.trained = [row for row in self.world.before if row[0] < step]
-        self.world.finished_steps = self.world.steps_done = step
-
-    async def ready(self):
-        await asyncio.sleep(self.world.fate.delay())
-
-    async def _works(self):
-        """For a while; or it dies in the middle of it."""
-        self.world.learner_calls += 1
-        dies = self.world.learner_calls in self.world.fate.learner_deaths
-        await asyncio.sleep(self.world.fate.delay())
-        if dies:
-            error = LearnerError("the learner keeps its ranks", "scripted")
-            error.lost = True
-            raise error
-
-    async def step(self, step, version, shards, rows):
-        trained = []
-        for length, row in rows:
-            shard = shards[row.batch]
-            request = shard.requests[row.row]
-            if length != self.world.length(request) + 10:
-                raise Broken(f"{request.rollout_id} is trained as if it had {length} tokens")
-            made = shard.generated.weight_version if request.source == "student" else None
-            trained.append((version, request.rollout_id, made, row.advantage))
-            for batch in shard.for_learner("scores"):
-                if batch[1] is not shard.requests:
-                    raise Broken(f"{request.rollout_id} is trained with the scores of another shard")
-        await self._works()
-        self.world.trained += trained
-        self.world.finished_steps += 1
-        self.world.steps_done = version + 1
-        metrics = {"grad_norm": 1.0, "missing_scores": 0.0}
-        return StepReport(loss=0.0, tokens=len(rows), rollouts=len(rows), seconds=0.0, metrics=metrics)
-
-    async def publish(self, version):
-        await self._works()
-        self.world.steps_done = version
-        return version, []
-
-    async def restart(self):
-        await asyncio.sleep(0)
-
-    async def save(self, folder):
-        await self._works()
-        self.world.saved.append(self.world.steps_done)
-
-    def close(self): ...
 
 
 class ScriptedPool(Pool):

@@ -21,14 +21,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 from clock import VirtualLoop
-from scripted import LATE, PROMPTS, Broken, Fate, ScriptedBackend, ScriptedLearner, World, position_of, scripted_pool
+from scripted import LATE, PROMPTS, Broken, Fate, ScriptedBackend, World, position_of, scripted_pool
+from scripted_learner import ScriptedLearner
 
 from tutorloop.cluster.driver import Driver
 from tutorloop.cluster.flow.evaluation import EvalPlan, ProblemSet
 from tutorloop.cluster.flow.flow import Flow, Services
 from tutorloop.cluster.interrupt import Interrupt
 from tutorloop.cluster.methods import METHODS
+from tutorloop.cluster.pools.calls import Pace
 from tutorloop.cluster.pools.services import annotators
+from tutorloop.cluster.pools.watch import WATCH_SECONDS
 from tutorloop.cluster.recording.counters import RunCounters
 from tutorloop.contracts.config import REFERENCE
 from tutorloop.contracts.errors import TutorloopError
@@ -145,6 +148,7 @@ class Outcome:
     error: TutorloopError | None = None
     seconds: float = 0.0
     pools: list = field(default_factory=list)
+    unnoticed: int = 0
 
 
 def recipe_of(rng: random.Random):
@@ -170,7 +174,9 @@ def fate_of(rng: random.Random) -> Fate:
         if rng.random() < 0.2:
             fate.poison = f"{rng.randint(0, 12)}-{rng.randint(0, 1)}"
     if rng.random() < 0.3:
-        fate.learner_deaths = tuple(rng.randint(1, 20) for _ in range(rng.randint(1, 3)))
+        fate.learner_deaths = tuple(rng.randint(1, 20) for _ in range(rng.randint(0, 2)))
+        fate.learner_hangs = (rng.randint(1, 20),) if rng.random() < 0.3 else ()
+        fate.learner_dies_at = rng.random() * 20 if rng.random() < 0.3 else 0.0
     if rng.random() < 0.3:
         pools = ["rollout", "a", "b", "verifier"]
         fate.resizes = [(rng.random() * 8, rng.choice(pools), rng.choice([1, 1, 2, 4])) for _ in range(6)]
@@ -199,13 +205,13 @@ async def _drive(recipe: tuple, fate: Fate) -> Outcome:
         config, composition, services, PROMPTS, [("a", "b")[row % 2] for row in range(ROWS)], 0, quiet.note
     )
     flow.begun = []
-    counters, interrupt = RunCounters(), Interrupt(lambda _: None)
+    counters, interrupt, pace = RunCounters(), Interrupt(lambda _: None), Pace(config.learner.deadline_seconds)
     driver = Driver(
         config=config,
         stage=0,
         folder=quiet,
         flow=flow,
-        learner=ScriptedLearner(world),
+        learner=ScriptedLearner(config, world, pace),
         skills=None,
         verifiers=verifiers,
         broadcasts=None,
@@ -220,26 +226,44 @@ async def _drive(recipe: tuple, fate: Fate) -> Outcome:
         counters=counters,
         recorder=quiet,
         step=0,
-        start_learner=partial(ScriptedLearner.again, world),
+        start_learner=partial(ScriptedLearner.again, config, world, pace),
     )
     for pool in dict.fromkeys([*flow.pools, verifiers]):
         await pool.ready(quiet.note)
     with interrupt.saving():
         loop = asyncio.get_running_loop()
         pools = {pool.name: pool for pool in [*flow.pools, verifiers]}
-        if fate.stop_at:
-            loop.call_later(fate.stop_at, interrupt.stop)
-        for at, many in fate.deaths:
-            loop.call_later(at, world.kill, many)
-        for at, name, replicas in fate.resizes:
-            loop.call_later(at, pools[name].resize, replicas)
+        disturb(fate, world, pools, interrupt)
         try:
             finished, error = await driver.train(), None
         except TutorloopError as failure:
             finished, error = None, failure
-    took = loop.time()
-    await asyncio.sleep(2 * LATE if fate.hanging_calls else 0)  # what comes late comes now
-    return Outcome(world, flow, counters, quiet.steps, finished, error, took, list(pools.values()))
+    outcome = Outcome(world, flow, counters, quiet.steps, finished, error, loop.time(), list(pools.values()))
+    outcome.unnoticed = unnoticed(outcome)
+    for pool in outcome.pools:
+        pool.members.watching.cancel()  # ten days of looking at them take too long
+    await asyncio.sleep(2 * LATE if fate.hanging_calls or fate.learner_hangs else 0)  # what comes late comes now
+    return outcome
+
+
+def disturb(fate: Fate, world: World, pools: dict, interrupt: Interrupt) -> None:
+    """See to it that what happens at a time does."""
+    at_time = asyncio.get_running_loop().call_later
+    if fate.stop_at:
+        at_time(fate.stop_at, interrupt.stop)
+    if fate.learner_dies_at:
+        at_time(fate.learner_dies_at, world.kill_learner)
+    for at, many in fate.deaths:
+        at_time(at, world.kill, many)
+    for at, name, replicas in fate.resizes:
+        at_time(at, pools[name].resize, replicas)
+
+
+def unnoticed(outcome: Outcome) -> int:
+    """Replicas that have died a while ago, and that their pools still count on."""
+    since = outcome.seconds - 2 * WATCH_SECONDS
+    there = [member for pool in outcome.pools for member in pool.members.serving if not member.calls]
+    return sum(m.replica.dead and not m.loading and m.replica.died_at < since for m in there)
 
 
 def check(outcome: Outcome, recipe: tuple, fate: Fate) -> None:
@@ -248,14 +272,15 @@ def check(outcome: Outcome, recipe: tuple, fate: Fate) -> None:
     world, flow = outcome.world, outcome.flow
     if world.broken:
         raise world.broken
-    dies_for_good = len(fate.learner_deaths) > 2 or (fate.learner_deaths and fate.stop_at)
+    dies_for_good = fate.learner_faults > 2 or (fate.learner_faults and fate.stop_at)
     if outcome.error and not (fate.failing_call or fate.short_call or fate.failing_load or dies_for_good):
         raise Broken(f"nothing failed, and yet: {outcome.error}")
     if outcome.finished and world.finished_steps != config.steps:
         raise Broken(f"{world.finished_steps} of {config.steps} steps, and the run says that it has finished")
     if outcome.finished is False and not fate.stop_at:
         raise Broken("the run ended before its steps, and nobody stopped it")
-    if outcome.steps != list(range(1, world.finished_steps + 1)):
+    goes_back = outcome.error and dies_for_good  # it may have ended on the way to its checkpoint
+    if outcome.steps != list(range(1, world.finished_steps + 1)) and not goes_back:
         raise Broken(f"{world.finished_steps} steps were learnt, and {outcome.steps} written down")
     trained = [rollout for _, rollout, _, _ in world.trained]
     if len(set(trained)) < len(trained):
@@ -286,13 +311,14 @@ def check_pools(outcome: Outcome, fate: Fate) -> None:
     """Of a run that has finished: nothing waits, and no answer was counted twice."""
     if outcome.seconds > LATE / 2:
         raise Broken(f"the run took {outcome.seconds:.0f} s: it waited for an answer that hung")
+    if outcome.unnoticed:
+        raise Broken(f"{outcome.unnoticed} replicas have died, and nobody has noticed")
     for pool in outcome.pools:
         calls = [*pool._backlog, *(call for member in pool.members.here for call in member.calls)]
         if left := [call for call in calls if not call.answer.done()]:
             raise Broken(f"{len(left)} calls are left in the {pool.name} pool")
-        unheard = (
-            fate.learner_deaths or fate.lost_batches or outcome.flow.cut
-        )  # some that were asked beside what failed
+        # Some that were asked beside what failed.
+        unheard = fate.learner_faults or fate.lost_batches or outcome.flow.cut
         if not unheard and pool.tokens != pool.answered:
             raise Broken(f"the {pool.name} pool counted {pool.tokens} tokens, and answered with {pool.answered}")
 

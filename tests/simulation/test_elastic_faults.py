@@ -1,10 +1,13 @@
 """What a simulation must find once replicas die, hang, come and go, and the learner dies: each fault is planted."""
 
+import asyncio
+
 import pytest
 from simulate import find, simulate
 
 from tutorloop.cluster.driver import Driver
 from tutorloop.cluster.flow.flow import Flow
+from tutorloop.cluster.learner_group import LearnerGroup
 from tutorloop.cluster.pools.calls import Pace
 from tutorloop.cluster.pools.members import Members
 from tutorloop.cluster.pools.pool import Pool
@@ -98,10 +101,46 @@ def half_taken_weights_count(monkeypatch):
     monkeypatch.setattr(Pool, "_load", load)
 
 
+def a_publication_has_no_deadline(monkeypatch):
+    """A learner that hangs while it publishes is waited for."""
+
+    async def in_time(learner, method, cost, answers):
+        return await (asyncio.gather(*answers) if method == "publish" else real(learner, method, cost, answers))
+
+    real = LearnerGroup.in_time
+    monkeypatch.setattr(LearnerGroup, "in_time", in_time)
+
+
+def a_hung_learner_ends_the_run(monkeypatch):
+    """What is late is an error as any other."""
+
+    async def final(driver, error):
+        return error if "deadline" in error.rule else await real(driver, error)
+
+    real = Driver._final
+    monkeypatch.setattr(Driver, "_final", final)
+
+
+def dying_again_of_its_start_ends_the_run(monkeypatch):
+    """A learner that is started again may not die of that."""
+
+    async def final(driver, error):
+        return None if await driver._revived(error) else error
+
+    monkeypatch.setattr(Driver, "_final", final)
+
+
+def nobody_looks_at_idle_replicas(monkeypatch):
+    """A death is noticed at the next call alone."""
+    monkeypatch.setattr(Members, "_idle", lambda members: [])
+
+
 FAULTS = (
     *(no_deadline, a_late_answer_counts_too, draining_drops_calls, a_new_replica_works_before_its_weights),
     *(the_dead_are_not_replaced, a_lost_call_is_forgotten, poison_is_tried_for_ever),
     *(going_back_keeps_what_is_too_early, going_back_counts_twice, half_taken_weights_count),
+    *(a_publication_has_no_deadline, a_hung_learner_ends_the_run, dying_again_of_its_start_ends_the_run),
+    nobody_looks_at_idle_replicas,
 )
 
 

@@ -25,7 +25,7 @@ def lost(text="killed"):
 class Replica:
     """Answers after `seconds` of the call; `raises` whatever a call's arguments say."""
 
-    where = "here"
+    where, dead = "here", False
 
     def __init__(self, number, slow=1.0):
         self.number, self.slow, self.open, self.ended, self.version = number, slow, [], False, None
