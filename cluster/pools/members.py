@@ -174,10 +174,10 @@ class Members:
         self._fill()
 
     def drain(self, member: Member) -> None:
-        """Let it go as soon as it has answered its calls."""
+        """Let it go as soon as it has answered its calls and taken in what it is sent."""
         starting = member.state == "starting"
         member.state, member.since = "draining", self.now()
-        if starting or not member.calls:
+        if starting or not (member.calls or member.loading):
             self._remove(member)
 
     def _remove(self, member: Member) -> None:
@@ -195,8 +195,8 @@ class Members:
             self.retire(member, f"it takes {min(member.paces) / statistics.median(slowest):.0f} times as long")
 
     def settled(self, member: Member) -> None:
-        """Its last call may be over."""
-        if member.state == "draining" and not member.calls and member in self.here:
+        """Its last call or load may be over."""
+        if member.state == "draining" and not (member.calls or member.loading) and member in self.here:
             self._remove(member)
 
     def close(self) -> None:

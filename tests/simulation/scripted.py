@@ -7,19 +7,20 @@ import random
 import re
 from collections import deque
 from dataclasses import dataclass, field, replace
+from functools import partial
+
+from scripted_broadcast import HALF, Groups
 
 from tutorloop.cluster.pools.pool import Pool
 from tutorloop.contracts import config as sections
 from tutorloop.contracts.errors import (
     BatchLost,
-    LearnerError,
     RolloutError,
     TeacherError,
     VerifierError,
     WeightsMismatch,
 )
 from tutorloop.contracts.receipts import Receipt, RolloutReceipt, ScoreReceipt, VerdictReceipt
-from tutorloop.contracts.records import StepReport
 
 PROMPTS = "prompts"
 LATE = 864_000.0  # seconds
@@ -49,6 +50,10 @@ class Fate:
     flaky_calls: tuple = ()  # numbers of calls that fail there, and may succeed elsewhere
     learner_deaths: tuple = ()  # numbers of the learner's calls that it dies of
     stillborn: float = 0.0  # the share of later replicas that die while they start
+    broadcast: bool = False  # weights go by broadcast
+    group_deaths: tuple = ()  # numbers of meetings and transfers, by member, in which a replica of the group dies
+    hangs: bool = False  # the learner does not hear the first time that its group breaks
+    hung: bool = False  # it has not
 
     def delay(self) -> float:
         if self.spread == "none":
@@ -59,10 +64,10 @@ class Fate:
 
 @dataclass
 class World:
-    """What has happened so far. `published` is the version that replicas should hold for what is asked now."""
+    """What has happened so far. `published`: by pool, the version that its replicas should hold for what is asked."""
 
     fate: Fate
-    published: int = -1
+    published: dict = field(default_factory=dict)
     calls: int = 0
     loads: int = 0
     steps_done: int = 0
@@ -76,6 +81,10 @@ class World:
     restarts: int = 0
     learner_calls: int = 0
     before: list = field(default_factory=list)  # what was trained before the learner died
+    meetings: int = 0
+
+    def __post_init__(self):
+        self.groups = Groups(self)
 
     def kill(self, many: int) -> None:
         """Some replicas at once, as when their node dies."""
@@ -109,11 +118,12 @@ class ScriptedReplica:
         self.version, self.running, self.where = -1, 0, "simulated"
         self.queue, self.answers, self.dead = deque(), [], False
         self.cut_off = False  # it hears of nothing any more, and works on
+        self.group, self.ranks = None, ()
 
     def call(self, method, arguments):
         world = self.world
         world.calls += 1
-        number, wanted = world.calls, world.published
+        number, wanted = world.calls, world.published.get(self.pool)
         if method == "generate":
             world.check_admitted(arguments["requests"])
         answer = self._answer()
@@ -147,6 +157,11 @@ class ScriptedReplica:
         return batch, answer
 
     def ask(self, method, *args):
+        if method == "join_broadcast":
+            _, port, _, size = args
+            return self._in_turn(lambda: self.world.groups.enter(self, port, size))
+        if method == "receive_weights":
+            return self._in_turn(lambda: self._receive(args[0]))
         if method != "load_weights":
             return _done(None)
         answer = self._answer()
@@ -166,12 +181,36 @@ class ScriptedReplica:
         self._enqueue(self.world.fate.delay, end)
         return answer
 
+    async def _receive(self, manifest):
+        self.version = HALF
+        weights = await self.group.transfer(self)
+        if weights != manifest:
+            raise WeightsMismatch("a canary proves what was sent", f"{weights} in place of {manifest}")
+        await asyncio.sleep(self.world.fate.delay())
+        self.version = weights
+
+    def _in_turn(self, work):
+        """`work()` once it is its turn; what it raises is the answer."""
+        answer = self._answer()
+
+        def end(done):
+            error = done.exception()
+            if not answer.done() and error:
+                answer.set_exception(error)
+            elif not answer.done():
+                answer.set_result(None)
+
+        self._enqueue(lambda: asyncio.ensure_future(work()), end)
+        return answer
+
     def die(self):
         """What it was asked ends with the error that Ray would raise."""
         if self.dead:
             return
         self.dead = True
         self.world.replicas.remove(self)
+        if self.group:
+            self.group.leave(self)
         for answer in [] if self.cut_off else self.answers:
             if not answer.done():
                 answer.set_exception(lost(self.pool))
@@ -199,6 +238,9 @@ class ScriptedReplica:
             except Broken as error:
                 self.world.broken = error
                 delay = 0.0
+            if isinstance(delay, asyncio.Future):
+                delay.add_done_callback(lambda done, end=end: self._over(partial(end, done)))
+                continue
             asyncio.get_running_loop().call_later(delay, self._over, end)
 
     def _over(self, end):
@@ -267,7 +309,7 @@ class ScriptedBackend:
 
     async def started(self, need, replicas, tell):
         """At once the first ones; later ones take their time, and some die of it."""
-        if self.world.published < 0:
+        if not self.world.published:
             return
         self.world.restarts += 1
         (replica,) = replicas
@@ -276,72 +318,6 @@ class ScriptedBackend:
             replica.die()
         if replica.dead:
             raise lost(replica.pool)
-
-
-class ScriptedLearner:
-    """Trains nothing, and looks at everything that it is given."""
-
-    def __init__(self, world: World) -> None:
-        self.world, self.ranks = world, [None]
-
-    @classmethod
-    async def again(cls, world: World) -> "ScriptedLearner":
-        """After a death: with its first weights, until a checkpoint is loaded."""
-        await asyncio.sleep(0.01)  # what is let go ends in some turns of the loop
-        world.before, world.trained = world.trained, []
-        world.finished_steps = 0
-        return cls(world)
-
-    async def load(self, folder):
-        step = int(folder.parent.name)
-        self.world.trained = [row for row in self.world.before if row[0] < step]
-        self.world.finished_steps = self.world.steps_done = step
-
-    async def ready(self):
-        await asyncio.sleep(self.world.fate.delay())
-
-    async def _works(self):
-        """For a while; or it dies in the middle of it."""
-        self.world.learner_calls += 1
-        dies = self.world.learner_calls in self.world.fate.learner_deaths
-        await asyncio.sleep(self.world.fate.delay())
-        if dies:
-            error = LearnerError("the learner keeps its ranks", "scripted")
-            error.lost = True
-            raise error
-
-    async def step(self, step, version, shards, rows):
-        trained = []
-        for length, row in rows:
-            shard = shards[row.batch]
-            request = shard.requests[row.row]
-            if length != self.world.length(request) + 10:
-                raise Broken(f"{request.rollout_id} is trained as if it had {length} tokens")
-            made = shard.generated.weight_version if request.source == "student" else None
-            trained.append((version, request.rollout_id, made, row.advantage))
-            for batch in shard.for_learner("scores"):
-                if batch[1] is not shard.requests:
-                    raise Broken(f"{request.rollout_id} is trained with the scores of another shard")
-        await self._works()
-        self.world.trained += trained
-        self.world.finished_steps += 1
-        self.world.steps_done = version + 1
-        metrics = {"grad_norm": 1.0, "missing_scores": 0.0}
-        return StepReport(loss=0.0, tokens=len(rows), rollouts=len(rows), seconds=0.0, metrics=metrics)
-
-    async def publish(self, version):
-        await self._works()
-        self.world.steps_done = version
-        return version, []
-
-    async def restart(self):
-        await asyncio.sleep(0)
-
-    async def save(self, folder):
-        await self._works()
-        self.world.saved.append(self.world.steps_done)
-
-    def close(self): ...
 
 
 class ScriptedPool(Pool):
@@ -356,8 +332,12 @@ class ScriptedPool(Pool):
         return batch, receipt
 
     def publish(self, version, method, *args):
-        self.world.published = version
+        self.world.published[self.name] = version
         super().publish(version, method, *args)
+
+    def send(self, version, members, method, *args):
+        self.world.published[self.name] = version
+        return super().send(version, members, method, *args)
 
 
 def scripted_pool(name: str, world: World, backend: ScriptedBackend, replicas: int, concurrent: int) -> Pool:

@@ -21,7 +21,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 from clock import VirtualLoop
-from scripted import LATE, PROMPTS, Broken, Fate, ScriptedBackend, ScriptedLearner, World, position_of, scripted_pool
+from scripted import LATE, PROMPTS, Broken, Fate, ScriptedBackend, World, position_of, scripted_pool
+from scripted_learner import ScriptedLearner
 
 from tutorloop.cluster.driver import Driver
 from tutorloop.cluster.flow.evaluation import EvalPlan, ProblemSet
@@ -29,6 +30,7 @@ from tutorloop.cluster.flow.flow import Flow, Services
 from tutorloop.cluster.interrupt import Interrupt
 from tutorloop.cluster.methods import METHODS
 from tutorloop.cluster.pools.services import annotators
+from tutorloop.cluster.pools.weight_broadcast import WeightBroadcast
 from tutorloop.cluster.recording.counters import RunCounters
 from tutorloop.contracts.config import REFERENCE
 from tutorloop.contracts.errors import TutorloopError
@@ -177,6 +179,14 @@ def fate_of(rng: random.Random) -> Fate:
     return fate
 
 
+def sent_by_broadcast(fate: Fate, rng: random.Random) -> None:
+    """Some runs send their weights that way; then somebody may die while they meet or send."""
+    fate.broadcast = rng.random() < 0.4
+    if fate.broadcast:
+        fate.group_deaths = tuple(rng.randint(1, 40) for _ in range(rng.randint(0, 2)))
+        fate.hangs = rng.random() < 0.2
+
+
 def run_once(recipe: tuple, fate: Fate) -> Outcome:
     """One stage of a run."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
@@ -208,7 +218,7 @@ async def _drive(recipe: tuple, fate: Fate) -> Outcome:
         learner=ScriptedLearner(world),
         skills=None,
         verifiers=verifiers,
-        broadcasts=None,
+        broadcasts=WeightBroadcast(rollouts, 1) if fate.broadcast else None,
         self_teachers=[others["a"]],
         averages=[],
         problems=[ProblemSet("in_distribution", PROMPTS, 2)],
@@ -248,7 +258,8 @@ def check(outcome: Outcome, recipe: tuple, fate: Fate) -> None:
     world, flow = outcome.world, outcome.flow
     if world.broken:
         raise world.broken
-    dies_for_good = len(fate.learner_deaths) > 2 or (fate.learner_deaths and fate.stop_at)
+    learner_deaths = len(fate.learner_deaths) + fate.hung
+    dies_for_good = learner_deaths > 2 or (learner_deaths and fate.stop_at)
     if outcome.error and not (fate.failing_call or fate.short_call or fate.failing_load or dies_for_good):
         raise Broken(f"nothing failed, and yet: {outcome.error}")
     if outcome.finished and world.finished_steps != config.steps:
@@ -291,7 +302,7 @@ def check_pools(outcome: Outcome, fate: Fate) -> None:
         if left := [call for call in calls if not call.answer.done()]:
             raise Broken(f"{len(left)} calls are left in the {pool.name} pool")
         unheard = (
-            fate.learner_deaths or fate.lost_batches or outcome.flow.cut
+            fate.learner_deaths or fate.hung or fate.lost_batches or outcome.flow.cut
         )  # some that were asked beside what failed
         if not unheard and pool.tokens != pool.answered:
             raise Broken(f"the {pool.name} pool counted {pool.tokens} tokens, and answered with {pool.answered}")
@@ -301,6 +312,7 @@ def simulate(seed: int) -> None:
     """Run a seed and check it; a synchronous run once more, with other replicas and another timing."""
     rng = random.Random(seed)
     recipe, fate = recipe_of(rng), fate_of(rng)
+    sent_by_broadcast(fate, random.Random(f"broadcast {seed}"))
     outcome = run_once(recipe, fate)
     check(outcome, recipe, fate)
     if outcome.finished and recipe[1] == 0:
