@@ -71,12 +71,14 @@ class RolloutWorker:
         return time.perf_counter() - start
 
     def join_broadcast(self, host: str, port: int, first_rank: int, size: int) -> None:
-        """Meet the learner at `host`:`port`; the engine's processes are those from `first_rank` on, of `size`."""
+        """Meet the learner at `host`:`port`; the engine's processes are those from `first_rank` on, of `size`. In
+        place of a group that it was in before. Raises BroadcastBroken."""
         assert isinstance(self.engine, BroadcastEngine), "rollout.transfer=broadcast is refused for other engines"
         self.engine.join_broadcast(host, port, first_rank, size)
 
     def receive_weights(self, manifest: WeightManifest, layout: Sequence[BucketEntries]) -> float:
-        """Take in a version that the learner broadcasts, and prove it; the seconds it took. Raises WeightsMismatch."""
+        """Take in a version that the learner broadcasts, and prove it; the seconds it took. Raises WeightsMismatch; or
+        BroadcastBroken, and then it holds no version until it has taken one in."""
         assert isinstance(self.engine, BroadcastEngine)
         start = time.perf_counter()
         self.engine.receive_weights(layout, manifest)

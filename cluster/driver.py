@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..contracts.config import Config
 from ..contracts.errors import BatchLost, LearnerError, RunFolderError, StorageError, TutorloopError
@@ -32,6 +32,7 @@ from .recording.samples import truncate_samples
 from .skill_bank import SkillBank
 from .stages import EntropyCollapse
 
+T = TypeVar("T")
 MOST_DEATHS = 2  # of the learner, of one step
 
 
@@ -122,7 +123,7 @@ class Driver:
             self.folder.check_claim()
             self.flow.admit(self.step)
             with clock("wait"):
-                shards = await self.interrupt.beside(self.learner.beside(self.flow.take(self.step)))
+                shards = await self._beside(self.flow.take(self.step))
             with clock("learn"):
                 report = await self.learn(shards)
             self.step += 1
@@ -160,11 +161,10 @@ class Driver:
     async def _revived(self, error: TutorloopError) -> bool:
         """After the learner's death: start it again from the last checkpoint, or as the stage began, and go back there.
 
-        Nothing else starts again: shards that are ready stay. False where something else has failed, where the learner
-        dies of the same step for the third time, or where it has met the generators in a group of theirs.
+        Nothing else starts again: shards that are ready stay. False where something else has failed, or the learner
+        dies of the same step for the third time.
         """
-        for_good = self.broadcasts is not None or self._deaths[self.step] >= MOST_DEATHS
-        if not error.lost or not isinstance(error, LearnerError) or for_good:
+        if not error.lost or not isinstance(error, LearnerError) or self._deaths[self.step] >= MOST_DEATHS:
             return False
         self._deaths[self.step] += 1
         self.progress.note(f"the learner is lost after step {self.step}: {error.short}")
@@ -252,12 +252,14 @@ class Driver:
         """Send the learner's weights to everyone who runs them. A synchronous run waits until all have proved them.
 
         A method of rounds publishes at the end of each; one that restarts then begins again from its first weights. A
-        method that trains given answers alone publishes what is evaluated.
+        method that trains given answers alone publishes what is evaluated. What the learner will not hold until it
+        publishes again goes by the object store too: a replica that comes later finds it there.
         """
         done, composition = self.step - self.flow.first, self.flow.composition
         rollouts = self.flow.services.rollouts
         takers = [*([] if self.broadcasts else [rollouts]), *self.self_teachers]
-        unread = done > 0 and "student" not in composition.generators and not self.self_teachers
+        given = "student" not in composition.generators
+        unread = done > 0 and given and not self.self_teachers
         in_a_round = self._in_a_round(self.step)
         # After its start, a resume or a death of the learner nobody holds weights of this stage.
         holds = rollouts.version not in (None, UNPUBLISHED)
@@ -265,16 +267,26 @@ class Driver:
             return
         with clock("publish"):
             if self.broadcasts:
-                await self.broadcasts.send(self.step)
-            manifest, buckets = await self.learner.publish(self.step) if takers else (None, [])
+                await self.broadcasts.send(self.learner, self.step)
+            lasts = given or composition.round_steps > 1 or composition.restart
+            stored = takers or lasts or rollouts.lacking
+            manifest, buckets = await self.learner.publish(self.step) if stored else (None, [])
         with clock("load"):
             for pool in takers:
                 pool.publish(self.step, "load_weights", manifest, *buckets)
+            if self.broadcasts and stored:
+                rollouts.supply("load_weights", manifest, *buckets)
             if self.config.max_staleness == 0:
                 for pool in (rollouts, *self.self_teachers):
                     await pool.loaded()
         if composition.restart and done and not in_a_round and not self.ended:
             await self.learner.restart()
+
+    async def _beside(self, work: Awaitable[T]) -> T:
+        """The result of `work`, for which the learner waits idle. Raises Interrupted, and what the learner dies of."""
+        if self.broadcasts:
+            work = self.broadcasts.beside(work, self.learner, self.step)
+        return await self.interrupt.beside(self.learner.beside(work))
 
     async def evaluate(self, clock: Stopwatch) -> None:
         """Evaluate the student's published weights; written down whole, or not at all if interrupted."""
@@ -284,7 +296,7 @@ class Driver:
         pools = (self.flow.services.rollouts, self.verifiers)
         with clock("evaluate"), self.counters.paused(self.flow):
             found = evaluate(self.problems, self.plan, *pools, "student", self.step, self.recorder)
-            for row in await self.interrupt.beside(self.learner.beside(found)):
+            for row in await self._beside(found):
                 row = self.counters.eval_row(self.config, row)
                 self.log.log_eval(row)
                 self.progress.eval(row)

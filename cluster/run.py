@@ -214,7 +214,7 @@ async def _assemble(run: Run, number: int, composition: Composition, first: int,
     await generators["student"].check_room(run.inputs.longest)
     broadcasts = None
     if config.rollout.transfer == "broadcast":
-        broadcasts = await WeightBroadcast.join(learner, generators["student"], config.rollout.tensor_parallel)
+        broadcasts = WeightBroadcast(generators["student"], config.rollout.tensor_parallel)
     log = run.open()
     if not run.counters.evals:
         await _evaluate_teachers(run, config, log)

@@ -104,5 +104,9 @@ class StorageError(TutorloopError, RuntimeError):
     """The disk cannot take what the run has to keep."""
 
 
+class BroadcastBroken(TutorloopError, RuntimeError):
+    """A broadcast of weights, or the meeting before it, did not come to its end: one of the group is gone."""
+
+
 class WeightsMismatch(TutorloopError, RuntimeError):
     """A rollout replica does not run the weights that the learner published."""

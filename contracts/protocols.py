@@ -53,11 +53,13 @@ class BroadcastEngine(Protocol):
     """A rollout engine that takes weights from a process group too."""
 
     def join_broadcast(self, host: str, port: int, first_rank: int, size: int) -> None:
-        """Meet the learner at `host`:`port`; this engine's processes are those from `first_rank` on, of `size`."""
+        """Meet the learner at `host`:`port`; this engine's processes are those from `first_rank` on, of `size`.
+        In place of a group that they were in before. Raises BroadcastBroken."""
         ...
 
     def receive_weights(self, layout: Sequence[BucketEntries], manifest: WeightManifest) -> None:
-        """As `load_weights`, of buckets that the learner broadcasts meanwhile. Raises WeightsMismatch."""
+        """As `load_weights`, of buckets that the learner broadcasts meanwhile. Raises WeightsMismatch; or
+        BroadcastBroken, where the group breaks: calls in flight then wait for the next version that is taken in."""
         ...
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..contracts.config import Lora
-from ..contracts.errors import ModelError
+from ..contracts.errors import BroadcastBroken, ModelError
 from ..contracts.records import BucketEntries, WeightBucket, WeightManifest
 from ..models.checkpoint_names import CheckpointNames
 from ..models.loading import eos_ids, load_tokenizer
@@ -90,11 +90,18 @@ def bucket_layout(engine: Any) -> tuple[BucketEntries, ...]:
 
 
 def broadcast_weights(engine: Any, group: BroadcastGroup | None) -> None:
-    """Send every bucket of the layout through `group`, rank 0's. The other ranks take part in gathering alone."""
+    """Send every bucket of the layout through `group`, rank 0's. The other ranks take part in gathering alone, and so
+    does rank 0 once the group is broken: none waits for another. Raises BroadcastBroken at the end."""
+    failed: BroadcastBroken | None = None
     for parameters in _groups(_trained(engine)):
         with _gathered(engine, [p for _, p in parameters]):
-            if group:
-                group.broadcast(torch.cat([p.data.reshape(-1).view(torch.uint8) for _, p in parameters]))
+            if group and not failed:
+                try:
+                    group.broadcast(torch.cat([p.data.reshape(-1).view(torch.uint8) for _, p in parameters]))
+                except BroadcastBroken as error:
+                    failed = error
+    if failed:
+        raise failed
 
 
 def announce_weights(engine: Any, version: int, dtype: str, longest: int = 0) -> WeightManifest:

@@ -306,7 +306,9 @@ class LearnerWorker:
         return bucket_layout(self.engine)
 
     def open_broadcast(self, port: int, size: int) -> None:
-        """Wait at `port` for the processes of all replicas; of rank 0 alone."""
+        """Wait at `port` for the processes of all replicas; of rank 0 alone. Raises BroadcastBroken."""
+        if self.broadcasts:
+            self.broadcasts.leave()
         self.broadcasts = BroadcastGroup("0.0.0.0", port, 0, size, self.device)
 
     def announce(self, version: int) -> WeightManifest:
@@ -314,7 +316,8 @@ class LearnerWorker:
         return self._proved(announce_weights(self.engine, version, self.config.dtype, self.longest))
 
     def broadcast(self) -> None:
-        """Send the weights to all replicas, which must be receiving; every rank takes part."""
+        """Send the weights to all replicas of the group, which must be receiving; every rank takes part. Raises
+        BroadcastBroken, on rank 0 alone."""
         broadcast_weights(self.engine, self.broadcasts)
 
     def save(self, folder: str) -> None:

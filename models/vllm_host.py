@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from ..contracts.config import Lora
-from ..contracts.errors import ModelError, WeightsMismatch
+from ..contracts.errors import BroadcastBroken, ModelError, RolloutError, TutorloopError, WeightsMismatch
 from ..contracts.records import BucketEntries, WeightBucket, WeightManifest
 from .loading import load_config, locate_model, stored_parameters, threads_for
 from .weight_proof import check_buckets, check_canary
@@ -67,6 +67,7 @@ class VllmHost:
         self._slack = CANARY_SLACK[dtype]
         self._numbers = count()
         self._proven, self._scores, self._loading = True, 0, False
+        self._broken = False  # a broadcast: nothing runs until a version has been taken in
         self._loop = asyncio.new_event_loop()
         Thread(target=self._loop.run_forever, name="vllm", daemon=True).start()
         self._idle = asyncio.Condition()
@@ -140,9 +141,10 @@ class VllmHost:
         return [output async for output in outputs][-1]  # the parameters ask for the last alone
 
     async def _settled(self) -> None:
-        """Wait for an update's end. Raises WeightsMismatch where its weights could not be proven."""
+        """Wait for the end of an update, or of the one after a broadcast that broke. Raises WeightsMismatch where its
+        weights could not be proven."""
         async with self._idle:
-            await self._idle.wait_for(lambda: not self._loading)
+            await self._idle.wait_for(lambda: not self._loading and not self._broken)
         if not self._proven:
             raise WeightsMismatch("a replica works with proven weights only", "its last load failed")
 
@@ -158,14 +160,19 @@ class VllmHost:
         self.run(self._load(parts, manifest, in_flight))
 
     def join_broadcast(self, host: str, port: int, first_rank: int, size: int) -> None:
-        """Have the engine's processes, the first of which is `first_rank`, join the learner's group."""
+        """Have the engine's processes, the first of which is `first_rank`, join the learner's group, in place of one
+        that they were in. Raises BroadcastBroken."""
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest as Request
 
         info = {**self._init_info, "group": (host, port, first_rank, size)}
-        self.run(self._llm.init_weight_transfer_engine(Request(init_info=info)))
+        try:
+            self.run(self._llm.init_weight_transfer_engine(Request(init_info=info)))
+        except Exception as error:  # the text of what was raised in another process
+            raise self._failed_broadcast("the processes of a replica meet the learner", error) from error
 
     def receive_weights(self, layout: Iterable[BucketEntries], manifest: WeightManifest, in_flight: InFlight) -> None:
-        """As `load_weights`, of buckets that the learner broadcasts meanwhile."""
+        """As `load_weights`, of buckets that the learner broadcasts meanwhile. Raises BroadcastBroken, and then running
+        requests stand still, and others wait, until a version has been taken in."""
         self.run(self._load([(entries, None) for entries in layout], manifest, in_flight))
 
     async def _load(self, parts: Sequence[Part], manifest: WeightManifest, in_flight: InFlight) -> None:
@@ -177,9 +184,14 @@ class VllmHost:
             self._proven = False
             await self._llm.pause_generation(mode=in_flight, clear_cache=True)
             try:
+                self._broken = False
                 await self._update(parts, str(manifest.version))
+            except BroadcastBroken:
+                self._broken = True
+                raise
             finally:
-                await self._llm.resume_generation()
+                if not self._broken:
+                    await self._llm.resume_generation()
             known = replace(  # its memory may hold less than the run's longest sequence, and a token more is made
                 manifest,
                 canary_ids=manifest.canary_ids[: self.context - 1],
@@ -202,8 +214,19 @@ class VllmHost:
                     await self._llm.update_weights(Request(update_info={"path": path, "entries": entries}))
             await self._llm.finish_weight_update(version)
         except Exception as error:
-            found = f"version {version}: {type(error).__name__}: {error}"
-            raise WeightsMismatch("vLLM must take the published weights", found) from error
+            rule, broadcast = "vLLM must take the published weights", any(data is None for _, data in parts)
+            if broadcast and (self._llm.errored or any(await self._llm.collective_rpc("give_up_broadcast"))):
+                raise self._failed_broadcast(rule, error) from error
+            raise WeightsMismatch(rule, f"version {version}: {type(error).__name__}: {error}") from error
+
+    def _failed_broadcast(self, rule: str, error: Exception) -> TutorloopError:
+        """A replica whose engine has ended is lost."""
+        found = f"{type(error).__name__}: {error}"
+        if not self._llm.errored:
+            return BroadcastBroken(rule, found)
+        lost = RolloutError(rule, f"its engine has ended: {found}")
+        lost.lost = True
+        return lost
 
     async def _canary(self, ids: np.ndarray) -> np.ndarray:
         """Logprobs `[C-1]` of each next token, before any other request that waits."""

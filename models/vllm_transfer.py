@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
+from vllm.config import set_current_vllm_config
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.platforms import current_platform
 
 from ..contracts.config import Lora
@@ -30,6 +32,21 @@ from .weight_broadcast import BroadcastGroup, bucket_size, views
 
 class Extension:
     """Named to vLLM as its workers' extension, so that they import this module and know the transfer engine."""
+
+    weight_transfer_engine: "BucketTransfer"
+    vllm_config: Any
+
+    def give_up_broadcast(self) -> bool:
+        """End an update that failed as if its last bucket had come, so that another can begin. Returns whether this
+        process has left the group."""
+        with set_current_vllm_config(self.vllm_config):
+            finalize_layerwise_reload(self.weight_transfer_engine.model, self.weight_transfer_engine.model_config)
+        self._weight_update_active = False
+        group = self.weight_transfer_engine.broadcasts
+        assert group
+        broken = group.broken
+        group.leave()
+        return broken
 
 
 @dataclass
@@ -58,6 +75,7 @@ class BucketTransfer(WeightTransferEngine[ModelInfo, BucketInfo]):
 
     init_info_cls = ModelInfo
     update_info_cls = BucketInfo
+    broadcasts: BroadcastGroup | None = None
 
     def init_transfer_engine(self, init_info: ModelInfo) -> None:
         self.base, self.names, self.dtype = init_info.model, CheckpointNames(init_info.model), DTYPES[init_info.dtype]
@@ -66,11 +84,11 @@ class BucketTransfer(WeightTransferEngine[ModelInfo, BucketInfo]):
         if init_info.group:
             host, port, first, size = init_info.group
             rank = first + torch.distributed.get_rank()
+            if self.broadcasts:
+                self.broadcasts.leave()
             self.broadcasts = BroadcastGroup(host, port, rank, size, self.device.type)
 
     def start_weight_update(self) -> None:
-        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
-
         self.adapters = {}
         initialize_layerwise_reload(self.model)
         self._forget_packing()
@@ -81,6 +99,7 @@ class BucketTransfer(WeightTransferEngine[ModelInfo, BucketInfo]):
             data = torch.from_numpy(np.memmap(update_info.path, np.uint8, "c", shape=(bucket_size(entries),)))
         else:
             data = torch.empty(bucket_size(entries), dtype=torch.uint8, device=self.device)
+            assert self.broadcasts, "a replica joins before it receives"
             self.broadcasts.broadcast(data)
         tensors = views(data, entries)
         if self.lora:
@@ -89,8 +108,6 @@ class BucketTransfer(WeightTransferEngine[ModelInfo, BucketInfo]):
             self._load(tensor for name, own in tensors for tensor in self.names.of(name, own))
 
     def finish_weight_update(self) -> None:
-        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
-
         if self.lora:
             self._load(merge_adapters(self._base_weights(), self.adapters, self.lora))
         finalize_layerwise_reload(self.model, self.model_config)

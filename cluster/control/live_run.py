@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 
-from ...contracts.errors import ConfigError, InputError, TutorloopError
+from ...contracts.errors import InputError, TutorloopError
 from ...contracts.status import RunStatus
 from ..driver import Driver
 from ..learner_group import need_of_learner
@@ -76,9 +76,6 @@ class LiveRun:
         if unknown := sorted(wanted.keys() - pools.keys()):
             raise InputError("scale names pools of the run", ", ".join(unknown), f"it has {', '.join(sorted(pools))}")
         assert self.driver
-        if self.driver.broadcasts and self.driver.flow.services.rollouts.name in wanted:
-            found = "rollout.transfer=broadcast, whose group has met"
-            raise ConfigError("replicas come and go where weights go through the object store", found)
         for name, replicas in wanted.items():
             pools[name].check_size(replicas)
         if any(replicas > pools[name].members.wanted for name, replicas in wanted.items()):

@@ -40,7 +40,6 @@ class Member:
     cost: int = 0
     version: int | None = None
     loading: bool = False
-    load: asyncio.Task[None] | None = None  # the last one
     answered: int = 0
     failures: int = 0  # in a row
     paces: deque[float] = field(default_factory=lambda: deque(maxlen=LOOKED_AT))  # seconds a unit of cost, lately
@@ -185,18 +184,16 @@ class Members:
         self._fill()
 
     def drain(self, member: Member) -> None:
-        """Let it go as soon as it has answered its calls."""
+        """Let it go as soon as it has answered its calls and taken in what it is sent."""
         starting = member.state == "starting"
         member.state, member.since = "draining", self.now()
-        if starting or not member.calls:
+        if starting or not (member.calls or member.loading):
             self._remove(member)
 
     def _remove(self, member: Member) -> None:
         self.here.remove(member)
         self.busy.left(member.number)
         member.replica.end()
-        if member.load:
-            member.load.cancel()  # its answer may never come, and the published weights wait for nobody who has gone
 
     def answered(self, member: Member, pace: float) -> None:
         """It has answered a call, which took `pace` seconds a unit of cost."""
@@ -208,8 +205,8 @@ class Members:
             self.retire(member, f"it takes {min(member.paces) / statistics.median(slowest):.0f} times as long")
 
     def settled(self, member: Member) -> None:
-        """Its last call may be over."""
-        if member.state == "draining" and not member.calls and member in self.here:
+        """Its last call or load may be over."""
+        if member.state == "draining" and not (member.calls or member.loading) and member in self.here:
             self._remove(member)
 
     def close(self) -> None:

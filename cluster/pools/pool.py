@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from ...contracts import config
-from ...contracts.errors import InputError, Quarantined, ResourceError, TutorloopError
+from ...contracts.errors import BroadcastBroken, InputError, Quarantined, ResourceError, TutorloopError
 from ...contracts.status import PoolStatus
 from .calls import Call, Pace
 from .failure import kept
@@ -55,12 +55,14 @@ class Pool:
         self.errors: Counter[str] = Counter()
         self.version: int | None = None  # of the weights that were published
         self.adopt: Adopt | None = None
+        self.loads: dict[Member, asyncio.Task[None]] = {}  # of replicas that take weights in
+        self.lacks = asyncio.Event()  # a replica lacks the published weights, and has no way to get them yet
+        self.side_by_side = concurrent_calls > 1
         self._taking_in: tuple[str, tuple[Any, ...]] | None = None  # how a replica gets that version
         self._error_type, self._most_calls = error_type, max(2, concurrent_calls)
         self._pace, self._used = Pace(settings.deadline_seconds), 0.0
         self._backlog: deque[Call] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._loads: set[asyncio.Task[None]] = set()
 
         def start(who: str) -> Replica:
             return backend.start(who, worker, error_type, self.need, concurrent_calls, arguments)
@@ -79,10 +81,8 @@ class Pool:
         await self.members.ready(tell)
 
     def _arrived(self, member: Member) -> None:
-        if self._taking_in is None:
-            self._dispatch()
-        else:
-            self._load(member, new=True)
+        self._take_newest(member, new=True)
+        self._dispatch()
 
     # ---- calls ----
 
@@ -163,14 +163,12 @@ class Pool:
     def _late(self, member: Member, call: Call, limit: float) -> None:
         if call in member.calls:
             rule = "a call is answered before its deadline"
-            self._lose(
-                member, self._error_type(rule, f"{call.method}: no answer in {limit:.0f} s", "its replica hangs")
-            )
+            self.lose(member, self._error_type(rule, f"{call.method}: no answer in {limit:.0f} s", "its replica hangs"))
 
     def _failed(self, member: Member, call: Call, error: Exception) -> None:
         """The replica raised, or has died."""
         if getattr(error, "lost", False):
-            self._lose(member, error)
+            self.lose(member, error)
             return
         self._settle(member, call)
         again = getattr(error, "again", False)
@@ -179,10 +177,12 @@ class Pool:
             self.members.retire(member, f"it failed {FAILURES} times in a row: {getattr(error, 'short', error)}")
         self._again(call, error, again)
 
-    def _lose(self, member: Member, error: Exception) -> None:
+    def lose(self, member: Member, error: Exception) -> None:
         """A replica is gone, and what it worked on is asked for elsewhere."""
         calls, member.calls = member.calls, []
         self.members.lose(member, error)
+        if load := self.loads.get(member):
+            load.cancel()
         for call in reversed(calls):  # each comes before what waits
             call.deaths += 1
             self._again(call, error, True)
@@ -263,11 +263,41 @@ class Pool:
         self.version, self._taking_in = version, (method, args)
         for member in self.members.serving:
             if not member.loading:
-                self._load(member)
+                self._load(member, self._taking_in)
 
-    def _load(self, member: Member, new: bool = False) -> None:
-        assert self.version is not None and self._taking_in
-        method, args = self._taking_in
+    def send(
+        self, version: int, members: Sequence[Member], method: str, *args: Any
+    ) -> dict[Member, asyncio.Task[None]]:
+        """As `publish`, to `members` alone, and once: their loads. Others lack the version until `supply`."""
+        self.version, self._taking_in = version, None
+        for member in members:
+            self._load(member, (method, args))
+        return {member: self.loads[member] for member in members}
+
+    def supply(self, method: str, *args: Any) -> None:
+        """Have all that lack the published version, or come later, take it in by `method(*args)`."""
+        self._taking_in = (method, args)
+        for member in self.lacking:
+            self._load(member, self._taking_in)
+
+    @property
+    def lacking(self) -> list[Member]:
+        """Those that serve, and neither hold the published version nor take any in."""
+        published = self.version not in (None, UNPUBLISHED)
+        return [m for m in self.members.serving if published and not m.loading and m.version != self.version]
+
+    def _take_newest(self, member: Member, new: bool = False) -> None:
+        """A replica has come, or a load of its is over: on to what was published last."""
+        if member.state != "serving":
+            return
+        if self._taking_in and member.version != self.version:
+            self._load(member, self._taking_in, new)
+        elif member in self.lacking:
+            self.lacks.set()
+
+    def _load(self, member: Member, taking_in: tuple[str, tuple[Any, ...]], new: bool = False) -> None:
+        assert self.version is not None
+        method, args = taking_in
         member.loading, member.version = True, None  # it holds none until it has proved them
         adopts = new and self.adopt
         if adopts:
@@ -276,18 +306,23 @@ class Pool:
             )
         else:
             answer = member.replica.ask(method, *args)
-        member.load = kept(self._loaded(member, self.version, answer, bool(adopts)), self._loads)
+        load = asyncio.create_task(self._loaded(member, self.version, answer, bool(adopts)))
+        self.loads[member] = load
+        load.add_done_callback(lambda _: self.loads.get(member) is load and self.loads.pop(member))
 
     async def _loaded(self, member: Member, version: int, answer: Awaitable[Any], adopts: bool) -> None:
         loop, limit = asyncio.get_running_loop(), self._pace.deadline("load", 1)
         rule, found = "a replica takes weights in before its deadline", f"version {version}: no answer in {limit:.0f} s"
-        late = loop.call_later(limit + self._pace.least, self._lose, member, self._error_type(rule, found))
+        late = loop.call_later(limit + self._pace.least, self.lose, member, self._error_type(rule, found))
         sent = loop.time()
         try:
             held = await answer
         except Exception as error:  # whoever waits for this pool hears it, unless another replica can take its place
             if getattr(error, "lost", False):
-                self._lose(member, error)
+                self.lose(member, error)
+            elif isinstance(error, BroadcastBroken):
+                member.loading = False
+                self._settled(member)
             elif member in self.members.here:
                 self.failure.set(error)
             return
@@ -295,8 +330,12 @@ class Pool:
             late.cancel()
         self._pace.took("load", 1, loop.time() - sent)
         member.version, member.loading = (held if adopts else version), False
-        if member in self.members.here and member.version != self.version and self._taking_in:
-            self._load(member)
+        self._settled(member)
+
+    def _settled(self, member: Member) -> None:
+        if member in self.members.here:
+            self._take_newest(member)
+        self.members.settled(member)
         self._dispatch()
 
     def withdraw(self) -> None:
@@ -305,8 +344,8 @@ class Pool:
 
     async def loaded(self) -> None:
         """Once every replica that serves holds the published weights. Raises WeightsMismatch."""
-        while self._loads:
-            await asyncio.wait(self._loads)
+        while self.loads:
+            await asyncio.wait(set(self.loads.values()))
         self.failure.check()
 
     # ---- all replicas ----
@@ -326,7 +365,7 @@ class Pool:
             except TutorloopError as error:
                 if not error.lost or attempt == self.settings.max_attempts:
                     raise
-                self._lose(member, error)
+                self.lose(member, error)
         raise AssertionError("max_attempts is 1 at least")
 
     async def least(self, figure: str) -> int:

@@ -64,10 +64,7 @@ def start_generators(
     if rollout.capabilities.weights_while_generating:
         arguments |= {"max_running": rollout.batch_size, "in_flight": rollout.in_flight}
     shared = {key: teacher for key, teacher in config.named_teachers.items() if teacher.shared}
-    of_the_student = pool is rollout
-    if of_the_student and rollout.transfer == "broadcast":  # its group cannot be joined later
-        pool = rollout.model_copy(update={"max_restarts_per_minute": 0})
-    if not shared or not of_the_student:
+    if not shared or pool is not rollout:
         return Pool(name, RolloutWorker, pool, RolloutError, backend, **arguments)
     ((teacher_id, teacher),) = shared.items()
     own = {"teacher_id": teacher_id, "tokens_per_batch": teacher.tokens_per_batch}

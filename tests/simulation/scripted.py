@@ -7,7 +7,10 @@ import random
 import re
 from collections import deque
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
+
+from scripted_broadcast import HALF, Groups
 
 from tutorloop.cluster.pools.pool import Pool
 from tutorloop.contracts import config as sections
@@ -50,10 +53,14 @@ class Fate:
     learner_hangs: tuple = ()  # numbers of its calls that are answered ten days late
     learner_dies_at: float = 0.0  # seconds until it dies, whatever it does; 0: never
     stillborn: float = 0.0  # the share of later replicas that die while they start
+    broadcast: bool = False  # weights go by broadcast
+    group_deaths: tuple = ()  # numbers of meetings and transfers, by member, in which a replica of the group dies
+    hangs: bool = False  # the learner does not hear the first time that its group breaks
+    hung: bool = False  # it has not
 
     @property
     def learner_faults(self) -> int:
-        return len(self.learner_deaths) + len(self.learner_hangs) + bool(self.learner_dies_at)
+        return len(self.learner_deaths) + len(self.learner_hangs) + bool(self.learner_dies_at) + self.hung
 
     def delay(self) -> float:
         if self.spread == "none":
@@ -64,10 +71,10 @@ class Fate:
 
 @dataclass
 class World:
-    """What has happened so far. `published` is the version that replicas should hold for what is asked now."""
+    """What has happened so far. `published`: by pool, the version that its replicas should hold for what is asked."""
 
     fate: Fate
-    published: int = -1
+    published: dict = field(default_factory=dict)
     calls: int = 0
     loads: int = 0
     steps_done: int = 0
@@ -82,6 +89,10 @@ class World:
     learner_calls: int = 0
     before: list = field(default_factory=list)  # what was trained before the learner died
     rank: Any = None  # of the learner that there is (scripted_learner.py)
+    meetings: int = 0
+
+    def __post_init__(self):
+        self.groups = Groups(self)
 
     def kill_learner(self) -> None:
         self.rank.die()
@@ -119,6 +130,7 @@ class ScriptedReplica:
         self.queue, self.answers, self.dead = deque(), [], False
         self.cut_off = False  # it hears of nothing any more, and works on
         self.died_at = 0.0
+        self.group, self.ranks = None, ()
 
     async def ready(self):
         if self.dead:
@@ -127,7 +139,7 @@ class ScriptedReplica:
     def call(self, method, arguments):
         world = self.world
         world.calls += 1
-        number, wanted = world.calls, world.published
+        number, wanted = world.calls, world.published.get(self.pool)
         if method == "generate":
             world.check_admitted(arguments["requests"])
         answer = self._answer()
@@ -161,6 +173,11 @@ class ScriptedReplica:
         return batch, answer
 
     def ask(self, method, *args):
+        if method == "join_broadcast":
+            _, port, _, size = args
+            return self._in_turn(lambda: self.world.groups.enter(self, port, size))
+        if method == "receive_weights":
+            return self._in_turn(lambda: self._receive(args[0]))
         if method != "load_weights":
             return _done(None)
         answer = self._answer()
@@ -180,12 +197,36 @@ class ScriptedReplica:
         self._enqueue(self.world.fate.delay, end)
         return answer
 
+    async def _receive(self, manifest):
+        self.version = HALF
+        weights = await self.group.transfer(self)
+        if weights != manifest:
+            raise WeightsMismatch("a canary proves what was sent", f"{weights} in place of {manifest}")
+        await asyncio.sleep(self.world.fate.delay())
+        self.version = weights
+
+    def _in_turn(self, work):
+        """`work()` once it is its turn; what it raises is the answer."""
+        answer = self._answer()
+
+        def end(done):
+            error = done.exception()
+            if not answer.done() and error:
+                answer.set_exception(error)
+            elif not answer.done():
+                answer.set_result(None)
+
+        self._enqueue(lambda: asyncio.ensure_future(work()), end)
+        return answer
+
     def die(self):
         """What it was asked ends with the error that Ray would raise."""
         if self.dead:
             return
         self.dead, self.died_at = True, asyncio.get_running_loop().time()
         self.world.replicas.remove(self)
+        if self.group:
+            self.group.leave(self)
         for answer in [] if self.cut_off else self.answers:
             if not answer.done():
                 answer.set_exception(lost(self.pool))
@@ -213,6 +254,9 @@ class ScriptedReplica:
             except Broken as error:
                 self.world.broken = error
                 delay = 0.0
+            if isinstance(delay, asyncio.Future):
+                delay.add_done_callback(lambda done, end=end: self._over(partial(end, done)))
+                continue
             asyncio.get_running_loop().call_later(delay, self._over, end)
 
     def _over(self, end):
@@ -281,7 +325,7 @@ class ScriptedBackend:
 
     async def started(self, need, replicas, tell):
         """At once the first ones; later ones take their time, and some die of it."""
-        if self.world.published < 0:
+        if not self.world.published:
             return
         self.world.restarts += 1
         (replica,) = replicas
@@ -304,8 +348,12 @@ class ScriptedPool(Pool):
         return batch, receipt
 
     def publish(self, version, method, *args):
-        self.world.published = version
+        self.world.published[self.name] = version
         super().publish(version, method, *args)
+
+    def send(self, version, members, method, *args):
+        self.world.published[self.name] = version
+        return super().send(version, members, method, *args)
 
 
 def scripted_pool(name: str, world: World, backend: ScriptedBackend, replicas: int, concurrent: int) -> Pool:

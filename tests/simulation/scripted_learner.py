@@ -1,6 +1,7 @@
 """The learner's real group, with a scripted rank: calls have their deadlines, and nothing is trained."""
 
 import asyncio
+from pathlib import Path
 
 from scripted import LATE, Broken, World
 
@@ -11,44 +12,91 @@ from tutorloop.contracts.records import StepReport
 
 
 class ScriptedRank:
-    """The learner's only rank: takes its time for each call, or dies or hangs of it."""
+    """The learner's only rank: takes its time for one call after the other, or dies or hangs of it."""
 
     def __init__(self, world: World) -> None:
         self.world, self.dead, self.where, self.answers = world, False, "simulated", []
+        self.at = 0  # steps that its weights have seen; None: it has begun anew since
+        self.turn, self.tasks = asyncio.Lock(), set()
+        self.group, self.ranks = None, (self,)  # as its process group knows it
 
     async def ready(self):
         await self.ask("started")
 
+    async def read(self, function):
+        return "host", next(self.world.groups.ports)
+
     def ask(self, method, *args):
-        world, loop = self.world, asyncio.get_running_loop()
-        answer = loop.create_future()
+        answer = asyncio.get_running_loop().create_future()
         self.answers.append(answer)
         if self.dead:
             answer.set_exception(_dead_learner())
-            return answer
-        world.learner_calls += 1
-        hangs, dies = (world.learner_calls in fate for fate in (world.fate.learner_hangs, world.fate.learner_deaths))
-        end = self.die if dies else lambda: answer.done() or answer.set_result(_report(method))
-        loop.call_later(LATE if hangs else world.fate.delay(), end)
+        else:
+            self.tasks.add(asyncio.ensure_future(self._answer(answer, method, args)))
         return answer
 
+    async def _answer(self, answer, method, args):
+        try:
+            async with self.turn:
+                value = None if self.dead else await self._do(method, *args)
+        except Exception as error:
+            if not answer.done():
+                answer.set_exception(error)
+                answer.exception()  # it may be late, and nobody hears it any more
+        else:
+            if not answer.done():
+                answer.set_result(value)
+
+    async def _do(self, method, *args):
+        sending = asyncio.ensure_future(self.group.transfer(self, self.at)) if method == "broadcast" else None
+        await self._works()
+        if sending:
+            return await sending
+        if method in ("publish", "announce"):
+            self._check(*args)
+            return args[0]
+        if method == "open_broadcast":
+            await self.world.groups.enter(self, *args)
+        elif method == "step":
+            self.at = args[0].version + 1
+            metrics = {"grad_norm": 1.0, "missing_scores": 0.0}
+            return StepReport(loss=0.0, tokens=1, rollouts=1, seconds=0.0, metrics=metrics)
+        elif method == "restart":
+            self.at = None
+        elif method == "load":
+            self.at = int(Path(args[0]).parent.name)
+        return () if method == "bucket_layout" else None
+
+    async def _works(self):
+        """For a while; or it dies in the middle of it, or comes back ten days later."""
+        self.world.learner_calls += 1
+        number, fate = self.world.learner_calls, self.world.fate
+        await asyncio.sleep(LATE if number in fate.learner_hangs else fate.delay())
+        if number in fate.learner_deaths:
+            self.die()
+
+    def _check(self, version):
+        if self.at != version and not self.dead:
+            raise Broken(f"weights of {self.at} steps are published as {version}")
+
     async def stream(self, method, version):
-        await self.ask(method, version)
-        return [], version
+        return [], await self.ask(method, version)
 
     def die(self):
         self.dead = True
+        self._leave()
         for answer in self.answers:
             if not answer.done():
                 answer.set_exception(_dead_learner())
+                answer.exception()
+
+    def _leave(self):
+        if self.group:
+            self.group.leave(self)
 
     def end(self):
         """Even what is ended may answer once more."""
-
-
-def _report(method):
-    metrics = {"grad_norm": 1.0, "missing_scores": 0.0}
-    return StepReport(loss=0.0, tokens=1, rollouts=1, seconds=0.0, metrics=metrics) if method == "step" else None
+        self._leave()
 
 
 def _dead_learner():
@@ -97,10 +145,11 @@ class ScriptedLearner(LearnerGroup):
         self.world.steps_done = version + 1
         return report
 
-    async def publish(self, version):
-        published = await super().publish(version)
-        self.world.steps_done = version
-        return published
+    async def in_time(self, method, cost, answers):
+        done = await super().in_time(method, cost, answers)
+        if method in ("publish", "announce"):
+            self.world.steps_done = self.world.rank.at
+        return done
 
     async def save(self, folder):
         await super().save(folder)

@@ -32,6 +32,7 @@ from tutorloop.cluster.methods import METHODS
 from tutorloop.cluster.pools.calls import Pace
 from tutorloop.cluster.pools.services import annotators
 from tutorloop.cluster.pools.watch import WATCH_SECONDS
+from tutorloop.cluster.pools.weight_broadcast import WeightBroadcast
 from tutorloop.cluster.recording.counters import RunCounters
 from tutorloop.contracts.config import REFERENCE
 from tutorloop.contracts.errors import TutorloopError
@@ -183,6 +184,14 @@ def fate_of(rng: random.Random) -> Fate:
     return fate
 
 
+def sent_by_broadcast(fate: Fate, rng: random.Random) -> None:
+    """Some runs send their weights that way; then somebody may die while they meet or send."""
+    fate.broadcast = rng.random() < 0.4
+    if fate.broadcast:
+        fate.group_deaths = tuple(rng.randint(1, 40) for _ in range(rng.randint(0, 2)))
+        fate.hangs = rng.random() < 0.2
+
+
 def run_once(recipe: tuple, fate: Fate) -> Outcome:
     """One stage of a run."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
@@ -206,6 +215,7 @@ async def _drive(recipe: tuple, fate: Fate) -> Outcome:
     )
     flow.begun = []
     counters, interrupt, pace = RunCounters(), Interrupt(lambda _: None), Pace(config.learner.deadline_seconds)
+    pace.took("ready", 1, 1.0)  # the learner has started once
     driver = Driver(
         config=config,
         stage=0,
@@ -214,7 +224,7 @@ async def _drive(recipe: tuple, fate: Fate) -> Outcome:
         learner=ScriptedLearner(config, world, pace),
         skills=None,
         verifiers=verifiers,
-        broadcasts=None,
+        broadcasts=WeightBroadcast(rollouts, 1) if fate.broadcast else None,
         self_teachers=[others["a"]],
         averages=[],
         problems=[ProblemSet("in_distribution", PROMPTS, 2)],
@@ -327,6 +337,7 @@ def simulate(seed: int) -> None:
     """Run a seed and check it; a synchronous run once more, with other replicas and another timing."""
     rng = random.Random(seed)
     recipe, fate = recipe_of(rng), fate_of(rng)
+    sent_by_broadcast(fate, random.Random(f"broadcast {seed}"))
     outcome = run_once(recipe, fate)
     check(outcome, recipe, fate)
     if outcome.finished and recipe[1] == 0:

@@ -1,6 +1,7 @@
 """What a simulation must find once replicas die, hang, come and go, and the learner dies: each fault is planted."""
 
 import asyncio
+from contextlib import suppress
 
 import pytest
 from simulate import find, simulate
@@ -11,6 +12,8 @@ from tutorloop.cluster.learner_group import LearnerGroup
 from tutorloop.cluster.pools.calls import Pace
 from tutorloop.cluster.pools.members import Members
 from tutorloop.cluster.pools.pool import Pool
+from tutorloop.cluster.pools.weight_broadcast import WeightBroadcast
+from tutorloop.contracts.errors import BroadcastBroken
 
 SEEDS = 1500
 
@@ -58,7 +61,7 @@ def a_lost_call_is_forgotten(monkeypatch):
         member.calls = []
         pool.members.lose(member, error)
 
-    monkeypatch.setattr(Pool, "_lose", lose)
+    monkeypatch.setattr(Pool, "lose", lose)
 
 
 def poison_is_tried_for_ever(monkeypatch):
@@ -93,9 +96,9 @@ def half_taken_weights_count(monkeypatch):
     """A replica counts as holding its old version while it takes another in."""
     real = Pool._load
 
-    def load(pool, member, new=False):
+    def load(pool, member, taking_in, new=False):
         before = member.version
-        real(pool, member, new)
+        real(pool, member, taking_in, new)
         member.version = before
 
     monkeypatch.setattr(Pool, "_load", load)
@@ -135,7 +138,52 @@ def nobody_looks_at_idle_replicas(monkeypatch):
     monkeypatch.setattr(Members, "_idle", lambda members: [])
 
 
+def newcomers_are_served_while_the_learner_steps(monkeypatch):
+    """The weights that one then gets are others than their version says."""
+    real = Driver.learn
+    monkeypatch.setattr(Driver, "learn", lambda driver, shards: driver._beside(real(driver, shards)))
+
+
+def newcomers_wait_for_a_broadcast(monkeypatch):
+    """One that came after a version was sent is to receive it, and nobody sends it again."""
+
+    def send(pool, version, members, method, *args):
+        loads = real(pool, version, members, method, *args)
+        pool._taking_in = (method, args)
+        return loads
+
+    real = Pool.send
+    monkeypatch.setattr(Pool, "send", send)
+
+
+def a_broken_broadcast_counts(monkeypatch):
+    """A replica that has half of a version works as if it held it."""
+
+    async def loaded(pool, member, version, answer, adopts):
+        async def half():
+            with suppress(BroadcastBroken):
+                return await answer
+
+        await real(pool, member, version, half(), adopts)
+
+    real = Pool._loaded
+    monkeypatch.setattr(Pool, "_loaded", loaded)
+
+
+def a_group_meets_once(monkeypatch):
+    """Those that came later are in no group, and those that died still are."""
+
+    async def meet(broadcast, learner):
+        if not broadcast._members:
+            await real(broadcast, learner)
+
+    real = WeightBroadcast._meet
+    monkeypatch.setattr(WeightBroadcast, "_meet", meet)
+
+
 FAULTS = (
+    *(newcomers_are_served_while_the_learner_steps, newcomers_wait_for_a_broadcast, a_broken_broadcast_counts),
+    *(a_group_meets_once,),
     *(no_deadline, a_late_answer_counts_too, draining_drops_calls, a_new_replica_works_before_its_weights),
     *(the_dead_are_not_replaced, a_lost_call_is_forgotten, poison_is_tried_for_ever),
     *(going_back_keeps_what_is_too_early, going_back_counts_twice, half_taken_weights_count),

@@ -13,10 +13,12 @@ from tiny import EOS, tiny_qwen3
 
 from tutorloop.actors.vllm_engine import VllmEngine
 from tutorloop.actors.worker import RolloutWorker
+from tutorloop.cluster.pools.ports import free_port
 from tutorloop.contracts.arrow import decode, encode
-from tutorloop.contracts.errors import WeightsMismatch
+from tutorloop.contracts.errors import BroadcastBroken, WeightsMismatch
 from tutorloop.contracts.records import Prompt, Rollout, SampleRequest, Sampling
 from tutorloop.models.loading import load_causal_lm
+from tutorloop.models.weight_broadcast import BroadcastGroup
 
 pytestmark = pytest.mark.xdist_group("rollout_engine")
 
@@ -153,6 +155,63 @@ def test_an_update_with_64_requests_in_flight_loses_none(engine, folder, in_flig
     else:
         assert all(g.restarts for g in found) and first not in seen
         assert all(len(set(g.weight_versions.tolist())) == 1 for g in found)
+
+
+def broadcast(engine, buckets, manifest, many):
+    """Into an engine that joins for it, by a sender that leaves after so many buckets."""
+
+    def send(port):
+        group = BroadcastGroup("127.0.0.1", port, 0, 2, "cpu")
+        for bucket in buckets[:many]:
+            group.broadcast(torch.from_numpy(np.concatenate(bucket.arrays)))
+        if many == len(buckets):
+            received.wait()
+        group.leave()
+
+    port, received = free_port(), threading.Event()
+    sender = threading.Thread(target=send, args=(port,))
+    sender.start()
+    try:
+        engine.join_broadcast("127.0.0.1", port, 1, 2)
+        engine.receive_weights([bucket.entries for bucket in buckets], replace(manifest, fingerprint=""))
+    finally:
+        received.set()
+        sender.join()
+
+
+@pytest.mark.parametrize("in_flight", ["keep", "abort", "wait"])
+def test_a_broadcast_that_breaks_is_made_good_by_the_next_version(engine, folder, in_flight):
+    """By either way. What runs stands still meanwhile: no token is of half a version."""
+    random = fresh_random()
+    first = engine.weight_version + 1
+    models = {first: load_causal_lm(folder)}
+    engine.load_weights(*published(models[first], version=first))
+    engine.in_flight, engine.eos_ids = in_flight, []
+    prompts, sampling = random_prompts(random, random.integers(1, 30, 8)), Sampling(max_new_tokens=150)
+    for version, again in ((first + 1, broadcast), (first + 2, None)):
+        models[version] = moved(load_causal_lm(folder), random)
+        buckets, manifest = published(models[version], version=version)
+        found = []
+        thread = threading.Thread(target=lambda found=found: found.extend(engine.generate(prompts, range(8), sampling)))
+        thread.start()
+        for _ in range(2):
+            with pytest.raises(BroadcastBroken):
+                broadcast(engine, buckets, manifest, int(random.integers(1, len(buckets))))
+        assert engine.weight_version == version - 1
+        if again:
+            again(engine, buckets, manifest, len(buckets))
+        else:
+            engine.load_weights(buckets, manifest)
+        thread.join()
+        assert len(found) == 8 and engine.weight_version == version
+        found += engine.generate(prompts[:2], range(2), sampling)
+        assert set(found[-1].weight_versions.tolist()) == {version}
+        for prompt, ours in zip([*prompts, *prompts[:2]], found, strict=True):
+            for of in set(ours.weight_versions.tolist()):
+                mine = ours.weight_versions == of
+                wanted, _ = logprobs_of(models[of], prompt, ours.token_ids)
+                np.testing.assert_allclose(ours.logprobs[mine], wanted[mine], atol=1e-4)
+    engine.in_flight, engine.eos_ids = "keep", [EOS]
 
 
 def test_unproven_weights_generate_nothing(engine, folder):

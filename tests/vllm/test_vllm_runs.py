@@ -11,12 +11,15 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
 from rich.console import Console
+from safetensors.torch import load_file
 from tiny import tiny_qwen3
 
 from tutorloop.cluster import run
@@ -108,6 +111,42 @@ def test_broadcast_weights_are_those_of_the_object_store(zero, tmp_path, address
     sent = train("quickstart", tmp_path / "sent", address, *overrides, "rollout.transfer=broadcast")
     stored = train("quickstart", tmp_path / "stored", address, *overrides)
     same_at_first(sent, stored)
+
+
+@contextmanager
+def killed_after_a_step(folder):
+    """Meanwhile the rollout replicas of a run are killed, once its first step is written down."""
+    over, metrics = threading.Event(), folder / "metrics.jsonl"
+
+    def wait():
+        while not metrics.is_file() or '"kind": "step"' not in metrics.read_text():
+            if over.wait(0.05):
+                return
+        for process in psutil.process_iter(["cmdline", "environ"]):
+            name = " ".join(process.info["cmdline"] or [])
+            if name.startswith("ray::RolloutWorker") and MARK in (process.info["environ"] or {}):
+                process.send_signal(signal.SIGKILL)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+@ON_RAY
+def test_a_killed_replica_changes_nothing_where_weights_are_broadcast(tmp_path, address):
+    """One that takes its place gets them out of the object store, while the learner waits, and then by broadcast."""
+    overrides = ["rollout.engine=vllm", "steps=3", "max_staleness=0"]
+    whole = train("quickstart", tmp_path / "whole", None, *overrides)
+    with killed_after_a_step(tmp_path / "killed"):
+        killed = train("quickstart", tmp_path / "killed", address, *overrides, "rollout.transfer=broadcast")
+    assert json.loads((tmp_path / "killed" / "summary.json").read_text())["restarts"]["rollout"] == 1
+    assert [row["loss"] for row in killed] == [row["loss"] for row in whole]
+    ours, theirs = (load_file(tmp_path / run / "final" / "model.safetensors") for run in ("killed", "whole"))
+    assert ours.keys() == theirs.keys() and all(bool((ours[name] == theirs[name]).all()) for name in ours)
 
 
 @ON_RAY
