@@ -23,7 +23,7 @@ class JumpingSelector(selectors.SelectSelector):
 class VirtualLoop(asyncio.SelectorEventLoop):
     """`now`: its seconds so far. `most_turns`: of the loop, before it is taken to run for ever."""
 
-    def __init__(self, most_turns: int = 200_000) -> None:
+    def __init__(self, most_turns: int = 50_000) -> None:
         self.now, self.turns, self.most_turns = 0.0, 0, most_turns
         selector = JumpingSelector()
         selector.loop = self

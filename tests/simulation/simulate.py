@@ -9,6 +9,7 @@ comes. After each run the invariants of `check` hold; a synchronous run is repea
 
 import argparse
 import asyncio
+import gc
 import json
 import os
 import random
@@ -29,9 +30,9 @@ from tutorloop.cluster.flow.evaluation import EvalPlan, ProblemSet
 from tutorloop.cluster.flow.flow import Flow, Services
 from tutorloop.cluster.interrupt import Interrupt
 from tutorloop.cluster.methods import METHODS
+from tutorloop.cluster.pools import watch
 from tutorloop.cluster.pools.calls import Pace
 from tutorloop.cluster.pools.services import annotators
-from tutorloop.cluster.pools.watch import WATCH_SECONDS
 from tutorloop.cluster.pools.weight_broadcast import WeightBroadcast
 from tutorloop.cluster.recording.counters import RunCounters
 from tutorloop.contracts.config import REFERENCE
@@ -40,6 +41,7 @@ from tutorloop.contracts.recipe import parse_config
 from tutorloop.contracts.records import Sampling
 
 ROWS = 17
+watch.WATCH_SECONDS = 30.0  # of 5: looks would be half of all that happens
 TEACHERS = {"teachers": {"a": {"model": "s"}, "b": {"model": "s"}}}
 METHOD_OPTIONS = {  # methods that ask, annotate, follow up and publish in different ways
     "grpo": {},
@@ -271,7 +273,7 @@ def disturb(fate: Fate, world: World, pools: dict, interrupt: Interrupt) -> None
 
 def unnoticed(outcome: Outcome) -> int:
     """Replicas that have died a while ago, and that their pools still count on."""
-    since = outcome.seconds - 2 * WATCH_SECONDS
+    since = outcome.seconds - 2 * watch.WATCH_SECONDS
     there = [member for pool in outcome.pools for member in pool.members.serving if not member.calls]
     return sum(m.replica.dead and not m.loading and m.replica.died_at < since for m in there)
 
@@ -376,7 +378,8 @@ def main() -> None:
         print(f"seed {options.seed} holds")
         return
     start = time.perf_counter()
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    seldom = partial(gc.set_threshold, 100_000)  # garbage is collected: a run makes many small objects
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), initializer=seldom) as pool:
         broken = [line for line in pool.map(replay, range(options.seeds), chunksize=50) if line]
     print(*broken[:10], sep="\n")
     print(f"{options.seeds} seeds, {len(broken)} broken, {time.perf_counter() - start:.1f} s")

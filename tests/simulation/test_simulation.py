@@ -27,7 +27,7 @@ def ignore_weights(monkeypatch):
     """Calls go to replicas whatever weights they hold."""
 
     def dispatch(pool):
-        held = [(member, member.version) for member in pool._members]
+        held = [(member, member.version) for member in pool.members.here]
         for member, _ in held:
             member.version = pool.version
         real(pool)
