@@ -40,7 +40,7 @@ async def counted(bank: SkillBank) -> None:
 
 
 def die(bank: SkillBank) -> None:
-    bank.pool._lose(bank.pool.members.serving[0], _lost())
+    bank.pool.lose(bank.pool.members.serving[0], _lost())
 
 
 def _lost() -> VerifierError:
