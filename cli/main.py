@@ -37,13 +37,13 @@ def tutorloop(
 def main() -> None:
     """Run a command.
 
-    Threads that wait for others sleep, which is said before torch is loaded: spinning ones take the cores of those that
-    still work, and beside other programs a step took ten times as long.
+    Threads that wait for others soon sleep, which is said before torch is loaded: spinning ones take the cores of those
+    that still work, and beside other programs a step took ten times as long.
 
     An interrupted one has closed everything by now, and leaves without the interpreter's end: where Ctrl-C met Ray
     in the middle of a start, its destructors can crash there, and 130 would become 139.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     try:
         app()
     except SystemExit as end:
