@@ -210,6 +210,7 @@ async def _noting(learner: LearnerGroup, load: Callable[..., Any], read: list[bo
     await load(learner, folder)
 
 
+@pytest.mark.sweep  # a minute; scripted in tests/unit/test_learner_deadlines.py
 def test_a_learner_that_hangs_is_started_again(
     models: Path, undisturbed: Path, tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
