@@ -81,7 +81,8 @@ class LearnerGroup:
             if error := await _error_of(ranks):
                 raise error
             if not all(rank.done() for rank in ranks):
-                raise _lost("the learner answers before its deadline", f"{method}: no answer in {limit:.0f} s", REMEDY)
+                rule, found = "the learner answers before its deadline", f"{method}: no answer in {limit:.0f} s"
+                raise LearnerError(rule, found, REMEDY).as_lost()
         finally:
             for rank in ranks:
                 rank.cancel()
@@ -118,7 +119,8 @@ class LearnerGroup:
         try:
             return (await self.in_time("step", sum(tokens for tokens, _ in rows), steps))[0]
         except BatchLost as error:  # one rank has not begun, and the others wait for it
-            raise _lost("the learner's batches are there until they are trained", error.found) from error
+            rule = "the learner's batches are there until they are trained"
+            raise LearnerError(rule, error.found).as_lost() from error
 
     async def publish(self, version: int) -> tuple[WeightManifest, list[Any]]:
         """References to a version's buckets, and its manifest. The other ranks only take part."""
@@ -142,12 +144,6 @@ class LearnerGroup:
     def close(self) -> None:
         for rank in reversed(self.ranks):  # rank 0 last: their places end with it
             rank.end()
-
-
-def _lost(rule: str, found: str, remedy: str = "") -> LearnerError:
-    error = LearnerError(rule, found, remedy)
-    error.lost = True
-    return error
 
 
 async def _error_of(ranks: Sequence[asyncio.Future[Any]]) -> BaseException | None:

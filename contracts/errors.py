@@ -5,6 +5,8 @@ so an actor's error reaches the driver as itself. `InputError` and its children 
 everything else is ours or the machine's (exit code 1).
 """
 
+from typing import Self
+
 SHORT = 300  # characters
 
 
@@ -17,6 +19,11 @@ class TutorloopError(Exception):
     def __init__(self, rule: str, found: str = "", remedy: str = "") -> None:
         super().__init__(rule, found, remedy)
         self.rule, self.found, self.remedy = rule, found, remedy
+
+    def as_lost(self) -> Self:
+        """It, as what a call failed with whose replica is gone, or counts as gone."""
+        self.lost = self.again = True
+        return self
 
     @property
     def short(self) -> str:

@@ -224,9 +224,7 @@ class VllmHost:
         found = f"{type(error).__name__}: {error}"
         if not self._llm.errored:
             return BroadcastBroken(rule, found)
-        lost = RolloutError(rule, f"its engine has ended: {found}")
-        lost.lost = True
-        return lost
+        return RolloutError(rule, f"its engine has ended: {found}").as_lost()
 
     async def _canary(self, ids: np.ndarray) -> np.ndarray:
         """Logprobs `[C-1]` of each next token, before any other request that waits."""

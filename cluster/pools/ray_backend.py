@@ -218,21 +218,18 @@ def failure_of(error: RayError, error_type: type[TutorloopError], who: str) -> T
             return cause
         if isinstance(cause, ObjectLostError):
             return BatchLost("a batch is there until it is trained", first_line(str(cause)))
-        return _marked(error_type(finishes, _text_of(error, cause)), again=True)
+        failed = error_type(finishes, _text_of(error, cause))
+        failed.again = True
+        return failed
     if isinstance(error, RayActorError):
         if error._actor_init_failed:  # before its constructor: the class could not be read there
             return error_type(f"the {who} must start", "\n".join(tail_of(str(error), 6)))
         name = names.get(error.actor_id or "", f"an actor of the {who}")
         said = obituary(name, error.actor_id, str(error))
-        return _marked(error_type(f"the {who} keeps its actors", said), lost=True)
+        return error_type(f"the {who} keeps its actors", said).as_lost()
     if isinstance(error, ObjectLostError):
         return BatchLost("a batch is there until it is trained", first_line(str(error)))
-    return _marked(error_type(finishes, first_line(str(error))), lost=True)  # its node has died
-
-
-def _marked(error: TutorloopError, lost: bool = False, again: bool = False) -> TutorloopError:
-    error.lost, error.again = lost, lost or again
-    return error
+    return error_type(finishes, first_line(str(error))).as_lost()  # its node has died
 
 
 def _text_of(error: RayTaskError, cause: BaseException | None) -> str:

@@ -83,8 +83,7 @@ class WeightBroadcast:
                     await member.replica.ask("join_broadcast", *place)
                     return
             except TimeoutError:
-                error = RolloutError(rule, "no answer")
-                error.lost = True
+                error = RolloutError(rule, "no answer").as_lost()
             except TutorloopError as failed:
                 error = failed
             if error.lost:
@@ -152,6 +151,4 @@ async def _opens(first: Replica, port: int, size: int) -> None:
 
 
 def _hangs(found: str) -> LearnerError:
-    error = LearnerError("the learner hears that its group is broken", found, "its rank 0 hangs")
-    error.lost = True
-    return error
+    return LearnerError("the learner hears that its group is broken", found, "its rank 0 hangs").as_lost()

@@ -365,9 +365,7 @@ def scripted_pool(name: str, world: World, backend: ScriptedBackend, replicas: i
 
 def lost(pool):
     """A replica's death, as the pool hears it."""
-    error = RolloutError("a pool keeps its replicas", pool)
-    error.lost = True
-    return error
+    return RolloutError("a pool keeps its replicas", pool).as_lost()
 
 
 def rollouts_of(arguments):

@@ -100,9 +100,7 @@ class ScriptedRank:
 
 
 def _dead_learner():
-    error = LearnerError("the learner keeps its ranks", "scripted")
-    error.lost = True
-    return error
+    return LearnerError("the learner keeps its ranks", "scripted").as_lost()
 
 
 class ScriptedLearner(LearnerGroup):

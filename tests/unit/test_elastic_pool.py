@@ -17,9 +17,7 @@ from tutorloop.contracts.receipts import Receipt
 
 
 def lost(text="killed"):
-    error = RolloutError("a pool keeps its replicas", text)
-    error.lost = error.again = True
-    return error
+    return RolloutError("a pool keeps its replicas", text).as_lost()
 
 
 class Replica:

@@ -20,9 +20,7 @@ from tutorloop.contracts.records import TrainRow
 
 
 def lost():
-    error = LearnerError("the learner keeps its ranks", "killed")
-    error.lost = error.again = True
-    return error
+    return LearnerError("the learner keeps its ranks", "killed").as_lost()
 
 
 class Rank:

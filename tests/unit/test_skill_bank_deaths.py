@@ -44,9 +44,7 @@ def die(bank: SkillBank) -> None:
 
 
 def _lost() -> VerifierError:
-    error = VerifierError("the skills pool keeps its actors", "killed")
-    error.lost = error.again = True
-    return error
+    return VerifierError("the skills pool keeps its actors", "killed").as_lost()
 
 
 def uses(tmp_path) -> dict[str, tuple[int, int]]:
