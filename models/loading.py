@@ -1,11 +1,9 @@
 """Find and load models and tokenizers: a local folder, a hub id, or `lab:NAME`. Safetensors only, no remote code."""
 
-import ctypes
 import hashlib
 import json
 import math
 import os
-from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -31,7 +29,6 @@ AFTER_THE_HEAD = (  # fields of configurations whose models do more to the logit
     "lm_head_multiplier",
 )
 THREADED_PARAMETERS = 2**24  # of fewer, a second thread costs more than it saves
-KEPT_BYTES = 2**29  # of freed memory, at most, at the end of the heap
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 OWN_FILES: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # and nobody is asked
 TOKENIZER = "save the tokenizer into it with these versions of transformers and tokenizers"
@@ -189,21 +186,8 @@ def load_causal_lm(name: str, dtype: str = "fp32", attention: str = "sdpa", devi
 
 
 def use_threads(model: PreTrainedModel, threads: int) -> None:
-    """Torch threads of this process, which runs `model` and may have `threads`; and freed memory is kept."""
-    _keep_freed_memory()
+    """Torch threads of this process, which runs `model` and may have `threads`."""
     torch.set_num_threads(threads_for(sum(p.numel() for p in model.parameters()), threads))
-
-
-def _keep_freed_memory() -> None:
-    """Have malloc keep what large arrays leave for those that come next, up to KEPT_BYTES.
-
-    It gives arrays of more than 32 MiB back to the system at once, and a new page costs more than most operations on
-    it: a product of two arrays of 64 MiB took 32 ms, and 12 in memory that was there (two cores of a virtual machine).
-    """
-    with suppress(AttributeError, OSError):  # another C library than glibc
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, KEPT_BYTES // 2)  # M_MMAP_THRESHOLD: larger arrays still go back
-        mallopt(-1, KEPT_BYTES)  # M_TRIM_THRESHOLD
 
 
 def threads_for(parameters: int, threads: int) -> int:

@@ -108,15 +108,13 @@ class RayBackend:
         self, worker: type, need: Need, arguments: Callable[[int, str, int], dict[str, Any]], tell: Tell
     ) -> list[RayReplica]:
         """One placement group with a bundle a rank, as close together as there is room."""
-        bundle = dict(need.each) or {"CPU": 0.001}
-        group = placement_group([bundle] * need.replicas, strategy="PACK")
-        in_all = {name: amount * need.replicas for name, amount in bundle.items()}
-        await wait_for_groups("learner", in_all, [group], tell)
+        group = placement_group([dict(need.each) or {"CPU": 0.001}] * need.replicas, strategy="PACK")
         places = [PlacementGroupSchedulingStrategy(group, rank) for rank in range(need.replicas)]
-        where = _task(meeting_place).options(scheduling_strategy=places[0]).remote()
-        host, port = await _answer(where, LearnerError, "learner's node")
-        if host == ray.util.get_node_ip_address() and _nodes_of(group) == 1:
-            host = "127.0.0.1"
+        try:
+            host, port = await _meeting_of(group, places[0], need, tell)
+        except BaseException:  # a node died meanwhile, or nobody waits any more
+            remove_placement_group(group)
+            raise
         ranks = []
         for rank, place in enumerate(places):
             who = f"rank {rank} of {need.replicas} of the learner"
@@ -168,6 +166,16 @@ def _task(function: Callable[..., Any]) -> Any:
 def meeting_place(_: Any = None) -> tuple[str, int]:
     """Address and a free port of the node this runs on."""
     return ray.util.get_node_ip_address(), free_port()
+
+
+async def _meeting_of(group: PlacementGroup, first: Any, need: Need, tell: Tell) -> tuple[str, int]:
+    """Where the ranks meet, once they have their places: address and a free port of the first one's node."""
+    in_all = {name: amount * need.replicas for name, amount in need.each.items()}
+    await wait_for_groups("learner", in_all, [group], tell)
+    where = _task(meeting_place).options(scheduling_strategy=first).remote()
+    host, port = await _answer(where, LearnerError, "learner's node")
+    alone = host == ray.util.get_node_ip_address() and _nodes_of(group) == 1
+    return ("127.0.0.1" if alone else host), port
 
 
 def _nodes_of(group: PlacementGroup) -> int:
