@@ -324,3 +324,38 @@ def check_gradients(found, wanted):
     for one, other in zip(found, wanted, strict=True):
         off = (one.double() - other.double()).abs().max() / other.abs().max()
         assert off < 1e-5, off
+
+
+def own_logprobs(student, rollout):
+    """log π of the response's tokens [R], float64."""
+    table = student.logprobs().detach().double().numpy()
+    start = rollout.prompt_length
+    return table[rollout.token_ids[start - 1 : -1], rollout.token_ids[start:]]
+
+
+def slow_weights(examples, student, correction):
+    """Weights [R] by rollout id, NaN where a token is rejected; NaN too where the loss mask is off."""
+    weights = {}
+    for rollout in (example.rollout for example in examples):
+        old, on = own_logprobs(student, rollout), rollout.loss_mask
+        mu, out = rollout.logprobs.astype(np.float64), np.full(len(on), np.nan)
+        if rollout.source != "student":
+            weights[rollout.rollout_id] = np.where(on, 1.0, np.nan)
+            continue
+        ratios = {t: np.exp(old[t] - mu[t]) for t in np.flatnonzero(on)}
+        product = np.prod(list(ratios.values()))
+        whole = {"sequence": product, "geometric": product ** (1 / len(ratios))}
+        for t, own in ratios.items():
+            ratio = whole.get(correction.level, own)
+            rejected = correction.kind == "masked" and not correction.low <= ratio <= correction.high
+            rejected |= any(other < correction.veto for other in ratios.values())
+            gap = abs(np.exp(old[t]) - np.exp(mu[t]))
+            rejected |= 0 < correction.probability_gap < gap
+            plain = correction.kind == "none" or correction.level == "geometric"
+            out[t] = np.nan if rejected else 1.0 if plain else min(ratio, correction.high)
+        weights[rollout.rollout_id] = out
+    if correction.normalise:
+        ids = {e.rollout.rollout_id for e in examples if e.rollout.source == "student"}
+        mean = np.nanmean(np.concatenate([weights[name] for name in ids]))
+        weights = {name: own / mean if name in ids else own for name, own in weights.items()}
+    return weights

@@ -93,7 +93,7 @@ class Command:
             return False
 
 
-def test_interrupted_once_saves_and_resumes(models: Path, tmp_path: Path) -> None:
+def test_interrupted_once_saves_and_resumes_and_twice_ends_at_once(models: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     first = Command(models, folder, "steps=100000", "metrics.port=0")
     first.until(2)
@@ -113,24 +113,24 @@ def test_interrupted_once_saves_and_resumes(models: Path, tmp_path: Path) -> Non
         families
     )
     assert families["tutorloop_step"].samples[0].value > done["steps"]
-    second.process.send_signal(signal.SIGTERM)
-    assert second.end()[0] == 130
+    second.interrupt()
+    time.sleep(0.05)
+    second.interrupt()
+    code, out, err = second.end()
+    assert code == 130 and "Traceback" not in out + err, out + err
     assert [row["step"] for row in second.steps()] == list(range(1, len(second.steps()) + 1))
     assert second.left_behind() == []
+    assert not list(folder.glob("checkpoints/step-*/*.tmp"))
 
 
 def test_of_two_starts_at_once_one_runs(models: Path, tmp_path: Path) -> None:
     """In one process each: the folder is claimed before Ray is joined."""
     folder = tmp_path / "run"
-    both = [Command(models, folder, "steps=100000", "--local") for _ in range(2)]
+    both = [Command(models, folder, "steps=100000", "--local", *more) for more in ([], ["--resume=auto"])]
     while all(command.process.poll() is None for command in both):
         time.sleep(0.1)
     loser, winner = sorted(both, key=lambda command: command.process.poll() is None)
     code, out, err = loser.end()
-    assert code == 2 and f"process {winner.process.pid} on" in err, out + err
-    winner.until(2)
-    resumed = Command(models, folder, "steps=100000", "--local", "--resume")
-    code, out, err = resumed.end()
     assert code == 2 and f"process {winner.process.pid} on" in err, out + err
     winner.until(len(winner.steps()) + 2)  # its metrics still reach its file
     os.killpg(winner.process.pid, signal.SIGKILL)
@@ -142,18 +142,6 @@ def test_of_two_starts_at_once_one_runs(models: Path, tmp_path: Path) -> None:
     code, out, err = last.end()
     assert code == 0 and "taking over" in out, out + err
     assert [row["step"] for row in last.steps()] == list(range(1, len(last.steps()) + 1))
-
-
-def test_interrupted_twice_ends_at_once_and_leaves_nothing(models: Path, tmp_path: Path) -> None:
-    command = Command(models, tmp_path / "run", "steps=100000")
-    command.until(1)
-    command.interrupt()
-    time.sleep(0.05)
-    command.interrupt()
-    code, out, err = command.end()
-    assert code == 130 and "Traceback" not in out + err, out + err
-    assert command.left_behind() == []
-    assert not list((tmp_path / "run").glob("checkpoints/step-*/*.tmp"))
 
 
 def test_ended_while_it_starts_leaves_nothing(models: Path, tmp_path: Path) -> None:

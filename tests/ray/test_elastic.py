@@ -4,8 +4,6 @@ is synchronous with the weights of one that nobody disturbed."""
 import asyncio
 import inspect
 import json
-import os
-import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -91,13 +89,18 @@ def at_steps(folder: Path, deeds: dict[int, Callable[[], object]]) -> Iterator[l
         thread.join()
 
 
-def kill(actor: str) -> None:
-    """One process of the actor class `actor`, of this test's own clusters."""
+def processes(actor: str) -> list[psutil.Process]:
+    """Of the actor class `actor`, of this test's own clusters."""
+    found = []
     for process in psutil.Process().children(recursive=True):
-        if process.cmdline()[:1] and process.cmdline()[0].startswith(f"ray::{actor}"):
-            os.kill(process.pid, signal.SIGKILL)
-            return
-    raise AssertionError(f"no {actor} is there")
+        with suppress(psutil.Error):  # it has ended meanwhile
+            if process.cmdline()[:1] and process.cmdline()[0].startswith(f"ray::{actor}"):
+                found.append(process)
+    return found
+
+
+def kill(actor: str) -> None:
+    processes(actor)[0].kill()
 
 
 def weights(folder: Path) -> dict[str, Any]:
@@ -120,33 +123,6 @@ def undisturbed(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     assert run.train(recipe(models, folder), False, None, Console(file=StringIO()), local=True)
     return folder
-
-
-def test_kills_of_every_kind_change_nothing(models: Path, undisturbed: Path, tmp_path: Path, address: str) -> None:
-    """One after the other: a generator, a teacher, a verifier, the learner, and a generator once more."""
-    folder, shown = tmp_path / "run", StringIO()
-    actors = ["RolloutWorker", "TeacherWorker", "VerifierWorker", "LearnerWorker", "RolloutWorker"]
-    deeds = {step: lambda actor=actor: kill(actor) for step, actor in enumerate(actors, 1)}
-    with at_steps(folder, deeds) as done:
-        assert run.train(recipe(models, folder), False, address, Console(file=shown, width=200))
-    assert done == list(deeds)
-    check_whole(folder, undisturbed)
-    summary = json.loads((folder / "summary.json").read_text())
-    assert summary["restarts"] == {"rollout": 2, "teacher": 1, "verifier": 1, "learner": 1}
-    said = shown.getvalue()
-    for name in ("rollout", "teacher", "verifier"):
-        assert f"of the {name} pool is lost" in said
-    assert "the learner goes on from step" in said
-
-
-def processes(actor: str) -> list[psutil.Process]:
-    """Of the actor class `actor`, of this test's own clusters."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        with suppress(psutil.Error):  # it has ended meanwhile
-            if process.cmdline()[:1] and process.cmdline()[0].startswith(f"ray::{actor}"):
-                found.append(process)
-    return found
 
 
 class Killed:
@@ -181,12 +157,15 @@ class Killed:
         patch.setattr(owner, method, call if inspect.iscoroutinefunction(real) else begin)
 
 
-def test_kills_inside_of_each_call_change_nothing(
+def test_kills_of_every_kind_and_in_each_call_change_nothing(
     models: Path, undisturbed: Path, tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The learner in a publication, a step and a checkpoint; the generator while it takes weights in. No unfinished
-    checkpoint is gone back to: each that is read has its manifest, and is of a step's end."""
+    """A generator, a teacher and a verifier after a step each; the learner in a publication, a step and a checkpoint; a
+    generator while it takes weights in. No unfinished checkpoint is gone back to: each that is read has its manifest,
+    and is of a step's end."""
     folder, shown = tmp_path / "run", StringIO()
+    actors = ["RolloutWorker", "TeacherWorker", "VerifierWorker"]
+    deeds = {step: lambda actor=actor: kill(actor) for step, actor in enumerate(actors, 5)}
     deaths = [
         Killed(monkeypatch, LearnerGroup, "publish", "LearnerWorker", {3}),
         Killed(monkeypatch, LearnerGroup, "step", "LearnerWorker", {5}),
@@ -195,14 +174,20 @@ def test_kills_inside_of_each_call_change_nothing(
     ]
     read = []
     monkeypatch.setattr(LearnerGroup, "load", partialmethod(_noting, LearnerGroup.load, read))
-    assert run.train(recipe(models, folder), False, address, Console(file=shown, width=200))
+    with at_steps(folder, deeds) as done:
+        assert run.train(recipe(models, folder), False, address, Console(file=shown, width=200))
+    assert done == list(deeds)
     assert [own.killed for own in deaths] == [1, 1, 1, 1], shown.getvalue()
     # Once no checkpoint stood yet, and the stage began again.
     assert read == [True, True]
     assert not [path for path in (folder / "checkpoints").iterdir() if path.name.startswith(".")]
     check_whole(folder, undisturbed)
-    restarts = json.loads((folder / "summary.json").read_text())["restarts"]
-    assert restarts["learner"] == 3 and restarts["rollout"] == 1
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["restarts"] == {"rollout": 2, "teacher": 1, "verifier": 1, "learner": 3}
+    said = shown.getvalue()
+    for name in ("rollout", "teacher", "verifier"):
+        assert f"of the {name} pool is lost" in said
+    assert "the learner goes on from step" in said
 
 
 async def _noting(learner: LearnerGroup, load: Callable[..., Any], read: list[bool], folder: Path) -> None:

@@ -3,24 +3,18 @@
 The same loop in one process, and what does not depend on where it runs, is in tests/runs.
 """
 
-import importlib
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from loop_cases import PROBLEMS, make_models, recipe, steps_of, train, weights_of
-from ray import cloudpickle
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from tutorloop.actors.worker import RolloutWorker
 from tutorloop.cli.main import app
-from tutorloop.cluster.pools import services
-from tutorloop.contracts.errors import ResourceError, WeightsMismatch
-from tutorloop.contracts.records import WeightBucket, WeightManifest
+from tutorloop.contracts.errors import ResourceError
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +22,27 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_models(tmp_path_factory.mktemp("models"))
 
 
-def test_a_run_leaves_what_it_promises(models: Path, tmp_path: Path, address: str) -> None:
-    evaluation = {"path": str(models / "problems.jsonl"), "ood_path": str(models / "problems.jsonl"), "samples": 2}
-    summary = train(recipe(models, tmp_path / "run", eval={**evaluation, "every": 2}), address)
-    folder = tmp_path / "run"
+@pytest.fixture(scope="module")
+def of_two_ranks(models: Path) -> dict[str, Any]:
+    """Settings of a run."""
+    problems = str(models / "problems.jsonl")
+    return {
+        "learner": {"ranks": 2, "zero_stage": 2},
+        "checkpoint": {"every": 2, "keep": 9},
+        "eval": {"path": problems, "ood_path": problems, "samples": 2, "every": 2},
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(models: Path, of_two_ranks: dict[str, Any], tmp_path_factory: pytest.TempPathFactory, four_cpus: str) -> Path:
+    """That run."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    train(recipe(models, folder, **of_two_ranks), four_cpus)
+    return folder
+
+
+def test_a_run_leaves_what_it_promises(whole: Path) -> None:
+    folder, summary = whole, json.loads((whole / "summary.json").read_text())
     for name in ("config.yaml", "metrics.jsonl", "summary.json", "report.html", "checkpoints/step-000004/state.json"):
         assert (folder / name).is_file(), name
     assert list((folder / "tensorboard").iterdir())
@@ -64,19 +75,18 @@ def test_a_run_leaves_what_it_promises(models: Path, tmp_path: Path, address: st
     assert model.config.model_type == "qwen3"
 
 
-def test_two_ranks_resume_bit_for_bit(models: Path, tmp_path: Path, address: str) -> None:
-    learner = {"ranks": 2, "zero_stage": 2}
-    settings = {"learner": learner, "rollout": {"replicas": 2}, "checkpoint": {"every": 2, "keep": 9}}
-    whole = train(recipe(models, tmp_path / "whole", **settings), address)
+def test_two_ranks_resume_bit_for_bit(
+    models: Path, whole: Path, of_two_ranks: dict[str, Any], tmp_path: Path, address: str
+) -> None:
     cut = tmp_path / "cut"
-    shutil.copytree(tmp_path / "whole", cut)
+    shutil.copytree(whole, cut)
     shutil.rmtree(cut / "checkpoints" / "step-000004")
     shutil.rmtree(cut / "final")
-    resumed = train(recipe(models, cut, **settings), address, resume=True)
-    assert steps_of(cut) == steps_of(tmp_path / "whole")
-    assert weights_of(cut) == weights_of(tmp_path / "whole")
-    assert (cut / "rollouts.jsonl").read_bytes() == (tmp_path / "whole" / "rollouts.jsonl").read_bytes()
-    assert resumed["tokens"] == whole["tokens"]
+    resumed = train(recipe(models, cut, **of_two_ranks), address, resume=True)
+    assert steps_of(cut) == steps_of(whole)
+    assert weights_of(cut) == weights_of(whole)
+    assert (cut / "rollouts.jsonl").read_bytes() == (whole / "rollouts.jsonl").read_bytes()
+    assert resumed["tokens"] == json.loads((whole / "summary.json").read_text())["tokens"]
 
 
 def test_a_synchronous_run_is_that_of_one_process_bit_for_bit(models: Path, tmp_path: Path, address: str) -> None:
@@ -98,9 +108,26 @@ def test_a_synchronous_run_is_that_of_one_process_bit_for_bit(models: Path, tmp_
     assert weights_of(cut) == weights_of(tmp_path / "ray")
 
 
+OWN_ENGINE = """
+from tutorloop.actors.transformers_engine import TransformersEngine
+from tutorloop.contracts.engines import RolloutCapabilities
+
+class Mine(TransformersEngine):
+    capabilities = RolloutCapabilities()
+
+    def decode(self, token_ids, thinking):
+        from words import LAST
+        return super().decode(token_ids, thinking) + LAST
+"""
+
+
 def test_an_asynchronous_run_takes_the_steps_of_one_process(models: Path, tmp_path: Path, address: str) -> None:
-    """What a step trains on depends on who was faster; that each is whole and within the bound does not."""
-    changes: dict[str, Any] = {"teacher": {"signal": "sampled"}, "max_staleness": 2, "steps": 8}
+    """What a step trains on depends on who was faster; that each is whole and within the bound does not. Its engine is
+    a class of the recipe's own, which its actors get with a module beside it."""
+    (tmp_path / "engines.py").write_text(OWN_ENGINE)
+    (tmp_path / "words.py").write_text("LAST = ' (mine)'")
+    engine = {"engine": f"{tmp_path}/engines.py:Mine"}
+    changes: dict[str, Any] = {"teacher": {"signal": "sampled"}, "rollout": engine, "max_staleness": 2, "steps": 8}
     for way, where in {"ray": address, "here": None}.items():
         summary = train(recipe(models, tmp_path / way, **changes), where)
         rows = steps_of(tmp_path / way)
@@ -110,29 +137,8 @@ def test_an_asynchronous_run_takes_the_steps_of_one_process(models: Path, tmp_pa
         assert summary["tokens"]["trained"] == summary["tokens"]["generated"]
         assert summary["dropped"] == {} and summary["weight_versions"] == 9
         assert sum(row["rollouts"]["trained"] for row in rows) == 64
-
-
-class Deaf(RolloutWorker):
-    """A replica that changes a weight after the third version arrives, before it is proved."""
-
-    def load_weights(self, manifest: WeightManifest, *buckets: WeightBucket) -> float:
-        if manifest.version == 2:
-            data = buckets[0].arrays[0].copy()
-            data[5] ^= 1
-            arrays = (data, *buckets[0].arrays[1:])
-            first = WeightBucket(version=buckets[0].version, entries=buckets[0].entries, arrays=arrays)
-            buckets = (first, *buckets[1:])
-        return super().load_weights(manifest, *buckets)
-
-
-def test_a_replica_with_other_weights_stops_the_run(
-    models: Path, tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cloudpickle.register_pickle_by_value(importlib.import_module(__name__))
-    monkeypatch.setattr(services, "RolloutWorker", Deaf)
-    with pytest.raises(WeightsMismatch, match="version 2"):
-        train(recipe(models, tmp_path / "run"), address)
-    cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+        lines = [json.loads(line) for line in (tmp_path / way / "rollouts.jsonl").open()]
+        assert len(lines) == 64 and all(line["response"].endswith(" (mine)") for line in lines)
 
 
 def test_more_than_the_cluster_has_is_refused_before_an_actor_starts(

@@ -15,7 +15,11 @@ from loop_cases import PROBLEMS, make_models, recipe, steps_of, train, weights_o
 from tiny import tiny_model
 from transformers import AutoTokenizer
 
+from tutorloop.actors.worker import RolloutWorker
+from tutorloop.cluster.pools import services
+from tutorloop.contracts.errors import WeightsMismatch
 from tutorloop.contracts.recipe import load_config
+from tutorloop.contracts.records import WeightBucket, WeightManifest
 
 ROOT = Path(__file__).parents[2]
 
@@ -101,3 +105,24 @@ def test_gsm8k_with_a_qwen3_checkpoint_from_disk(tmp_path: Path) -> None:
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(row["tokens"]["trained"] > 0 and row["abstained"] == 0 for row in rows)
     assert summary["verifier_errors"] == {} and summary["accuracy"]["after"] is not None
+
+
+class Deaf(RolloutWorker):
+    """A replica that changes a weight after the third version arrives, before it is proved."""
+
+    def load_weights(self, manifest: WeightManifest, *buckets: WeightBucket) -> float:
+        if manifest.version == 2:
+            data = buckets[0].arrays[0].copy()
+            data[5] ^= 1
+            arrays = (data, *buckets[0].arrays[1:])
+            first = WeightBucket(version=buckets[0].version, entries=buckets[0].entries, arrays=arrays)
+            buckets = (first, *buckets[1:])
+        return super().load_weights(manifest, *buckets)
+
+
+def test_a_replica_with_other_weights_stops_the_run(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(services, "RolloutWorker", Deaf)
+    with pytest.raises(WeightsMismatch, match="version 2"):
+        train(recipe(models, tmp_path / "run"), None)

@@ -6,9 +6,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from learner_cases import Bigram, OneProcess, World, check_gradients, check_step, make_example, paths_of, slow_losses
+from learner_cases import (
+    Bigram,
+    OneProcess,
+    World,
+    check_gradients,
+    check_step,
+    make_example,
+    paths_of,
+    slow_losses,
+    slow_weights,
+)
 from term_cases import close, random_case
-from test_learner_old_policy import slow_weights
 
 from tutorloop.contracts.arrow import encode
 from tutorloop.contracts.errors import LearnerError, NotFinite, RecordError

@@ -9,48 +9,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from learner_cases import RATE, OneProcess, World, check_gradients, check_step, slow_losses
+from learner_cases import RATE, OneProcess, World, check_gradients, check_step, own_logprobs, slow_losses, slow_weights
 
 from tutorloop.contracts.records import Correction, Term
 from tutorloop.learner.examples import OldPolicy
 from tutorloop.learner.terms.sign_gate import SoftGate
 
 PG = (Term(name="clipped_policy_gradient"),)
-
-
-def own_logprobs(student, rollout):
-    """log π of the response's tokens [R], float64."""
-    table = student.logprobs().detach().double().numpy()
-    start = rollout.prompt_length
-    return table[rollout.token_ids[start - 1 : -1], rollout.token_ids[start:]]
-
-
-def slow_weights(examples, student, correction):
-    """Weights [R] by rollout id, NaN where a token is rejected; NaN too where the loss mask is off."""
-    weights = {}
-    for rollout in (example.rollout for example in examples):
-        old, on = own_logprobs(student, rollout), rollout.loss_mask
-        mu, out = rollout.logprobs.astype(np.float64), np.full(len(on), np.nan)
-        if rollout.source != "student":
-            weights[rollout.rollout_id] = np.where(on, 1.0, np.nan)
-            continue
-        ratios = {t: np.exp(old[t] - mu[t]) for t in np.flatnonzero(on)}
-        product = np.prod(list(ratios.values()))
-        whole = {"sequence": product, "geometric": product ** (1 / len(ratios))}
-        for t, own in ratios.items():
-            ratio = whole.get(correction.level, own)
-            rejected = correction.kind == "masked" and not correction.low <= ratio <= correction.high
-            rejected |= any(other < correction.veto for other in ratios.values())
-            gap = abs(np.exp(old[t]) - np.exp(mu[t]))
-            rejected |= 0 < correction.probability_gap < gap
-            plain = correction.kind == "none" or correction.level == "geometric"
-            out[t] = np.nan if rejected else 1.0 if plain else min(ratio, correction.high)
-        weights[rollout.rollout_id] = out
-    if correction.normalise:
-        ids = {e.rollout.rollout_id for e in examples if e.rollout.source == "student"}
-        mean = np.nanmean(np.concatenate([weights[name] for name in ids]))
-        weights = {name: own / mean if name in ids else own for name, own in weights.items()}
-    return weights
 
 
 def mixed(world, count=12, spread=0.6):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from method_cases import REFERENCE, SELF, TEACHER, config
 
 from tutorloop.cluster.methods import METHODS, compose, compose_stages
 from tutorloop.cluster.methods.cold_start import teacher_share, try_again
@@ -18,30 +19,10 @@ from tutorloop.cluster.methods.parts.composition import Composition, RolloutSumm
 from tutorloop.cluster.methods.parts.verdict_signs import group_sign, outcome_sign
 from tutorloop.cluster.methods.sdpo import group_advantage
 from tutorloop.cluster.methods.seqkd import keep_valid, keep_verified
-from tutorloop.contracts.config import Config
 from tutorloop.contracts.recipe import load_config, parse_config
 from tutorloop.learner.terms import bind_terms
 
 ROOT = Path(__file__).parents[2]
-TEACHER = {"model": "t"}
-SELF = {"model": "s"}
-REFERENCE = {"model": "s"}
-
-
-def config(method: str, teacher: dict | None = None, options: dict | None = None, **keys: Any) -> Config:
-    return parse_config(
-        {
-            "method": method,
-            "method_options": options or {},
-            "output_dir": "x",
-            "steps": 100,
-            "prompts_per_step": 1,
-            "student": {"model": "s"},
-            "data": {"path": "d"},
-            **({"teacher": teacher} if teacher else {}),
-            **keys,
-        }
-    )
 
 
 def only(method: str, teacher: dict | None = None, options: dict | None = None, **keys: Any) -> Composition:

@@ -1,7 +1,7 @@
 """What recipes of methods are refused for: one clear error for each fault, before anything starts."""
 
 import pytest
-from test_methods import REFERENCE, SELF, TEACHER, config
+from method_cases import REFERENCE, SELF, TEACHER, config
 
 from tutorloop.cluster.methods import compose_stages
 from tutorloop.contracts.errors import ConfigError

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from method_cases import TEACHER, config
 from ray import cloudpickle
 from service_rows import CONTEXT, VOCAB, fresh_random, random_prompts, random_rollouts
-from test_methods import TEACHER, config
 from tiny import tiny_qwen3
 
 from tutorloop.actors.worker import RolloutWorker

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_methods import TEACHER, config
+from method_cases import TEACHER, config
 from torch import Tensor
 
 from tutorloop.cluster.methods import compose_stages, own_module

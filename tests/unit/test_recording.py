@@ -5,8 +5,8 @@ import math
 
 import numpy as np
 import pytest
+from hostile_texts import STEERS, TEXTS
 from run_rows import fresh_rng, step_row
-from test_hostile_text import STEERS, TEXTS
 
 from tutorloop.cluster.recording.metrics import MetricsLog
 from tutorloop.cluster.recording.progress import excerpt, sample_facts

@@ -94,11 +94,21 @@ def test_distillation_with_vllm_on_both_sides(tmp_path, address):
     assert all("teacher_entropy" in row["learner"] for row in steps)  # the lab's vocabulary is scored whole
 
 
-def test_synchronous_runs_draw_the_same_rollouts_twice(tmp_path):
+SYNCHRONOUS = ["rollout.engine=vllm", "max_staleness=0"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """A run of three steps in this process: its folder, and its steps' rows."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    return folder, train("quickstart", folder, None, *SYNCHRONOUS, "steps=3")
+
+
+@ON_RAY  # where the run is that it is compared with
+def test_synchronous_runs_draw_the_same_rollouts_twice(tmp_path, undisturbed):
     """By their seeds alone, whatever replica and company they run in."""
-    overrides = ["rollout.engine=vllm", "steps=1", "max_staleness=0"]
-    first = train("quickstart", tmp_path / "a", None, *overrides)
-    same_at_first(first, train("quickstart", tmp_path / "b", None, *overrides, "rollout.replicas=2"))
+    two = train("quickstart", tmp_path / "run", None, *SYNCHRONOUS, "steps=1", "rollout.replicas=2")
+    same_at_first(undisturbed[1], two)
 
 
 @ON_RAY
@@ -137,15 +147,14 @@ def killed_after_a_step(folder):
 
 
 @ON_RAY
-def test_a_killed_replica_changes_nothing_where_weights_are_broadcast(tmp_path, address):
+def test_a_killed_replica_changes_nothing_where_weights_are_broadcast(tmp_path, undisturbed, address):
     """One that takes its place gets them out of the object store, while the learner waits, and then by broadcast."""
-    overrides = ["rollout.engine=vllm", "steps=3", "max_staleness=0"]
-    whole = train("quickstart", tmp_path / "whole", None, *overrides)
-    with killed_after_a_step(tmp_path / "killed"):
-        killed = train("quickstart", tmp_path / "killed", address, *overrides, "rollout.transfer=broadcast")
-    assert json.loads((tmp_path / "killed" / "summary.json").read_text())["restarts"]["rollout"] == 1
-    assert [row["loss"] for row in killed] == [row["loss"] for row in whole]
-    ours, theirs = (load_file(tmp_path / run / "final" / "model.safetensors") for run in ("killed", "whole"))
+    whole, folder = undisturbed[0], tmp_path / "run"
+    with killed_after_a_step(folder):
+        killed = train("quickstart", folder, address, *SYNCHRONOUS, "steps=3", "rollout.transfer=broadcast")
+    assert json.loads((folder / "summary.json").read_text())["restarts"]["rollout"] == 1
+    assert [row["loss"] for row in killed] == [row["loss"] for row in undisturbed[1]]
+    ours, theirs = (load_file(run / "final" / "model.safetensors") for run in (folder, whole))
     assert ours.keys() == theirs.keys() and all(bool((ours[name] == theirs[name]).all()) for name in ours)
 
 
