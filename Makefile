@@ -9,7 +9,7 @@ REAL := $(or $(TUTORLOOP_REAL_MODELS),$(HOME)/.cache/tutorloop/real)
 REAL_RUN ?= runs/smollm2_opd
 RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: setup vllm quickstart test test-all test-here test-unit test-services test-simulation test-runs simulate test-ray test-vllm test-real test-real-once test-packaging lint types lab real real-models methods clean
+.PHONY: setup vllm quickstart test test-all test-unit test-services test-simulation test-runs simulate test-ray test-vllm test-real test-real-once test-packaging lint types lab real real-models methods clean
 
 setup: $(STAMP)
 
@@ -34,17 +34,13 @@ quickstart: setup
 	$(BIN)/tutorloop train recipes/quickstart.yaml output_dir=$(RUN)
 
 # Fast ones first. The sweeps, which show more of what a test of `make test` shows, are left to `make test-all`.
-test: setup lint test-here types test-packaging test-real-once test-vllm test-ray
+test: setup lint test-unit test-services test-simulation test-runs types test-packaging test-real-once test-vllm test-ray
 test-all: SWEEPS :=
-test-all: setup lint test-here types test-packaging test-real test-vllm test-ray simulate
+test-all: setup lint test-unit test-services test-simulation test-runs types test-packaging test-real test-vllm test-ray simulate
 
 SWEEPS := -m "not sweep"
 # Most of their time is one process's start. What shares an engine or Ray says so (xdist_group).
 SIDE_BY_SIDE := -n 2 --dist loadgroup
-
-# All that needs neither Ray nor vLLM, in one go; below, its parts.
-test-here: setup
-	$(BIN)/python -m pytest tests/unit tests/services tests/simulation tests/runs -n 2 $(SWEEPS)
 
 test-unit: setup
 	$(BIN)/python -m pytest tests/unit -n 2 $(SWEEPS)
