@@ -15,6 +15,7 @@ from threading import Thread
 from typing import Any, Literal, TypeVar
 
 import numpy as np
+import psutil
 
 from ..contracts.config import Lora
 from ..contracts.errors import BroadcastBroken, ModelError, RolloutError, TutorloopError, WeightsMismatch
@@ -235,7 +236,13 @@ class VllmHost:
         """End the engine's processes."""
 
         async def shutdown() -> None:
-            self._llm.shutdown()
+            try:
+                self._llm.shutdown()
+            except psutil.NoSuchProcess:  # vLLM was about to kill what ended by itself
+                for process in self._llm.engine_core.resources.engine_manager.processes:
+                    process.kill()
+                if self._llm.output_handler:
+                    self._llm.output_handler.cancel()
 
         self.run(shutdown())
         self._llm.shutdown = lambda *_: None  # its destructor would try again, without the modules that it needs

@@ -1,6 +1,5 @@
 """vLLM's own OpenAI server as a process of its own."""
 
-import multiprocessing
 import os
 import socket
 import subprocess
@@ -34,19 +33,6 @@ class Served:
     url: str
     model: str
     key: str
-
-
-@pytest.fixture(scope="session", autouse=True)
-def forked_engines():
-    """The engine cores of this process fork from one that has imported vLLM, which takes ten seconds; those of actors
-    are spawned, as anywhere else."""
-    from vllm.v1.engine import utils
-
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["vllm.v1.engine.core", "vllm.v1.worker.cpu_worker"])
-    spawns, utils.get_mp_context = utils.get_mp_context, lambda: context
-    yield
-    utils.get_mp_context = spawns
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import re
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from lora_cases import LORA, Unsharded, exact, published, trained
@@ -80,6 +81,22 @@ def test_the_canary_finds_the_stale_head_of_a_tied_model(tmp_path, monkeypatch, 
             engine.generate(random_prompts(fresh_random(), [3]), [1], Sampling(max_new_tokens=2))
     finally:
         engine.host.close()
+
+
+def test_an_engine_of_which_a_process_ended_by_itself_is_closed(tmp_path):
+    """vLLM's shutdown lists what it kills, and raises where one of these has ended meanwhile: then it kills no more."""
+
+    def shutdown():
+        raise psutil.NoSuchProcess(1)
+
+    host = VllmEngine(tiny_qwen3(tmp_path, hidden=128), dtype="fp32").host
+    processes = host._llm.engine_core.resources.engine_manager.processes
+    assert processes and all(process.is_alive() for process in processes)
+    host._llm.shutdown = shutdown
+    host.close()
+    for process in processes:
+        process.join(60)
+    assert not any(process.is_alive() for process in processes)
 
 
 def test_a_model_that_vllm_cannot_load_is_named(tmp_path):
