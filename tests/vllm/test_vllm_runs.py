@@ -236,7 +236,7 @@ def test_a_server_that_cannot_do_it_is_refused_before_the_run(overrides, rule, t
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.sweep  # the same death without engines: tests/ray/test_command.py
+@pytest.mark.sweep  # the same death in one process: tests/ray/test_command.py
 @ON_RAY
 def test_a_killed_driver_leaves_nothing_behind(tmp_path):
     """Neither engines nor actors, nor the Ray that it had started."""
