@@ -4,20 +4,16 @@ DeepSpeed reads its place in the group from the environment and picks its accele
 environment is set first and the import happens here, in a function.
 """
 
-import ctypes
 import logging
 import math
 import os
 import warnings
-from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..contracts.config import Learner
-
-KEPT_BYTES = 2**29  # of freed memory, at most, at the end of the heap
 
 
 class SittingAdamW(torch.optim.AdamW):
@@ -27,18 +23,6 @@ class SittingAdamW(torch.optim.AdamW):
 
     def step(self, closure: Any = None) -> Any:
         return None if self.sits_out else super().step(closure)
-
-
-def keep_freed_memory() -> None:
-    """Have malloc keep what large arrays leave for those that come next, up to KEPT_BYTES.
-
-    It gives arrays of more than 32 MiB back to the system at once, and a new page costs more than most operations on
-    it: a product of two arrays of 64 MiB took 32 ms, and 12 in memory that was there (two cores of a virtual machine).
-    """
-    with suppress(AttributeError, OSError):  # another C library than glibc
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, KEPT_BYTES // 2)  # M_MMAP_THRESHOLD: larger arrays still go back
-        mallopt(-1, KEPT_BYTES)  # M_TRIM_THRESHOLD
 
 
 def join_group(rank: int, world_size: int, master_addr: str, master_port: int, device: str) -> None:

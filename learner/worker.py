@@ -26,15 +26,7 @@ from ..models.loading import load_causal_lm, locate_model, use_threads
 from ..models.lora import add_adapters
 from ..models.weight_broadcast import BroadcastGroup
 from .corrections import current_share, effective_share
-from .engine import (
-    apply_update,
-    build_engine,
-    forward_is_finite,
-    join_group,
-    keep_freed_memory,
-    learning_rate,
-    weights_are_finite,
-)
+from .engine import apply_update, build_engine, forward_is_finite, join_group, learning_rate, weights_are_finite
 from .examples import Example, Updates, join
 from .head_proof import prove_heads
 from .loss_head import ChunkedLoss, PackedStudent
@@ -88,7 +80,6 @@ class LearnerWorker:
         self.config, self.steps, self.student, self.correction = config, steps, student, correction
         self.lora, self.seed = lora, seed
         self.broadcasts: BroadcastGroup | None = None
-        keep_freed_memory()
         join_group(rank, world_size, master_addr, master_port, device)
         self.heads = {name: load_lm_head(*source).to(device) for name, source in heads.items()} if exact else {}
         self.unproven, self.longest = frozenset(self.heads), longest

@@ -3,8 +3,6 @@
 The slow reference reads the records itself and makes dense logits, one sequence at a time, in float64.
 """
 
-import resource
-
 import numpy as np
 import pytest
 import torch
@@ -13,7 +11,6 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from tutorloop.contracts.arrow import encode
 from tutorloop.contracts.errors import LearnerError, ModelError, RecordError
 from tutorloop.contracts.records import Correction, Rollout, StepPlan, TeacherScores, Term, TrainRow
-from tutorloop.learner.engine import keep_freed_memory
 from tutorloop.learner.examples import Example, join
 from tutorloop.learner.loss_head import ChunkedLoss, PackedStudent
 from tutorloop.learner.micro_batch import Selection, collate
@@ -243,14 +240,3 @@ def test_no_tensor_of_tokens_by_vocabulary_is_ever_made():
     print(f"largest tensor {seen.bytes / 2**20:.0f} MiB")
     assert chunks.CHUNK_BYTES / 2 < seen.bytes <= chunks.CHUNK_BYTES
     assert hidden.grad.abs().max() > 0 and weight.grad.abs().max() > 0
-
-
-def test_a_large_array_is_made_of_what_the_one_before_left():
-    def new_pages() -> int:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.ones(2**24)  # 64 MiB: 16,384 pages
-        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-    keep_freed_memory()
-    new_pages()
-    assert new_pages() < 1000
