@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from .data_config import Data, Eval
 from .engines import ROLLOUT_ENGINES, TEACHER_ENGINES, RolloutCapabilities, TeacherCapabilities
+from .reliability import Autoscale, Guards, Notify
 from .sections import THINKING, ModelPool, Pool, Section
 from .verifier_config import Skills, Verifier
 
@@ -60,6 +61,9 @@ class Teacher(ModelPool):
         default=False, description="a `live` self-teacher without a pool of its own: the rollout replicas score too"
     )
     weight: float = Field(default=1.0, gt=0, description="of its loss, where several teachers score one rollout")
+    cache_gib: float = Field(
+        default=1.0, ge=0, description="of the run folder's disk, for scores that may be asked for again; 0: none kept"
+    )
 
     @model_validator(mode="after")
     def _of_its_engine(self) -> "Teacher":
@@ -305,6 +309,9 @@ class Config(Section):
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
     metrics: Metrics = Metrics()
+    guards: Guards = Guards()
+    notify: Notify = Notify()
+    autoscale: Autoscale = Autoscale()
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":

@@ -1,0 +1,50 @@
+"""What a run does about its own troubles: guards, who is told, and where replicas go. Imports neither torch nor Ray."""
+
+from typing import Literal
+from urllib.parse import urlsplit
+
+from pydantic import Field, model_validator
+
+from .sections import Section
+
+Action = Literal["off", "warn", "stop", "rollback"]
+GuardName = Literal["eos", "length", "entropy", "overlap", "reverse_kl", "coverage", "staleness", "gradient"]
+
+
+class Guards(Section):
+    """What watches a run that trains for its collapse (docs/reliability.md)."""
+
+    action: Action = Field(default="warn", description="of each guard: say so, stop with a checkpoint, or roll back")
+    actions: dict[GuardName, Action] = Field(default_factory=dict, description="of single guards, by their names")
+    warmup: int = Field(default=5, ge=1, description="first steps, of whose figures the limits are made")
+    patience: int = Field(default=3, ge=1, description="steps in a row beyond its limit, for a guard to act")
+    rollbacks: int = Field(default=2, ge=0, description="most of them; the next one stops the run")
+    rate: float = Field(default=0.5, gt=0, le=1, description="each rollback multiplies the learning rate by it")
+
+    def action_of(self, guard: GuardName) -> Action:
+        return self.actions.get(guard, self.action)
+
+
+class Notify(Section):
+    """Where alarms go, beside the log, the metrics and `tutorloop status`."""
+
+    command: str = Field(default="", description="run with each alarm as JSON on its standard input")
+    webhook: str = Field(default="", description="address that each alarm is posted to, as JSON")
+
+    @model_validator(mode="after")
+    def _address(self) -> "Notify":
+        parts = urlsplit(self.webhook)
+        if self.webhook and (parts.scheme not in ("http", "https") or not parts.hostname):
+            raise ValueError("notify.webhook reads http://HOST/… or https://HOST/…")
+        return self
+
+
+class Autoscale(Section):
+    """Replicas of the rollout, teacher and verifier pools go to where the run waits, within a budget; none: as given."""
+
+    cpus: float = Field(default=0.0, ge=0, description="CPUs that these pools may take together; 0: not by CPUs")
+    gpus: float = Field(default=0.0, ge=0, description="GPUs that these pools may take together; 0: not by GPUs")
+
+    @property
+    def on(self) -> bool:
+        return self.cpus > 0 or self.gpus > 0
