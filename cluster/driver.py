@@ -10,14 +10,18 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ..contracts.config import Config
 from ..contracts.errors import BatchLost, LearnerError, RunFolderError, StorageError, TutorloopError
 from ..contracts.records import StepReport
+from ..models.digests import Written
+from .checkpoints import Checkpoints
 from .flow.evaluation import EvalPlan, ProblemSet, evaluate
 from .flow.flow import Flow
+from .flow.kept_shards import Kept, kept, read_shards, write_shards
 from .flow.shard import Shard
 from .interrupt import Interrupt, Interrupted
 from .learner_group import LearnerGroup
@@ -33,6 +37,7 @@ from .skill_bank import SkillBank
 from .stages import EntropyCollapse
 
 T = TypeVar("T")
+LEARNER = "learner"  # its part of a checkpoint
 MOST_DEATHS = 2  # of the learner, of one step
 
 
@@ -83,6 +88,7 @@ class Driver:
     interrupt: Interrupt
     counters: RunCounters
     recorder: Recorder
+    checkpoints: Checkpoints
     step: int
     start_learner: Callable[[], Awaitable[LearnerGroup]]  # again, once it has died
     _start: dict[str, Any] | None = None  # the state in which the stage began
@@ -101,7 +107,7 @@ class Driver:
                 return not self.interrupt.requested
             except Interrupted:
                 self.progress.note(f"interrupted after step {self.step}")
-                self.flow.abandon("interrupted")
+                self.flow.stop()
                 await self._finish(clock)
                 return False
             except TutorloopError as error:
@@ -121,6 +127,7 @@ class Driver:
             self.progress.phase("training")
             self.interrupt.check()
             self.folder.check_claim()
+            self.checkpoints.check()
             self.flow.admit(self.step)
             with clock("wait"):
                 shards = await self._beside(self.flow.take(self.step))
@@ -147,6 +154,7 @@ class Driver:
         """A checkpoint of all that was counted."""
         self.counters.count(self.flow)
         await self.save(clock)
+        await self.checkpoints.finish()
 
     async def _final(self, error: TutorloopError) -> TutorloopError | None:
         """None once the learner goes on after its death, else what ends the stage: it may die again of its start."""
@@ -174,6 +182,7 @@ class Driver:
         for pool in (self.flow.services.rollouts, *self.self_teachers):
             pool.withdraw()
         await self.recorder.collect(wait=True)
+        await self.checkpoints.drop()
         self.learner.close()
         self.learner = await self.start_learner()
         await self.learner.ready()
@@ -231,10 +240,9 @@ class Driver:
         """Before a failure ends the run: save the last finished step, where the learner can, and say what stands."""
         if not isinstance(error, LearnerError | StorageError | RunFolderError) and self.step > self.flow.first:
             self.progress.phase("saving a checkpoint before the run ends")
-            self.flow.abandon("interrupted")
-            self.counters.count(self.flow)
+            self.flow.stop()
             try:
-                await self.save(clock)
+                await self._finish(clock)
             except TutorloopError as second:  # what has failed holds a part of the checkpoint
                 self.progress.note(f"no checkpoint of step {self.step}: {second.rule}")
         error.remedy = "; ".join(part for part in (error.remedy, standing(self.folder)) if part)
@@ -302,14 +310,15 @@ class Driver:
                 self.progress.eval(row)
 
     async def save(self, clock: Stopwatch) -> None:
+        """A checkpoint of what is now; it is written while the run goes on. Raises what the one before failed with."""
         with clock("checkpoint"), self.counters.paused(self.flow):
             await self.recorder.collect(wait=True)  # a resumed run goes on from a file that is whole
-            keep = self.config.checkpoint.keep
-            await self.folder.save_checkpoint(self.step, await self._state(), self._write, keep)
+            shards = kept(self.flow.shards)
+            await self.checkpoints.begin(await self._state(), self._take, partial(self._written, shards))
             self._saved, self._owed = time.monotonic(), False
 
     async def _state(self) -> dict[str, Any]:
-        """What a checkpoint holds beside weights and optimizer."""
+        """What a checkpoint holds beside weights, optimizer and shards."""
         return {
             "step": self.step,
             "stage": self.stage,
@@ -319,14 +328,27 @@ class Driver:
             "tally": self.counters.state(),  # a name that checkpoints of older releases have
         }
 
-    async def _write(self, folder: Path) -> None:
-        await self.learner.save(folder / "learner")
+    async def _take(self, folder: Path) -> None:
+        """What the next step changes."""
+        await self.learner.save(folder / LEARNER)
         for pool in self.averages:
             await pool.first("save_average", str(folder / f"{pool.name}.safetensors"))
 
+    async def _written(self, shards: Kept, folder: Path) -> Written:
+        await write_shards(folder, shards, self.recorder.backend)
+        return {f"{LEARNER}/{name}": written for name, written in (await self.learner.saved()).items()}
+
+    async def resume(self, checkpoint: Path, state: dict[str, Any]) -> None:
+        """Go on in another process from a checkpoint of this stage, with the shards that it holds. What is missing of
+        them waits for the first weights that are published."""
+        await self.load(checkpoint, state)
+        for pool in (self.flow.services.rollouts, *self.self_teachers):
+            pool.withdraw()
+        self.flow.restore(read_shards(checkpoint, self.recorder.backend))
+
     async def load(self, checkpoint: Path, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint of this stage."""
-        await self.learner.load(checkpoint / "learner")
+        """Weights, optimizer, averages and counts of a checkpoint of this stage."""
+        await self.learner.load(checkpoint / LEARNER)
         for pool in self.averages:
             await pool.ask("load_average", str(checkpoint / f"{pool.name}.safetensors"))
         await self._load_state(state)

@@ -11,6 +11,7 @@ from ..contracts.errors import BatchLost, LearnerError
 from ..contracts.records import Correction, StepPlan, StepReport, Term, WeightManifest
 from ..learner.packing import Lengths, plan_updates
 from ..learner.worker import LearnerWorker
+from ..models.digests import Written
 from .flow.shard import Shard
 from .pools.calls import Pace
 from .pools.failure import Failure
@@ -21,6 +22,7 @@ from .pools.watch import watch
 
 T = TypeVar("T")
 REMEDY = "see where a rank of it hangs, or raise learner.deadline_seconds"
+POLL_SECONDS, MOST_POLL_SECONDS = 0.1, 5.0  # for files that are being written
 DEATH_SECONDS = 5.0  # within which a rank's death is known, after it has broken off what the others do
 
 
@@ -31,6 +33,8 @@ class LearnerGroup:
 
     def __init__(self, config: Config, ranks: Sequence[Replica], pace: Pace) -> None:
         self.config, self.ranks, self._pace = config.learner, ranks, pace
+        self._worked = 0.0  # seconds in which a call was made
+        self._since: float | None = None  # when the one that is made now was begun
 
     @classmethod
     async def start(
@@ -75,7 +79,8 @@ class LearnerGroup:
         loop, limit = asyncio.get_running_loop(), self._pace.deadline(method, cost)
         if method == "ready" and not self._pace.knows(method):
             limit = math.inf  # a first start takes as long as its models take to load
-        began, ranks = loop.time(), [asyncio.ensure_future(answer) for answer in answers]
+        self._since = began = loop.time()
+        ranks = [asyncio.ensure_future(answer) for answer in answers]
         try:
             await asyncio.wait(ranks, timeout=limit, return_when=asyncio.FIRST_EXCEPTION)
             if error := await _error_of(ranks):
@@ -84,6 +89,7 @@ class LearnerGroup:
                 rule, found = "the learner answers before its deadline", f"{method}: no answer in {limit:.0f} s"
                 raise LearnerError(rule, found, REMEDY).as_lost()
         finally:
+            self._worked, self._since = self._worked + loop.time() - began, None
             for rank in ranks:
                 rank.cancel()
         self._pace.took(method, cost, loop.time() - began)
@@ -133,7 +139,40 @@ class LearnerGroup:
         await self._all("restart")
 
     async def save(self, folder: Path) -> None:
+        """Begin to write a checkpoint of what is now into `folder`; `saved` hears of its end."""
         await self._all("save", str(folder))
+
+    async def saved(self) -> Written:
+        """The files that `save` has written, once all ranks have; meanwhile they may be asked for other things. Raises
+        what one of them raised, and LearnerError, `lost`, as `in_time` does: for its deadline only the time counts in
+        which nothing else is asked of them."""
+        began, pause = self._idle_seconds(), POLL_SECONDS
+        limit = self._pace.deadline("saved", 1)
+        asked = self._ask_saved()
+        while True:
+            await asyncio.wait(asked, timeout=pause, return_when=asyncio.FIRST_EXCEPTION)
+            if error := await _error_of(asked):
+                raise error
+            waited = self._idle_seconds() - began
+            if waited > limit:
+                rule = "the learner answers before its deadline"
+                raise LearnerError(rule, f"saved: no answer in {limit:.0f} s", REMEDY).as_lost()
+            if all(one.done() for one in asked):
+                found = [one.result() for one in asked]
+                if all(own is not None for own in found):
+                    self._pace.took("saved", 1, waited)
+                    return {name: written for own in found for name, written in own.items()}
+                await asyncio.sleep(pause)
+                asked = self._ask_saved()
+            pause = min(2 * pause, MOST_POLL_SECONDS)
+
+    def _ask_saved(self) -> list[asyncio.Future[Written | None]]:
+        return [asyncio.ensure_future(rank.ask("saved")) for rank in self.ranks]
+
+    def _idle_seconds(self) -> float:
+        """Since the beginning of time, without those in which a call was made."""
+        now = asyncio.get_running_loop().time()
+        return now - self._worked - (now - self._since if self._since is not None else 0.0)
 
     async def load(self, folder: Path) -> None:
         await self._all("load", str(folder))

@@ -21,7 +21,7 @@ def begin(
 ) -> tuple[Inputs, Checkpoint | None]:
     """All that the run reads, checked; `note` hears what a person should know of it. Raises an InputError."""
     inputs = check_inputs(config, compositions)
-    checkpoint = folder.latest_checkpoint() if resume else None
+    checkpoint = folder.latest_checkpoint(note) if resume else None
     folder.identity = identity_of(config, inputs)
     for said in compare(folder.recorded(checkpoint), folder.identity) if resume else []:
         note(said)

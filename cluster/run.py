@@ -21,6 +21,7 @@ from ..contracts.arrow import encode
 from ..contracts.config import Config, Teacher
 from ..contracts.own_code import package_of
 from ..contracts.records import Prompt, Sampling
+from .checkpoints import Checkpoints
 from .control.live_run import LiveRun
 from .control.server import ControlServer
 from .driver import Driver, standing
@@ -183,7 +184,7 @@ async def _stages(run: Run, compositions: list[Composition]) -> tuple[bool, dict
             driver = await _assemble(run, number, compositions[number], first, stack)
             if run.checkpoint and number == state["stage"]:
                 run.startup.phase("checkpoint", "loading the checkpoint")
-                await driver.load(*run.checkpoint)
+                await driver.resume(*run.checkpoint)
             run.startup.end()
             assert run.live
             run.live.driver = driver
@@ -257,6 +258,7 @@ async def _assemble(run: Run, number: int, composition: Composition, first: int,
         interrupt=run.interrupt,
         counters=run.counters,
         recorder=run.recorder,
+        checkpoints=Checkpoints(run.folder, config.checkpoint.keep),
         step=first,
         start_learner=start_learner,
     )

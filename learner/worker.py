@@ -22,9 +22,11 @@ from ..contracts.config import Learner, Lora
 from ..contracts.errors import CheckpointError, ConfigError, LearnerError, ModelError, NotFinite
 from ..contracts.records import BucketEntries, Correction, StepPlan, StepReport, Term, WeightBucket, WeightManifest
 from ..models.checkpoint import load_lm_head
+from ..models.digests import Written
 from ..models.loading import load_causal_lm, locate_model, use_threads
 from ..models.lora import add_adapters
 from ..models.weight_broadcast import BroadcastGroup
+from .checkpoint import CheckpointWriter, restore
 from .corrections import current_share, effective_share
 from .engine import apply_update, build_engine, forward_is_finite, join_group, learning_rate, weights_are_finite
 from .examples import Example, Updates, join
@@ -80,6 +82,7 @@ class LearnerWorker:
         self.config, self.steps, self.student, self.correction = config, steps, student, correction
         self.lora, self.seed = lora, seed
         self.broadcasts: BroadcastGroup | None = None
+        self.writer = CheckpointWriter()
         join_group(rank, world_size, master_addr, master_port, device)
         self.heads = {name: load_lm_head(*source).to(device) for name, source in heads.items()} if exact else {}
         self.unproven, self.longest = frozenset(self.heads), longest
@@ -321,7 +324,7 @@ class LearnerWorker:
         broadcast_weights(self.engine, self.broadcasts)
 
     def save(self, folder: str) -> None:
-        """What is trained and its optimizer state, sharded as it is; `load` needs the same ranks, stage and dtype.
+        """Begin to write what is trained and its optimizer state, as they are now; `saved` says when it is done.
         Raises LearnerError inside a step that failed, and NotFinite for weights that nobody can go on from: a
         checkpoint of them would take the place of a good one."""
         if not self.whole:
@@ -329,10 +332,24 @@ class LearnerWorker:
             raise LearnerError("a checkpoint holds the weights of a step's end", found, "continue with --resume")
         if self._over_ranks([float(bool(self.proof) and not forward_is_finite(self.engine, *self.proof))])[0]:
             raise not_finite("logits of the weights, before they are saved", self.version - 1)
-        self.engine.save_checkpoint(folder, tag="learner", exclude_frozen_parameters=True)
+        self.writer.begin(self.engine, Path(folder))
+
+    def saved(self) -> Written | None:
+        """This rank's files of the last `save`, once they are on the disk; None before. Raises OSError."""
+        return self.writer.written()
 
     def load(self, folder: str) -> None:
-        """Continue from `save`, bit for bit. Raises CheckpointError."""
+        """Continue from `save`, bit for bit where ranks, stage and dtype are the same. Raises CheckpointError."""
+        if (Path(folder) / "learner").is_dir():
+            self._load_of_deepspeed(folder)
+        else:
+            restore(self.engine, Path(folder))
+        if not self._weights_are_finite():
+            raise CheckpointError("a checkpoint's weights are finite numbers", folder, "resume an older one")
+        self.whole = True
+
+    def _load_of_deepspeed(self, folder: str) -> None:
+        """Of a release before 0.7: DeepSpeed's own files, for the same ranks, stage and dtype."""
         if self.engine.zero_optimization_stage() == 0 and any(Path(folder).glob("learner/*zero_pp_rank_*")):
             self.restart(sharded=True)  # release 0.5.0 sharded over one rank too
         try:
@@ -343,9 +360,6 @@ class LearnerWorker:
             ) from error
         if path is None:
             raise CheckpointError("a learner checkpoint must be there", f"{folder}: none found")
-        if not self._weights_are_finite():
-            raise CheckpointError("a checkpoint's weights are finite numbers", folder, "resume an older one")
-        self.whole = True
 
     def export(self, folder: str) -> None:
         """Write a model folder that transformers loads as it is; rank 0 alone writes. Adapters are merged into it, and

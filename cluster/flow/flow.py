@@ -119,11 +119,20 @@ class Flow:
                 self.shards[step], self._asked[step] = [], self.now()
                 self._steps[step] = asyncio.create_task(self._step(step))
 
-    async def _step(self, step: int) -> None:
-        """All shards of a step, those among them that others ask for on top."""
+    def restore(self, kept: Mapping[int, list[Shard]]) -> None:
+        """Go on with shards of a checkpoint, each from where it was."""
+        for step, shards in kept.items():
+            self.shards[step], self._asked[step] = shards, self.now()
+            self._steps[step] = asyncio.create_task(self._step(step, list(shards)))
+
+    async def _step(self, step: int, kept: Sequence[Shard] = ()) -> None:
+        """All shards of a step, those among them that others ask for on top; or of a checkpoint those it has `kept`."""
         try:
             async with asyncio.TaskGroup() as group:
-                for part in self._parts(step):
+                for shard in kept:
+                    if not shard.ready and not shard.quarantined:
+                        group.create_task(self._go(shard, group))
+                for part in self._parts(step) if not kept else []:
                     requests = [request for position in part for request in self._requests(step, int(position))]
                     self._begin(step, requests, group)
         except Exception as error:  # heard by whoever waits, whatever step that is for
@@ -206,6 +215,8 @@ class Flow:
         shard.ready = True
 
     async def _generate(self, shard: Shard) -> Any:
+        if shard.rollouts is not None:  # kept in a checkpoint
+            return shard.rollouts
         given = {"prompts": self.prompts, "requests": shard.requests, "sampling": self.composition.sampling}
         pool = self.services.generators[shard.source]
         rollouts, receipt = await pool.call("generate", len(shard.requests), **given)
@@ -226,11 +237,14 @@ class Flow:
         return batches[0] if len(batches) == 1 else None
 
     async def _ask(self, shard: Shard, annotation: Annotation, name: str, pool: Pool, read: Mapping[str, Any]) -> Any:
+        made = f"{annotation.name}.{name}" if name else annotation.name
+        if made in shard.receipts:  # kept in a checkpoint
+            return shard.batches[made]
         tokens = sum(shard.generated.lengths) if shard.generated and ROLLOUTS in read else len(shard.requests)
         shared = pool is self.services.rollouts  # whose own figures are those of generating
         given = {**read, **annotation.given, "counted": not shared}
         batch, receipt = await pool.call(annotation.method, annotation.cost * tokens, **given)
-        shard.add(f"{annotation.name}.{name}" if name else annotation.name, batch, receipt, annotation)
+        shard.add(made, batch, receipt, annotation)
         self.scored_by_rollouts += receipt.tokens if shared else 0
         return batch
 
@@ -327,13 +341,17 @@ class Flow:
             else:
                 self.dropped[reason] += shard.generated.rows if shard.generated else 0
 
-    def abandon(self, reason: str) -> None:
-        """Nothing in flight will be trained: count what was generated. A resumed run generates it again."""
+    def stop(self) -> None:
+        """Ask for nothing more: a checkpoint holds what is in flight."""
         for task in self._steps.values():
             task.cancel()
+        self._steps.clear()
+
+    def abandon(self, reason: str) -> None:
+        """Nothing in flight will be trained: count what was generated."""
+        self.stop()
         for shards in self.shards.values():
             self._drop(shards, reason)
-        self._steps.clear()
         self.shards.clear()
 
 

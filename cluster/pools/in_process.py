@@ -80,6 +80,9 @@ class InProcessBackend:
     def run(self, function: Callable[..., Any], *args: Any) -> Awaitable[Any]:
         return _made(function, *args)
 
+    def make(self, function: Callable[..., Any], *args: Any) -> Any:
+        return function(*args)
+
     def start(
         self,
         who: str,

@@ -78,6 +78,9 @@ class RayBackend:
     def run(self, function: Callable[..., Any], *args: Any) -> Awaitable[Any]:
         return _answer(_task(function).remote(*args), RolloutError, "task")
 
+    def make(self, function: Callable[..., Any], *args: Any) -> ObjectRef:
+        return _task(function).remote(*args)
+
     def start(
         self,
         who: str,

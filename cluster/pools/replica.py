@@ -63,6 +63,10 @@ class Backend(Protocol):
         """`function(*args)` beside the batches that are referred to."""
         ...
 
+    def make(self, function: Callable[..., Any], *args: Any) -> Any:
+        """A reference to what `function(*args)` returns."""
+        ...
+
     def start(
         self,
         who: str,

@@ -29,7 +29,7 @@ class Recorder:
     not be read; `newest` is the last rollout written down."""
 
     def __init__(self, folder: Path, record: Literal["none", "some", "all"], prompts: Any, backend: Backend) -> None:
-        self._path, self._record, self._prompts, self._backend = folder / ROLLOUTS_FILE, record, prompts, backend
+        self._path, self._record, self._prompts, self.backend = folder / ROLLOUTS_FILE, record, prompts, backend
         self._waiting: deque[asyncio.Future[str]] = deque()  # lines, in the order in which they are written
         self.newest: dict[str, Any] | None = None
         self.lost = 0
@@ -45,7 +45,7 @@ class Recorder:
                 self._waiting.append(self._lines(wanted, self._prompts, shard.rollouts, shard.verdicts))
 
     def _lines(self, wanted: Wanted, *batches: Any) -> asyncio.Future[str]:
-        return asyncio.ensure_future(self._backend.run(lines_of, wanted, *batches))
+        return asyncio.ensure_future(self.backend.run(lines_of, wanted, *batches))
 
     def of_evaluation(
         self,

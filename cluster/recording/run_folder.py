@@ -4,7 +4,6 @@ A checkpoint is written beside its place and renamed into it, with a manifest of
 before a run resumes from it.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -19,6 +18,7 @@ import yaml
 from ...contracts.config import Config
 from ...contracts.errors import CheckpointError, ConfigError, InputError, RunFolderError, StorageError, TutorloopError
 from ...contracts.recipe import parse_config
+from ...models.digests import Written, digest_of
 from ..identity import Identity, local_models
 from .claim import FULL, Claim, holder_of, is_claim
 
@@ -26,6 +26,7 @@ Write = Callable[[Path], Awaitable[None]]  # fills a folder
 Checkpoint = tuple[Path, dict[str, Any]]  # its folder and its state
 
 CONFIG, IDENTITY = "config.yaml", "identity.json"
+STATE, MANIFEST = "state.json", "manifest.json"  # of a checkpoint
 NO_RUNS = ("lost+found", "Thumbs.db", "desktop.ini", "@eaDir")  # what systems leave, beside what is hidden
 FULL_BYTES = 16 * 2**20  # with less room than this, a failed write is a full disk
 # First or last parts of the keys that may differ between a run and its continuation: where it runs, how long, and what
@@ -170,7 +171,7 @@ class RunFolder:
     async def put(self, final: Path, what: str, write: Write) -> None:
         """A folder that is whole or not there: `write` fills it beside its place. Raises StorageError, and then the one
         that stood there stands."""
-        aside, old = (final.with_name(f".{final.name}.{end}") for end in ("tmp", "old"))
+        aside = final.with_name(f".{final.name}.tmp")
         shutil.rmtree(aside, ignore_errors=True)
         try:
             with self.room_for(what):
@@ -179,65 +180,77 @@ class RunFolder:
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise
-        if final.exists():
-            final.replace(old)
-        aside.replace(final)
-        _sync(final.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        _take_the_place(aside, final)
 
     # ---- checkpoints ----
 
-    async def save_checkpoint(self, step: int, state: dict[str, Any], write: Write, keep: int) -> Path:
-        """`write(folder)` puts the actors' files in; then the state, the manifest, and the rename.
-
-        Raises StorageError where there is no room, and leaves the checkpoints before it.
-        """
+    def begin_checkpoint(self, step: int) -> Path:
+        """An empty folder beside the checkpoint's place, for actors to write into. Raises OSError, RunFolderError."""
         self.check_claim()
         for left in self.checkpoints.glob(".step-*"):  # by a process that was killed while it wrote it
             shutil.rmtree(left)
-        final, state = self.checkpoints / f"step-{step:06d}", {**state, "identity": self.identity}
-        await self.put(final, "a checkpoint", lambda aside: self._write_checkpoint(aside, state, write))
+        aside = self.checkpoints / f".step-{step:06d}.tmp"
+        aside.mkdir(parents=True)
+        return aside
+
+    def end_checkpoint(self, aside: Path, state: dict[str, Any], written: Written, keep: int) -> None:
+        """State, manifest and the rename; then only the newest `keep` stay. `written`: files by their paths in `aside`
+        whose writers have synced and digested them. Raises OSError, and leaves the checkpoints before it."""
+        state_file, manifest_file = aside / STATE, aside / MANIFEST
+        state_file.write_text(json.dumps({**state, "identity": self.identity}, indent=1), encoding="utf-8")
+        files = {str(file.relative_to(aside)): file for file in sorted(aside.rglob("*")) if file.is_file()}
+        manifest = {name: written.get(name) or _synced(file) for name, file in files.items()}
+        manifest_file.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        _sync(manifest_file)
+        final = self.checkpoints / f"step-{state['step']:06d}"
+        _take_the_place(aside, final)
         for old in self.all_checkpoints()[:-keep]:
             shutil.rmtree(old)
-        return final
-
-    async def _write_checkpoint(self, aside: Path, state: dict[str, Any], write: Write) -> None:
-        await write(aside)
-        (aside / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-        files = sorted(file for file in aside.rglob("*") if file.is_file())
-        manifest = {str(file.relative_to(aside)): [file.stat().st_size, _digest(file)] for file in files}
-        (aside / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        for file in [*files, aside / "manifest.json"]:
-            _sync(file)
 
     def all_checkpoints(self) -> list[Path]:
         """Oldest first; none of them has been verified."""
         found = [path for path in self.checkpoints.glob("step-*") if path.name.removeprefix("step-").isdigit()]
         return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
-    def latest_checkpoint(self) -> Checkpoint | None:
-        """The newest checkpoint, verified, and its state; None where there is none. Raises CheckpointError."""
-        found = self.all_checkpoints()
-        return self.verified(found[-1]) if found else None
+    def latest_checkpoint(self, tell: Callable[[str], None]) -> Checkpoint | None:
+        """The newest checkpoint that is whole, and its state; None where there is none. Those after it that are not
+        are told, and set aside: they would stand in the way of what is saved from there on. Raises CheckpointError
+        where none is whole."""
+        broken: dict[Path, CheckpointError] = {}
+        for path in reversed(self.all_checkpoints()):
+            try:
+                found = self.verified(path)
+            except CheckpointError as error:
+                broken[path] = error
+                continue
+            for damaged, error in broken.items():
+                tell(f"{damaged.name} is damaged, and {path.name} is used in its place: {error.short}")
+                aside = damaged.with_name(f"{damaged.name}.damaged")
+                shutil.rmtree(aside, ignore_errors=True)
+                damaged.replace(aside)
+            return found
+        for error in broken.values():
+            raise error
+        return None
 
-    def verified(self, newest: Path) -> Checkpoint:
+    def verified(self, path: Path) -> Checkpoint:
         """A checkpoint and its state. Raises CheckpointError."""
-        remedy = f"remove {newest} to resume from the one before it, or start again in another output_dir"
+        remedy = "start again in another output_dir, or from the model of an earlier stage or run"
         try:
-            written = json.loads((newest / "manifest.json").read_text(encoding="utf-8"))
+            written = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
             manifest = {name: (size, digest) for name, (size, digest) in written.items()}
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise CheckpointError("a checkpoint has its manifest", f"{newest}: {error}", remedy) from error
-        for name in sorted({"state.json", *manifest}):
-            file = newest / name
+            raise CheckpointError("a checkpoint has its manifest", f"{path}: {error}", remedy) from error
+        for name in sorted({STATE, *manifest}):
+            file = path / name
             size, digest = manifest.get(name, (0, ""))
             actual = file.stat().st_size if file.is_file() else None
-            if actual != size or _digest(file) != digest:
-                found_text = f"{file}: {'missing' if actual is None else f'{actual} bytes of {size}'}"
+            if actual != size or digest_of(file, like=digest) != digest:
+                found = f"{file}: {'missing' if actual is None else f'{actual} bytes of {size}'}"
                 if actual == size:
-                    found_text = f"{file}: its bytes changed"
-                raise CheckpointError("a checkpoint is as it was written", found_text, remedy)
-        return newest, json.loads((newest / "state.json").read_text(encoding="utf-8"))
+                    found = f"{file}: its bytes changed"
+                raise CheckpointError("a checkpoint is as it was written", found, remedy)
+        return path, json.loads((path / STATE).read_text(encoding="utf-8"))
 
 
 def _is_of_a_run(path: Path) -> bool:
@@ -253,9 +266,20 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def _digest(file: Path) -> str:
-    with file.open("rb") as data:
-        return hashlib.file_digest(data, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+def _take_the_place(aside: Path, final: Path) -> None:
+    """One folder in place of another, or of none."""
+    old = final.with_name(f".{final.name}.old")
+    if final.exists():
+        final.replace(old)
+    aside.replace(final)
+    _sync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _synced(file: Path) -> tuple[int, str]:
+    """The size and digest of a file that is on the disk now."""
+    _sync(file)
+    return file.stat().st_size, digest_of(file)
 
 
 def _sync(path: Path) -> None:

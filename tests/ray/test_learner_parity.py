@@ -1,12 +1,11 @@
 """The learner against a plain PyTorch loop (parity_reference.py): DeepSpeed on Ray, ZeRO 0-3, one and two ranks."""
 
-import socket
-import sys
-
+import learner_hosts
 import numpy as np
 import pytest
 import ray
 import torch
+from learner_hosts import Host, build, call, start_ranks, train, weights_of
 from parity_reference import (
     BROKEN,
     MASKED,
@@ -27,41 +26,20 @@ from parity_reference import (
 )
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from tutorloop.contracts.arrow import encode
 from tutorloop.contracts.config import Learner
 from tutorloop.contracts.errors import CheckpointError, LearnerError, NotFinite
-from tutorloop.contracts.records import Rollout, StepPlan, TeacherScores, TrainRow, WeightManifest
-from tutorloop.learner.packing import plan_updates
-from tutorloop.learner.worker import LearnerWorker
-from tutorloop.models.weights import fingerprint, read_bucket
+from tutorloop.contracts.records import TeacherScores
+from tutorloop.learner.checkpoint import MOMENTS, WEIGHT, Saved
+from tutorloop.models.weights import fingerprint
 
 pytestmark = pytest.mark.xdist_group("parity")
-
-
-class Host(LearnerWorker):
-    """A rank whose process builds one learner after another: starting processes is what would take the time."""
-
-    def __init__(self):
-        pass
-
-    def build(self, **kwargs):
-        torch.manual_seed(0)
-        LearnerWorker.__init__(self, **kwargs)
-
-    def state(self):
-        """A digest of the weights that it has and of those that the optimizer has, and of its moments and counts."""
-        optimizer = self.engine.basic_optimizer
-        own = [getattr(p, "ds_tensor", p) for p in self.engine.module.parameters()]
-        own += [p for group in optimizer.param_groups for p in group["params"]]
-        own += [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
-        return fingerprint((str(i), tensor.detach()) for i, tensor in enumerate(own)), len(own)
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     """A local Ray; yields the folder where DeepSpeed would put what it compiles."""
     compiled = tmp_path_factory.mktemp("extensions")
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
+    ray.cloudpickle.register_pickle_by_value(learner_hosts)  # workers cannot import it
     environment = {"env_vars": {"TORCH_EXTENSIONS_DIR": str(compiled)}}
     quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
     ray.init(address="local", num_cpus=4, runtime_env=environment, **quiet)
@@ -117,84 +95,6 @@ def expected(models, data):
 
 
 # ---- the learner -----------------------------------------------------------------------------------------------------
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def start_ranks(ranks, cls):
-    remote = ray.remote(num_cpus=0.5)(cls)
-    return [remote.remote() for _ in range(ranks)]
-
-
-def call(actors, method, *args):
-    return ray.get([getattr(actor, method).remote(*args) for actor in actors])
-
-
-PORTS = {}
-
-
-def build(actors, models, student="student", terms=TERMS, correction=TRUNCATED, config=None, **options):
-    """A new learner in the group's processes; the group itself, once joined, stays."""
-    port = PORTS.setdefault(tuple(actors), free_port())
-    kwargs = {
-        "world_size": len(actors),
-        "master_port": port,
-        "student": models[student],
-        "heads": {"teacher": (models["teacher"], "fp32")},
-        "config": config or Learner(**(OPTIONS | options)),
-        "terms": terms,
-        "correction": correction,
-        "steps": STEPS,
-    }
-    ray.get([actor.build.remote(rank=rank, **kwargs) for rank, actor in enumerate(actors)])
-
-
-def batches_of(items):
-    """Two rollout batches and two score batches, cut elsewhere and in another order."""
-    rollouts = [item.rollout for item in items]
-    scores = [item.scores for item in reversed(items) if item.scores is not None]
-    return [
-        encode(Rollout, rollouts[:3]),
-        encode(Rollout, rollouts[3:]),
-        encode(TeacherScores, scores[:2]),
-        encode(TeacherScores, scores[2:]),
-    ]
-
-
-def rows_of(items):
-    """Tokens and credit of each item, in its place in `batches_of`."""
-    places = [(0, row) if row < 3 else (1, row - 3) for row in range(len(items))]
-    return [
-        (len(i.rollout.token_ids), TrainRow(batch=batch, row=row, advantage=i.advantage, weight=i.weight))
-        for i, (batch, row) in zip(items, places, strict=True)
-    ]
-
-
-def train(actors, data, steps=range(STEPS), tokens_per_batch=OPTIONS["tokens_per_batch"], updates=1):
-    reports = []
-    for step in steps:
-        batches = [ray.put(batch) for batch in batches_of(data[step])]
-        shares = plan_updates(rows_of(data[step]), len(actors), tokens_per_batch, updates)
-        common = {"step": step, "version": step, "rollout_batches": 2, "score_batches": 2}
-        plans = [StepPlan(updates=share, **common) for share in shares]
-        of_ranks = ray.get([actor.step.remote(plan, *batches) for actor, plan in zip(actors, plans, strict=True)])
-        assert all(report.metrics == of_ranks[0].metrics for report in of_ranks)
-        reports.append(of_ranks[0])
-    return reports
-
-
-def weights_of(actors):
-    """Rank 0's parameters by name, and the manifest, streamed as the driver streams them."""
-    streams = [actor.publish.options(num_returns="streaming").remote(1) for actor in actors]
-    (*buckets, manifest), *others = ([ray.get(ref) for ref in stream] for stream in streams)
-    assert not any(others), "rank 0 alone yields"
-    parameters = {name: tensor.float() for bucket in buckets for name, tensor in read_bucket(bucket)}
-    assert isinstance(manifest, WeightManifest) and manifest.buckets == len(buckets)
-    return parameters, manifest
 
 
 def deviation(reports, curve, scales):
@@ -272,10 +172,11 @@ def test_a_new_process_continues_bit_for_bit(hosts, models, data, tmp_path, rank
     going_on = {}
     for stage in stages:
         build(hosts[ranks], models, zero_stage=stage, dtype="bf16" if stage == 3 else "fp32")
-        if ranks == 1 and stage:
-            call(hosts[ranks], "restart", True)  # as release 0.5.0 had it: its checkpoints are gone on from too
+        of_deepspeed = (ranks, stage) in ((1, 2), (2, 1))
+        if ranks == 1 and of_deepspeed:
+            call(hosts[ranks], "restart", True)  # as release 0.5.0 had it
         train(hosts[ranks], data, range(3))
-        call(hosts[ranks], "save", str(tmp_path / str(stage)))
+        call(hosts[ranks], "save_as_before" if of_deepspeed else "save_whole", str(tmp_path / str(stage)))
         losses = [report.loss for report in train(hosts[ranks], data, range(3, 6))]
         going_on[stage] = losses, weights_of(hosts[ranks])[1].fingerprint
     new = start_ranks(ranks, Host)
@@ -286,6 +187,77 @@ def test_a_new_process_continues_bit_for_bit(hosts, models, data, tmp_path, rank
         assert (losses, weights_of(new)[1].fingerprint) == going_on[stage]
     for actor in new:
         ray.kill(actor)
+
+
+KINDS = (WEIGHT, *MOMENTS)
+LAYOUTS = [  # ranks, ZeRO stage, dtype
+    (2, 3, "fp32"),
+    (1, 0, "fp32"),
+    (2, 1, "fp32"),
+    (2, 0, "bf16"),
+    (1, 3, "bf16"),
+    (2, 2, "bf16"),
+    (1, 1, "bf16"),
+    (2, 0, "fp32"),
+    (2, 3, "fp32"),
+]
+
+
+def everything_in(folder, models):
+    """Weights and moments of a checkpoint, whole, by parameter; and Adam's counts."""
+    saved = Saved.of(folder)
+    sizes = {name: torch.Size(shape).numel() for name, shape in saved.shapes.items()}
+    assert set(sizes) == {f"model.{name}" for name, _ in plain(models["student"]).named_parameters()}
+    found = {(kind, name): saved.read(kind, name, 0, size) for name, size in sizes.items() for kind in KINDS}
+    return found, {name: saved.updates(name) for name in sizes}
+
+
+def test_other_ranks_stages_and_dtypes_go_on_from_the_same_state(hosts, models, data, tmp_path):
+    """From one layout to the next, each reads what the one before wrote, to the bit; at the end training goes on as if
+    it had never stopped."""
+    for number, (ranks, stage, dtype) in enumerate(LAYOUTS):
+        build(hosts[ranks], models, zero_stage=stage, dtype=dtype)
+        if number:
+            call(hosts[ranks], "load", str(tmp_path / str(number - 1)))
+        else:
+            train(hosts[ranks], data, range(3))
+        written = call(hosts[ranks], "save_whole", str(tmp_path / str(number)))
+        files = {name: path.stat().st_size for path in (tmp_path / str(number)).iterdir() for name in [path.name]}
+        assert {name: size for own in written for name, (size, _) in own.items()} == files
+        found, counts = everything_in(tmp_path / str(number), models)
+        if number == 0:
+            first, updates = found, counts
+            assert set(counts.values()) == {3.0} and all(found["exp_avg", name].any() for name in counts)
+            going_on = [report.loss for report in train(hosts[ranks], data, range(3, 6))]
+            moved = weights_of(hosts[ranks])[0]
+        assert counts == updates and found.keys() == first.keys()
+        assert all(torch.equal(found[key], first[key]) for key in first), (ranks, stage, dtype)
+    again = [report.loss for report in train(hosts[2], data, range(3, 6))]
+    assert again == going_on
+    assert all(torch.equal(tensor, moved[name]) for name, tensor in weights_of(hosts[2])[0].items())
+
+
+def test_a_checkpoint_before_the_first_step_has_no_moments(hosts, models, data, tmp_path):
+    build(hosts[2], models, zero_stage=2)
+    call(hosts[2], "save_whole", str(tmp_path))
+    losses = [report.loss for report in train(hosts[2], data, range(2))]
+    build(hosts[2], models, zero_stage=2)
+    call(hosts[2], "load", str(tmp_path))
+    assert [report.loss for report in train(hosts[2], data, range(2))] == losses
+    call(hosts[2], "load", str(tmp_path))  # and back again, in the same engine
+    assert [report.loss for report in train(hosts[2], data, range(2))] == losses
+
+
+def test_a_step_beside_the_writing_changes_nothing_that_is_written(hosts, models, data, tmp_path):
+    build(hosts[2], models, zero_stage=1)
+    train(hosts[2], data, range(2))
+    call(hosts[2], "save_whole", str(tmp_path / "alone"))
+    call(hosts[2], "save", str(tmp_path / "beside"))
+    train(hosts[2], data, range(2, 4))
+    while None in call(hosts[2], "saved"):
+        pass
+    alone, beside = (everything_in(tmp_path / name, models)[0] for name in ("alone", "beside"))
+    assert all(torch.equal(alone[key], beside[key]) for key in alone)
 
 
 @pytest.mark.parametrize("stage, ranks", [(1, 1), (3, 2)])
@@ -357,7 +329,7 @@ def test_what_is_no_number_is_never_stepped(hosts, models, data, tmp_path, stage
             train(hosts[2], {1: items}, [1])
         assert SAYS[kind].format(name=name) in str(stopped.value)
         assert call(hosts[2], "state") == before
-    call(hosts[2], "save", str(tmp_path))
+    call(hosts[2], "save_whole", str(tmp_path))
 
     build(hosts[2], models, zero_stage=stage, dtype=dtype)
     train(hosts[2], data, range(1))
@@ -382,15 +354,26 @@ def test_weights_that_a_step_breaks_are_kept_by_nobody(hosts, models, data, tmp_
         call(hosts[2], "save", str(tmp_path))
 
 
-def test_a_checkpoint_that_is_cut_short_says_so(hosts, models, tmp_path):
-    build(hosts[1], models)
-    with pytest.raises(CheckpointError):
-        call(hosts[1], "load", str(tmp_path / "nowhere"))
-    call(hosts[1], "save", str(tmp_path))
-    for file in (tmp_path / "learner").iterdir():
-        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(CheckpointError):
+def test_a_checkpoint_that_is_not_whole_says_so(hosts, models, data, tmp_path):
+    build(hosts[2], models)
+    train(hosts[2], data, range(1))
+    with pytest.raises(CheckpointError, match="differ"):
+        call(hosts[2], "load", str(tmp_path / "nowhere"))
+    call(hosts[2], "save_whole", str(tmp_path))
+    _, second = sorted(tmp_path.iterdir())
+    whole = second.read_bytes()
+    second.unlink()
+    with pytest.raises(CheckpointError, match=r"a checkpoint (has the files of all ranks|is of the student)"):
+        call(hosts[2], "load", str(tmp_path))
+    for tenth in range(10):
+        second.write_bytes(whole[: len(whole) * tenth // 10])
+        with pytest.raises(CheckpointError, match="readable"):
+            call(hosts[2], "load", str(tmp_path))
+    second.write_bytes(whole)
+    build(hosts[1], models, student="tied")
+    with pytest.raises(CheckpointError, match="of the student's parameters"):
         call(hosts[1], "load", str(tmp_path))
+    call(hosts[2], "load", str(tmp_path))
 
 
 def test_nothing_was_compiled(hosts, models, cluster):

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 from tutorloop.contracts.arrow import encode
 from tutorloop.contracts.config import Learner, Lora
 from tutorloop.contracts.records import Correction, Rollout, StepPlan, TeacherScores, Term, TrainRow
+from tutorloop.learner.checkpoint import Saved
 from tutorloop.learner.packing import plan_updates
 from tutorloop.learner.worker import LearnerWorker
 from tutorloop.models.weights import read_bucket
@@ -193,9 +194,8 @@ SETTINGS: dict[str, Any] = {
 
 
 def checkpoint_elements(folder: Path) -> int:
-    (file,) = folder.glob("checkpoints/step-000004/**/mp_rank_00_model_states.pt")
-    module = torch.load(file, weights_only=False)["module"]
-    return sum(tensor.numel() for tensor in module.values())
+    shapes = Saved.of(folder / "checkpoints" / "step-000004" / "learner").shapes
+    return sum(torch.Size(shape).numel() for shape in shapes.values())
 
 
 @pytest.mark.sweep

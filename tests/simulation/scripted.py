@@ -81,8 +81,8 @@ class World:
     most_ahead: int = 0  # max_staleness
     per_step: int = 1  # prompt groups
     trained: list = field(default_factory=list)  # (step, rollout id, weight version, advantage)
+    asked: set = field(default_factory=set)  # rollouts that were to be generated
     finished_steps: int = 0
-    saved: list = field(default_factory=list)
     broken: Broken | None = None  # found where nobody would hear it raised
     replicas: list = field(default_factory=list)  # that are alive
     restarts: int = 0
@@ -93,6 +93,14 @@ class World:
 
     def __post_init__(self):
         self.groups = Groups(self)
+
+    def go_on_from(self, before: "World") -> None:
+        """What was trained before the run was interrupted."""
+        self.trained, self.finished_steps, self.steps_done = (
+            list(before.trained),
+            before.finished_steps,
+            before.steps_done,
+        )
 
     def kill_learner(self) -> None:
         self.rank.die()
@@ -142,6 +150,7 @@ class ScriptedReplica:
         number, wanted = world.calls, world.published.get(self.pool)
         if method == "generate":
             world.check_admitted(arguments["requests"])
+            world.asked.update(request.rollout_id for request in arguments["requests"])
         answer = self._answer()
 
         def begin():

@@ -65,7 +65,7 @@ class ScriptedRank:
             self.at = None
         elif method == "load":
             self.at = int(Path(args[0]).parent.name)
-        return () if method == "bucket_layout" else None
+        return {"bucket_layout": (), "saved": {}}.get(method)
 
     async def _works(self):
         """For a while; or it dies in the middle of it, or comes back ten days later."""
@@ -122,7 +122,7 @@ class ScriptedLearner(LearnerGroup):
     async def load(self, folder):
         await super().load(folder)
         step = int(folder.parent.name)
-        self.world.trained = [row for row in self.world.before if row[0] < step]
+        self.world.trained = [row for row in self.world.before or self.world.trained if row[0] < step]
         self.world.finished_steps = self.world.steps_done = step
 
     async def step(self, step, version, shards, rows):
@@ -135,7 +135,7 @@ class ScriptedLearner(LearnerGroup):
             made = shard.generated.weight_version if request.source == "student" else None
             trained.append((version, request.rollout_id, made, row.advantage))
             for batch in shard.for_learner("scores"):
-                if batch[1] is not shard.requests:
+                if batch[1] != shard.requests:
                     raise Broken(f"{request.rollout_id} is trained with the scores of another shard")
         report = await super().step(step, version, shards, rows)
         self.world.trained += trained
@@ -148,7 +148,3 @@ class ScriptedLearner(LearnerGroup):
         if method in ("publish", "announce"):
             self.world.steps_done = self.world.rank.at
         return done
-
-    async def save(self, folder):
-        await super().save(folder)
-        self.world.saved.append(self.world.steps_done)

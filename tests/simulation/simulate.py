@@ -10,7 +10,6 @@ comes. After each run the invariants of `check` hold; a synchronous run is repea
 import argparse
 import asyncio
 import gc
-import json
 import os
 import random
 import sys
@@ -23,8 +22,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 from clock import VirtualLoop
 from scripted import LATE, PROMPTS, Broken, Fate, ScriptedBackend, World, position_of, scripted_pool
+from scripted_folder import Quiet
 from scripted_learner import ScriptedLearner
 
+from tutorloop.cluster.checkpoints import Checkpoints
 from tutorloop.cluster.driver import Driver
 from tutorloop.cluster.flow.evaluation import EvalPlan, ProblemSet
 from tutorloop.cluster.flow.flow import Flow, Services
@@ -85,6 +86,15 @@ class WatchedFlow(Flow):
     begun: list
     cut = 0
 
+    def restore(self, kept):
+        self.begun += [shard for shards in kept.values() for shard in shards]
+        super().restore(kept)
+
+    @property
+    def left(self):
+        """Shards in flight, which the last checkpoint holds."""
+        return [shard for shards in self.shards.values() for shard in shards]
+
     def rewind(self, step, keep):
         super().rewind(step, keep)
         kept = {shard for shards in self.shards.values() for shard in shards}
@@ -102,56 +112,22 @@ class WatchedFlow(Flow):
 
 
 @dataclass
-class Quiet:
-    """The folder, the log, the progress and the recorder of a run, as far as the driver asks them."""
-
-    steps: list = field(default_factory=list)
-    newest: None = None
-    path: Path = Path("unused")
-    checkpoints: dict = field(default_factory=dict)
-
-    def phase(self, *_): ...
-    def note(self, *_): ...
-    def eval(self, *_): ...
-    def log_eval(self, *_): ...
-    def check_claim(self): ...
-    def all_checkpoints(self):
-        return list(self.checkpoints)
-
-    def verified(self, path):
-        return path, self.checkpoints[path]
-
-    def truncate_after(self, step):
-        self.steps = [own for own in self.steps if own <= step]
-
-    def log_step(self, row):
-        self.steps.append(row.step)
-
-    def step(self, *_): ...
-    def add(self, *_): ...
-    def of_evaluation(self, *_):
-        return []
-
-    async def collect(self, wait=False): ...
-
-    async def save_checkpoint(self, step, state, write, keep):
-        await write(Path(str(step)))
-        self.checkpoints[Path(str(step))] = json.loads(json.dumps(state))
-
-
-@dataclass
 class Outcome:
     """What one run came to."""
 
     world: World
     flow: WatchedFlow
     counters: RunCounters
-    steps: list
+    quiet: Quiet
     finished: bool | None  # None: an error ended it
     error: TutorloopError | None = None
     seconds: float = 0.0
     pools: list = field(default_factory=list)
     unnoticed: int = 0
+
+    @property
+    def steps(self):
+        return self.quiet.steps
 
 
 def recipe_of(rng: random.Random):
@@ -194,15 +170,17 @@ def sent_by_broadcast(fate: Fate, rng: random.Random) -> None:
         fate.hangs = rng.random() < 0.2
 
 
-def run_once(recipe: tuple, fate: Fate) -> Outcome:
-    """One stage of a run."""
+def run_once(recipe: tuple, fate: Fate, before: Outcome | None = None) -> Outcome:
+    """One stage of a run; or what is left of it, after one that was interrupted."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
-        return runner.run(_drive(recipe, fate))
+        return runner.run(_drive(recipe, fate, before))
 
 
-async def _drive(recipe: tuple, fate: Fate) -> Outcome:
+async def _drive(recipe: tuple, fate: Fate, before: Outcome | None) -> Outcome:
     config, composition = setting(*recipe)
     world = World(fate, most_ahead=config.max_staleness, per_step=config.prompts_per_step)
+    if before:
+        world.go_on_from(before.world)
     backend = ScriptedBackend(world, {"rollout", "a"})
     concurrent = fate.rng.choice([1, 4])
     rollouts = scripted_pool("rollout", world, backend, config.rollout.replicas, concurrent)
@@ -211,11 +189,15 @@ async def _drive(recipe: tuple, fate: Fate) -> Outcome:
     skills = scripted_pool("skills", world, backend, 1, 1)
     generators = {"student": rollouts, "dataset": rollouts, "teacher": scripted_pool("t", world, backend, 1, 1)}
     services = Services(generators=generators, annotators=annotators(others, verifiers, skills))
-    quiet = Quiet()
+    quiet = (
+        Quiet(steps=list(before.steps), checkpoints=before.quiet.checkpoints, kept=before.quiet.kept)
+        if before
+        else Quiet()
+    )
     flow = WatchedFlow(
         config, composition, services, PROMPTS, [("a", "b")[row % 2] for row in range(ROWS)], 0, quiet.note
     )
-    flow.begun = []
+    flow.begun = [shard for shard in before.flow.begun if shard not in before.flow.left] if before else []
     counters, interrupt, pace = RunCounters(), Interrupt(lambda _: None), Pace(config.learner.deadline_seconds)
     pace.took("ready", 1, 1.0)  # the learner has started once
     driver = Driver(
@@ -237,11 +219,17 @@ async def _drive(recipe: tuple, fate: Fate) -> Outcome:
         interrupt=interrupt,
         counters=counters,
         recorder=quiet,
+        checkpoints=Checkpoints(quiet, 2),
         step=0,
         start_learner=partial(ScriptedLearner.again, config, world, pace),
     )
     for pool in dict.fromkeys([*flow.pools, verifiers]):
         await pool.ready(quiet.note)
+    if before:
+        place = Path("unused") / str(before.world.finished_steps)
+        state = quiet.checkpoints[place]
+        counters.resume(state["tally"])
+        await driver.resume(place, state)
     with interrupt.saving():
         loop = asyncio.get_running_loop()
         pools = {pool.name: pool for pool in [*flow.pools, verifiers]}
@@ -250,7 +238,7 @@ async def _drive(recipe: tuple, fate: Fate) -> Outcome:
             finished, error = await driver.train(), None
         except TutorloopError as failure:
             finished, error = None, failure
-    outcome = Outcome(world, flow, counters, quiet.steps, finished, error, loop.time(), list(pools.values()))
+    outcome = Outcome(world, flow, counters, quiet, finished, error, loop.time(), list(pools.values()))
     outcome.unnoticed = unnoticed(outcome)
     for pool in outcome.pools:
         pool.members.watching.cancel()  # ten days of looking at them take too long
@@ -308,15 +296,18 @@ def check(outcome: Outcome, recipe: tuple, fate: Fate) -> None:
     generated = sum(shard.generated.rows for shard in flow.begun if shard.generated)
     never = ("quarantined", "learner_restarted")  # generated, or asked for again
     dropped = sum(many for reason, many in outcome.counters.dropped.items() if reason not in never)
-    if len(trained) + dropped != generated:
-        raise Broken(f"{generated} rollouts: {len(trained)} trained, {dict(outcome.counters.dropped)} dropped")
+    kept = sum(shard.generated.rows for shard in flow.left if shard.generated and not shard.quarantined)
+    if len(trained) + dropped + kept != generated:
+        known = f"{len(trained)} trained, {dict(outcome.counters.dropped)} dropped, {kept} kept"
+        raise Broken(f"{generated} rollouts: {known}")
     if outcome.finished:
         groups = {position_of(shard.requests[0].rollout_id) for shard in flow.begun if shard.step < config.steps}
         if groups and max(groups) >= config.steps * config.prompts_per_step:
             raise Broken("a prompt group past the run's end was asked for")
         check_pools(outcome, fate)
-    if world.saved[-1:] != [world.finished_steps]:
-        raise Broken(f"checkpoints of {world.saved} after {world.finished_steps} steps")
+    saved = [state["step"] for state in outcome.quiet.checkpoints.values()]
+    if world.finished_steps not in saved:
+        raise Broken(f"checkpoints of {saved} after {world.finished_steps} steps")
 
 
 def check_pools(outcome: Outcome, fate: Fate) -> None:
@@ -342,12 +333,26 @@ def simulate(seed: int) -> None:
     sent_by_broadcast(fate, random.Random(f"broadcast {seed}"))
     outcome = run_once(recipe, fate)
     check(outcome, recipe, fate)
+    if outcome.finished is False:
+        go_on(outcome, recipe, rng)
     if outcome.finished and recipe[1] == 0:
         method, staleness, prompts, _, _, *rest = recipe
         cut_otherwise = (method, staleness, prompts, rng.randint(1, 3), rng.choice([2, 4]), *rest)
         again = run_once(cut_otherwise, Fate(random.Random(seed + 1)))
         if not outcome.flow.cut and again.world.trained != outcome.world.trained:
             raise Broken("a synchronous run trains other rows with another timing")
+
+
+def go_on(before: Outcome, recipe: tuple, rng: random.Random) -> None:
+    """An interrupted run from its checkpoint to its end, with other replicas: nothing is lost, or trained twice."""
+    method, staleness, prompts, _, *rest = recipe
+    elsewhere = (method, staleness, prompts, rng.randint(1, 3), *rest)
+    calm = Fate(random.Random(rng.random()))
+    outcome = run_once(elsewhere, calm, before)
+    check(outcome, elsewhere, calm)
+    whole = [shard for shard in before.flow.left if shard.generated and not shard.quarantined]
+    if again := outcome.world.asked & {request.rollout_id for shard in whole for request in shard.requests}:
+        raise Broken(f"{len(again)} rollouts that a checkpoint holds are generated again")
 
 
 def replay(seed: int) -> str:

@@ -8,6 +8,7 @@ import asyncio
 import pytest
 from simulate import find, replay, simulate
 
+from tutorloop.cluster import driver as drivers
 from tutorloop.cluster.driver import Driver
 from tutorloop.cluster.flow import flow as flows
 from tutorloop.cluster.flow.flow import Flow
@@ -61,9 +62,31 @@ def order_by_arrival(monkeypatch):
     monkeypatch.setattr(flows, "natural", lambda rollout_id: [])
 
 
-def forget_what_is_abandoned(monkeypatch):
-    """What was generated and is never trained is counted nowhere."""
-    monkeypatch.setattr(Flow, "abandon", lambda flow, reason: [task.cancel() for task in flow._steps.values()])
+def forget_what_is_in_flight(monkeypatch):
+    """A checkpoint holds no shards."""
+    monkeypatch.setattr(drivers, "kept", lambda shards: ([], []))
+
+
+def follow_a_kept_shard_up_twice(monkeypatch):
+    """A checkpoint does not say what was asked on top."""
+    real = drivers.kept
+
+    def kept(shards):
+        known, batches = real(shards)
+        return [{**one, "followed": False, "ready": False} for one in known], batches
+
+    monkeypatch.setattr(drivers, "kept", kept)
+
+
+def go_on_with_the_first_weights(monkeypatch):
+    """What a checkpoint's shards lack is generated before the checkpoint's weights are published."""
+
+    async def resume(driver, checkpoint, state):
+        await driver.load(checkpoint, state)
+        driver.flow.restore(drivers.read_shards(checkpoint, driver.recorder.backend))
+        await asyncio.sleep(100)
+
+    monkeypatch.setattr(Driver, "resume", resume)
 
 
 def lose_a_call(monkeypatch):
@@ -120,8 +143,9 @@ def train_a_step_again(monkeypatch):
 
 
 FAULTS = (
-    *(ignore_weights, admit_too_early, follow_up_in_the_next_step, order_by_arrival, forget_what_is_abandoned),
+    *(ignore_weights, admit_too_early, follow_up_in_the_next_step, order_by_arrival, forget_what_is_in_flight),
     *(lose_a_call, train_what_is_not_scored, mix_up_scores, train_a_step_again),
+    *(follow_a_kept_shard_up_twice, go_on_with_the_first_weights),
 )
 
 

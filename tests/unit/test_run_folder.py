@@ -13,11 +13,13 @@ from pathlib import Path
 import pytest
 from run_rows import fresh_rng, step_row
 
+from tutorloop.cluster.checkpoints import Checkpoints, Take
 from tutorloop.cluster.recording.metrics import MetricsLog, read_rows
-from tutorloop.cluster.recording.run_folder import RunFolder
+from tutorloop.cluster.recording.run_folder import Checkpoint, RunFolder
 from tutorloop.contracts.config import Config
 from tutorloop.contracts.errors import CheckpointError, LearnerError, RunFolderError, StorageError
 from tutorloop.contracts.recipe import parse_config
+from tutorloop.models.digests import Written
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -40,11 +42,28 @@ async def write_learner(folder: Path) -> None:
     (folder / "learner" / "weights").write_bytes(bytes(range(256)) * 40)
 
 
+async def nothing_more(folder: Path) -> Written:
+    return {}
+
+
+def save(folder: RunFolder, state: dict, take: Take = write_learner, keep: int = 2) -> None:
+    async def whole() -> None:
+        checkpoints = Checkpoints(folder, keep)
+        await checkpoints.begin(state, take, nothing_more)
+        await checkpoints.finish()
+
+    asyncio.run(whole())
+
+
+def newest(folder: RunFolder) -> Checkpoint | None:
+    return folder.latest_checkpoint(lambda said: pytest.fail(said))
+
+
 def saved(tmp_path: Path, *steps: int, keep: int = 2) -> RunFolder:
     folder = RunFolder(tmp_path / "run")
     folder.create(config())
     for step in steps:
-        asyncio.run(folder.save_checkpoint(step, {"step": step}, write_learner, keep))
+        save(folder, {"step": step}, keep=keep)
     return folder
 
 
@@ -141,11 +160,11 @@ def test_a_resumed_run_keeps_what_decides_the_weights(tmp_path: Path) -> None:
 
 def test_the_newest_checkpoint_comes_back_and_old_ones_go(tmp_path: Path) -> None:
     folder = saved(tmp_path, 1, 2, 10)
-    found = folder.latest_checkpoint()
+    found = newest(folder)
     assert found is not None
     assert found[0].name == "step-000010" and found[1]["step"] == 10
     assert sorted(p.name for p in folder.checkpoints.iterdir()) == ["step-000002", "step-000010"]
-    assert saved(tmp_path / "other").latest_checkpoint() is None
+    assert newest(saved(tmp_path / "other")) is None
 
 
 def test_a_failed_write_leaves_the_older_checkpoint(tmp_path: Path) -> None:
@@ -156,8 +175,8 @@ def test_a_failed_write_leaves_the_older_checkpoint(tmp_path: Path) -> None:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(StorageError, match="No space"):
-        asyncio.run(folder.save_checkpoint(2, {}, fails, keep=1))
-    found = folder.latest_checkpoint()
+        save(folder, {"step": 2}, fails, keep=1)
+    found = newest(folder)
     assert found is not None and found[1]["step"] == 1
 
 
@@ -165,8 +184,8 @@ def test_a_killed_writers_rest_is_cleared_and_a_saved_step_is_replaced_whole(tmp
     folder = saved(tmp_path, 999999, 1000000)
     (folder.checkpoints / ".step-000002.tmp" / "learner").mkdir(parents=True)
     (folder.checkpoints / "step-000003.bak").mkdir()
-    asyncio.run(folder.save_checkpoint(1000000, {"step": 1000000, "again": True}, write_learner, 2))
-    found = folder.latest_checkpoint()
+    save(folder, {"step": 1000000, "again": True})
+    found = newest(folder)
     assert found is not None and found[1]["again"]
     names = ["step-000003.bak", "step-1000000", "step-999999"]
     assert sorted(path.name for path in folder.checkpoints.iterdir()) == names
@@ -193,7 +212,7 @@ def test_a_full_disk_keeps_what_stands_and_says_so(full_disk: Path) -> None:
 
     with folder.claimed(config(), False, print):
         folder.create(config())
-        asyncio.run(folder.save_checkpoint(1, {"step": 1}, write_learner, 2))
+        save(folder, {"step": 1})
         asyncio.run(folder.put(folder.path / "final", "the model", write_learner))
         before = files()
 
@@ -205,7 +224,7 @@ def test_a_full_disk_keeps_what_stands_and_says_so(full_disk: Path) -> None:
 
         for write in (too_much, in_an_actor):
             with pytest.raises(StorageError, match=r"a checkpoint needs room .*\n.* MiB free"):
-                asyncio.run(folder.save_checkpoint(2, {"step": 2}, write, 2))
+                save(folder, {"step": 2}, write)
             with pytest.raises(StorageError, match="the model needs room"):
                 asyncio.run(folder.put(folder.path / "final", "the model", write))
         with pytest.raises(StorageError, match="the run needs room"), folder.room_for("the run"):
@@ -213,7 +232,7 @@ def test_a_full_disk_keeps_what_stands_and_says_so(full_disk: Path) -> None:
         with pytest.raises(StorageError, match=r"config\.yaml needs room"):
             folder.create(config(seed=7))
         assert before == files()
-        found = folder.latest_checkpoint()
+        found = newest(folder)
         assert found is not None and found[1]["step"] == 1
 
 
@@ -242,9 +261,9 @@ def test_a_limit_that_is_no_full_disk_says_so_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "manifest", "empty", "list"])
-def test_a_damaged_checkpoint_is_named(tmp_path: Path, damage: str) -> None:
-    folder = saved(tmp_path, 1)
-    checkpoint = folder.checkpoints / "step-000001"
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path: Path, damage: str) -> None:
+    folder = saved(tmp_path, 3, 7)
+    checkpoint = folder.checkpoints / "step-000007"
     weights = checkpoint / "learner" / "weights"
     if damage == "truncate":
         weights.write_bytes(weights.read_bytes()[:-5])
@@ -254,5 +273,63 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, damage: str) -> None:
         weights.unlink()
     else:
         (checkpoint / "manifest.json").write_text({"manifest": "{", "empty": "{}", "list": "[1]"}[damage])
-    with pytest.raises(CheckpointError, match="step-000001"):
-        folder.latest_checkpoint()
+    said: list[str] = []
+    found = folder.latest_checkpoint(said.append)
+    assert found is not None and found[1]["step"] == 3
+    assert len(said) == 1 and "step-000007 is damaged, and step-000003 is used in its place" in said[0]
+    save(folder, {"step": 4})
+    found = newest(folder)
+    assert found is not None and found[1]["step"] == 4 and not checkpoint.exists()
+    for path in folder.all_checkpoints():
+        (path / "state.json").unlink()
+    with pytest.raises(CheckpointError, match=r"step-000004.*missing"):
+        newest(folder)
+
+
+@pytest.mark.parametrize("tenth", range(10))
+def test_a_file_cut_at_any_tenth_of_its_length_is_found(tmp_path: Path, tenth: int) -> None:
+    folder = saved(tmp_path, 1, 2)
+    files = [file for file in (folder.checkpoints / "step-000002").rglob("*") if file.is_file()]
+    assert len(files) == 3
+    for file in files:
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) * tenth // 10])
+        with pytest.raises(CheckpointError, match="step-000002"):
+            folder.verified(folder.checkpoints / "step-000002")
+        file.write_bytes(whole)
+    assert folder.verified(folder.checkpoints / "step-000002")[1]["step"] == 2
+
+
+def test_a_checkpoint_stands_only_once_its_files_are_written_and_one_is_written_at_a_time(tmp_path: Path) -> None:
+    folder = saved(tmp_path, 1)
+    order: list[str] = []
+
+    async def test() -> None:
+        checkpoints, go_on = Checkpoints(folder, 2), asyncio.Event()
+
+        async def slow(path: Path) -> Written:
+            await go_on.wait()
+            order.append(path.name)
+            return {}
+
+        await checkpoints.begin({"step": 2}, write_learner, slow)
+        assert [path.name for path in folder.all_checkpoints()] == ["step-000001"]
+        second = asyncio.create_task(checkpoints.begin({"step": 3}, write_learner, slow))
+        await asyncio.sleep(0.01)
+        assert not second.done() and not order
+        go_on.set()
+        await second
+        await checkpoints.finish()
+        await checkpoints.begin({"step": 4}, write_learner, fails)
+        with pytest.raises(StorageError, match="No space"):
+            await checkpoints.finish()
+        go_on.clear()
+        await checkpoints.begin({"step": 5}, write_learner, slow)
+        await checkpoints.drop()
+
+    async def fails(path: Path) -> Written:
+        raise OSError(28, "No space left on device")
+
+    asyncio.run(test())
+    assert order == [".step-000002.tmp", ".step-000003.tmp"]
+    assert sorted(path.name for path in folder.checkpoints.iterdir()) == ["step-000002", "step-000003"]
