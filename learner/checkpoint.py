@@ -73,34 +73,33 @@ class Place:
 
 def _places(engine: Any) -> Iterator[tuple[str, Any, Place]]:
     """Of every parameter that trains: its name, itself, and this rank's part of it, which may have no element."""
-    rank = torch.distributed.get_rank()
+    rank, optimizer = torch.distributed.get_rank(), engine.optimizer
+    masters = _masters(optimizer)
     for name, p in engine.module.named_parameters():
         if not p.requires_grad:
             continue
         if hasattr(p, "ds_tensor"):  # ZeRO-3 cuts each into as many parts as ranks, the last ones padded
-            group, at, part = engine.optimizer.grad_position[engine.optimizer.get_param_id(p)]
-            flat, start = engine.optimizer.fp32_partitioned_groups_flat[group], rank * part
+            group, at, part = optimizer.grad_position[optimizer.get_param_id(p)]
+            flat, start = optimizer.fp32_partitioned_groups_flat[group], rank * part
             yield name, p, Place(flat, at, start, max(0, min(part, p.ds_numel - start)), tuple(p.ds_shape))
-        elif hasattr(p, "_hp_mapping"):  # stages 1 and 2, and 0 in bf16, cut all of them as if they were one
-            if own := p._hp_mapping:
-                flat, held = _flats(engine.optimizer)[own.param_group_index], own.hp_fragment_address
-                yield name, p, Place(flat, held.start, own.lp_fragment_address.start, held.numel, tuple(p.shape))
-            else:
-                yield name, p, Place(p, 0, 0, 0, tuple(p.shape))
-        else:  # stage 0 in float32: every rank has it whole
-            yield name, p, Place(p, 0, 0, p.numel(), tuple(p.shape))
+        elif not hasattr(p, "_hp_mapping"):  # stage 0: every rank has it whole
+            yield name, p, Place(masters.get(id(p), p), 0, 0, p.numel(), tuple(p.shape))
+        elif own := p._hp_mapping:  # stages 1 and 2 cut all of them as if they were one
+            flat, held = optimizer.single_partition_of_fp32_groups[own.param_group_index], own.hp_fragment_address
+            yield name, p, Place(flat, held.start, own.lp_fragment_address.start, held.numel, tuple(p.shape))
+        else:
+            yield name, p, Place(p, 0, 0, 0, tuple(p.shape))
 
 
-def _flats(optimizer: Any) -> list[Tensor]:
-    """This rank's float32 arrays, by parameter group."""
-    stage_0 = getattr(optimizer, "fp32_groups_flat_partition", None)
-    return optimizer.single_partition_of_fp32_groups if stage_0 is None else stage_0
+def _masters(optimizer: Any) -> dict[int, Tensor]:
+    """Of stage 0 in bf16: the float32 weights that DeepSpeed's wrapper updates, by the parameters' ids."""
+    pairs = zip(getattr(optimizer, "fp16_groups", ()), getattr(optimizer, "fp32_groups", ()), strict=False)
+    return {id(p): own for low, high in pairs for p, own in zip(low, high, strict=True)}
 
 
 def fragments(engine: Any) -> Iterator[Fragment]:
     """What this rank is to write, as it stands in memory. What all ranks have whole is rank 0's to write."""
-    whole = engine.zero_optimization_stage() == 0 and not engine.bfloat16_enabled()
-    if whole and torch.distributed.get_rank():
+    if engine.zero_optimization_stage() == 0 and torch.distributed.get_rank():
         return
     for name, _, place in _places(engine):
         if not place.size:
@@ -274,7 +273,7 @@ def restore(engine: Any, folder: Path) -> None:
                 place.of(moments[kind]).copy_(saved.read(kind, name, place.start, place.size))
         if sharded:
             p.ds_tensor.view(-1).narrow(0, 0, place.size).copy_(part)
-        elif place.flat is not p:  # the forward pass reads another array, of the model's dtype
+        elif place.flat is not p or not place.size:  # the forward pass reads another array, whole, of the model's dtype
             p.copy_(saved.read(WEIGHT, name, 0, p.numel()).view(p.shape))
     if sharded:
         engine.optimizer.checkpoint_event_epilogue()

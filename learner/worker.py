@@ -343,10 +343,20 @@ class LearnerWorker:
         if (Path(folder) / "learner").is_dir():
             self._load_of_deepspeed(folder)
         else:
-            restore(self.engine, Path(folder))
+            self._restore(folder)
         if not self._weights_are_finite():
             raise CheckpointError("a checkpoint's weights are finite numbers", folder, "resume an older one")
         self.whole = True
+
+    def _restore(self, folder: str) -> None:
+        """Raises on every rank what one of them found."""
+        found: CheckpointError | None = None
+        try:
+            restore(self.engine, Path(folder))
+        except CheckpointError as error:
+            found = error
+        if self._over_ranks([float(found is not None)])[0]:
+            raise found or CheckpointError("a learner's checkpoint is readable", f"{folder}: not by another rank")
 
     def _load_of_deepspeed(self, folder: str) -> None:
         """Of a release before 0.7: DeepSpeed's own files, for the same ranks, stage and dtype."""

@@ -232,6 +232,10 @@ def test_other_ranks_stages_and_dtypes_go_on_from_the_same_state(hosts, models, 
             moved = weights_of(hosts[ranks])[0]
         assert counts == updates and found.keys() == first.keys()
         assert all(torch.equal(found[key], first[key]) for key in first), (ranks, stage, dtype)
+        if number:
+            for name, tensor in weights_of(hosts[ranks])[0].items():  # what the forward pass reads
+                own = first[WEIGHT, f"model.{name}"].view(tensor.shape)
+                assert torch.equal(tensor, own.bfloat16().float() if dtype == "bf16" else own), (ranks, stage, dtype)
     again = [report.loss for report in train(hosts[2], data, range(3, 6))]
     assert again == going_on
     assert all(torch.equal(tensor, moved[name]) for name, tensor in weights_of(hosts[2])[0].items())
