@@ -17,14 +17,14 @@ from .recording.run_folder import RunFolder
 from .resuming import begin
 
 
-def check(config: Config, resume: bool, console: Console) -> bool:
+def check(config: Config, resume: bool, console: Console, allow: Sequence[str] = ()) -> bool:
     """Print one screen of what would run; True. Raises an InputError where a run would."""
 
     def note(text: str) -> None:
         console.out(plain(text), highlight=False)
 
     compositions = compose_stages(config)
-    folder = RunFolder(Path(config.output_dir).absolute())
+    folder = RunFolder(Path(config.output_dir).absolute(), allow=allow)
     with folder.claimed(config, resume, note):
         inputs, checkpoint = begin(config, compositions, folder, resume, note)
     begins = f"goes on after step {checkpoint[1]['step']}" if checkpoint else "starts anew"

@@ -57,6 +57,7 @@ from .recording.recorder import Recorder
 from .recording.report import write_report
 from .recording.run_folder import Checkpoint, RunFolder
 from .recording.samples import truncate_samples
+from .resume_keys import write_down
 from .resuming import begin
 from .skill_bank import SkillBank
 from .stages import EntropyCollapse
@@ -87,13 +88,14 @@ class Run:
     def open(self) -> MetricsLog:
         """The folder and its log appear once the first stage could start."""
         if self._log is None:
+            done = self.checkpoint[1]["step"] if self.checkpoint else 0
+            write_down(self.folder.path, self.folder.changes, done)  # before the configuration that holds them
             self.folder.create(self.config)
             (self.folder.path / "summary.json").unlink(missing_ok=True)  # it says that a run has ended
             self._log = MetricsLog(
                 self.folder.path, self.config.metrics.host, self.config.metrics.port, method_of(self.config)
             )
             self.stack.callback(self._log.close)
-            done = self.checkpoint[1]["step"] if self.checkpoint else 0
             self._log.truncate_after(done)
             truncate_samples(self.folder.path, done)
             self.progress.note(f"metrics at {self._log.url}")
@@ -102,11 +104,19 @@ class Run:
         return self._log
 
 
-def train(config: Config, resume: bool, address: str | None, console: Console, local: bool = False) -> bool:
-    """Run `config` to its end, on Ray or (`local`) in this process. Returns False if it was interrupted (a checkpoint
-    stands). Raises TutorloopError."""
+def train(
+    config: Config,
+    resume: bool,
+    address: str | None,
+    console: Console,
+    local: bool = False,
+    allow: Sequence[str] = (),
+) -> bool:
+    """Run `config` to its end, on Ray or (`local`) in this process; a resumed one may have the keys of `allow` changed.
+    Returns False if it was interrupted (a checkpoint stands). Raises TutorloopError."""
     counters = RunCounters()  # its clock starts here
-    folder = RunFolder(Path(config.output_dir).absolute())  # the learner's ranks write too, from folders of their own
+    # The learner's ranks write there too, from folders of their own.
+    folder = RunFolder(Path(config.output_dir).absolute(), allow=allow)
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(config.total_steps, console))
         stack.enter_context(_saying_what_stands(folder, progress))
