@@ -1,4 +1,4 @@
-"""`tutorloop train RECIPE [key.path=value …] [--check] [--resume [auto]] [--allow-change KEY] [--address … | --local]`"""
+"""`tutorloop train RECIPE [key.path=value …] [--check] [--resume [auto] [--allow-change KEY]]`, on Ray or `--local`."""
 
 from collections.abc import Iterator
 from enum import StrEnum

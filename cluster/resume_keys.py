@@ -2,8 +2,8 @@
 
 Four kinds. *free*: where it runs, how long, and what is written about it. *last bits*: the same sums in another order,
 told in a note. *result*: it trains otherwise from here on, so each such key is named with `--allow-change`; what was
-changed, and at which step, stands in the run's folder. *never*: what the checkpoint holds, or what the place of a run is
-counted in. The table is all there is: a key that no rule names is refused, and a test finds it first.
+changed, and at which step, stands in the run's folder. *never*: what the checkpoint holds, or what the place of a run
+is counted in. The table is all there is: a key that no rule names is refused, and a test finds it first.
 """
 
 import difflib
@@ -54,8 +54,8 @@ TABLE = (
     Rule(NEVER, "the checkpoint holds weights and optimizer of this model", ("student.model", "student.lora*")),
     Rule(
         NEVER,
-        "the place of a run is a position in this data under this seed: with another, prompts would be trained twice or "
-        "never, and what was trained could not be told",
+        "the place of a run is a position in this data under this seed: with another, prompts would be trained twice "
+        "or never, and what was trained could not be told",
         ("seed", "prompts_per_step", "data*"),
     ),
     Rule(NEVER, "it is part of the optimizer's state, which the checkpoint holds", ("learner.betas", "*.weight_decay")),
@@ -89,8 +89,11 @@ TABLE = (
         "what is measured, kept and told, and what is done about trouble",
         ("record", "eval.*", "checkpoint.*", "metrics.*", "guards.*", "notify.*", "*.cache_gib"),
     ),
-    Rule(RESULT, "it decides what is trained", ("method", "method_options.*", "stages*", "templates.*", "thinking")),
-    Rule(RESULT, "it decides what is trained", ("max_staleness", "off_policy.*")),
+    Rule(
+        RESULT,
+        "it decides what is trained, and how it is read",
+        ("method", "method_options.*", "stages*", "templates.*", "thinking", "max_staleness", "off_policy.*"),
+    ),
     Rule(
         RESULT,
         "it decides the updates",
@@ -217,7 +220,7 @@ def _values(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _differing(new: Mapping[str, Any], old: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """(key, before, now); of a section that came or went its name, and what of its keys a checkpoint would have to hold."""
+    """(key, before, now). Of a section that came or went its name, and its keys that a checkpoint has to hold."""
     differing = [key for key in sorted(new.keys() | old.keys()) if new.get(key) != old.get(key)]
     whole = [key for key in differing if GIVEN in (new.get(key), old.get(key))]
     for key in differing:

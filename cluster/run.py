@@ -52,6 +52,7 @@ from .preflight import Inputs, needs_of
 from .recording.counters import RunCounters, deaths_of
 from .recording.metrics import MetricsLog
 from .recording.model_card import write_model_card
+from .recording.notify import Notifier
 from .recording.progress import Progress, final_table
 from .recording.recorder import Recorder
 from .recording.report import write_report
@@ -76,6 +77,7 @@ class Run:
     prompts: Any  # a reference
     problems: list[ProblemSet]
     progress: Progress
+    notifier: Notifier
     interrupt: Interrupt
     counters: RunCounters
     recorder: Recorder
@@ -88,13 +90,11 @@ class Run:
     def open(self) -> MetricsLog:
         """The folder and its log appear once the first stage could start."""
         if self._log is None:
-            done = self.checkpoint[1]["step"] if self.checkpoint else 0
+            at, done = self.config.metrics, self.checkpoint[1]["step"] if self.checkpoint else 0
             write_down(self.folder.path, self.folder.changes, done)  # before the configuration that holds them
             self.folder.create(self.config)
             (self.folder.path / "summary.json").unlink(missing_ok=True)  # it says that a run has ended
-            self._log = MetricsLog(
-                self.folder.path, self.config.metrics.host, self.config.metrics.port, method_of(self.config)
-            )
+            self._log = MetricsLog(self.folder.path, at.host, at.port, self.config.methods, self.notifier)
             self.stack.callback(self._log.close)
             self._log.truncate_after(done)
             truncate_samples(self.folder.path, done)
@@ -105,18 +105,12 @@ class Run:
 
 
 def train(
-    config: Config,
-    resume: bool,
-    address: str | None,
-    console: Console,
-    local: bool = False,
-    allow: Sequence[str] = (),
+    config: Config, resume: bool, address: str | None, console: Console, local: bool = False, allow: Sequence[str] = ()
 ) -> bool:
     """Run `config` to its end, on Ray or (`local`) in this process; a resumed one may have the keys of `allow` changed.
     Returns False if it was interrupted (a checkpoint stands). Raises TutorloopError."""
     counters = RunCounters()  # its clock starts here
-    # The learner's ranks write there too, from folders of their own.
-    folder = RunFolder(Path(config.output_dir).absolute(), allow=allow)
+    folder = RunFolder(Path(config.output_dir).absolute(), allow=allow)  # ranks write too, from folders of their own
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(config.total_steps, console))
         stack.enter_context(_saying_what_stands(folder, progress))
@@ -125,6 +119,7 @@ def train(
         startup.phase("inputs", "reading models and data")
         compositions = compose_stages(config)
         stack.enter_context(folder.claimed(config, resume, progress.note))
+        notifier = stack.enter_context(Notifier(config, folder.path, counters.kind_of, progress.note))
         stack.enter_context(folder.room_for("the run"))
         inputs, checkpoint = begin(config, compositions, folder, resume, progress.note)
         if checkpoint:
@@ -140,6 +135,7 @@ def train(
             prompts=prompts,
             problems=_problem_sets(inputs, backend),
             progress=progress,
+            notifier=notifier,
             interrupt=interrupt,
             counters=counters,
             recorder=Recorder(folder.path, config.record, prompts, backend),
@@ -147,6 +143,7 @@ def train(
             stack=stack.enter_context(ExitStack()),
         )
         finished, summary = asyncio.run(_stages(run, compositions))
+        notifier.over(finished, summary)
     console.print(final_table(summary))
     console.out(f"run folder: {folder.path}", highlight=False)
     return finished
@@ -182,7 +179,7 @@ def _saying_what_stands(folder: RunFolder, progress: Progress) -> Iterator[None]
 
 async def _stages(run: Run, compositions: list[Composition]) -> tuple[bool, dict[str, Any]]:
     """Drive one stage after the other, from the one that the checkpoint was in; whether all ended, and the summary."""
-    run.live = LiveRun(method_of(run.config), run.config.total_steps, run.backend, run.progress)
+    run.live = LiveRun(run.config.methods, run.config.total_steps, run.backend, run.progress)
     if judges(run.config, compositions):
         run.verifiers = start_verifiers(run.config, run.backend)
         run.stack.callback(run.verifiers.close)
@@ -374,11 +371,6 @@ def eval_plan(config: Config) -> EvalPlan:
     )
 
 
-def method_of(config: Config) -> str:
-    """The run's methods in words, one after the other."""
-    return " → ".join(stage.method for stage in config.plan)
-
-
 async def _write_down(run: Run, driver: Driver, finished: bool) -> dict[str, Any]:
     """summary.json, final/ (of a finished run) and report.html."""
     run.progress.phase("writing the summary, the model and the report")
@@ -386,7 +378,7 @@ async def _write_down(run: Run, driver: Driver, finished: bool) -> dict[str, Any
     replicas = {pool.name: pool.replicas for pool in driver.flow.pools}
     memory = await run.backend.peak_memory({**replicas, "learner": driver.learner.ranks})
     summary = {
-        "method": method_of(config),
+        "method": config.methods,
         "seed": config.seed,
         "steps": driver.step,
         "interrupted": not finished,

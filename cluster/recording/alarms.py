@@ -14,6 +14,7 @@ from .metrics import EvalRow, StepRow
 
 FEW = 16  # judged rollouts without any answer
 STILL_STEPS = 3  # in a row that moved no weight
+OTHER = "other"  # kind
 
 
 @dataclass(slots=True)
@@ -53,6 +54,10 @@ class Alarms:
                 else "",
             }
         )
+
+    def kind_of(self, text: str) -> str:
+        """Of an alarm that has been said; of any other text OTHER."""
+        return next((kind for kind, said in self.said.items() if said == text), OTHER)
 
     def _new(self, found: Mapping[str, str]) -> list[str]:
         new = {kind: text for kind, text in found.items() if text and kind not in self.said}

@@ -16,6 +16,7 @@ from tutorloop.cluster.resume_keys import (
     TABLE,
     UNKNOWN,
     Change,
+    Rule,
     changes,
     check_known,
     check_used,
@@ -56,8 +57,10 @@ def test_each_key_has_a_rule_and_each_rule_has_keys() -> None:
     assert [key for key in keys if rule_of(key) is UNKNOWN] == [], "give them a rule in cluster/resume_keys.py: TABLE"
     for rule in TABLE:
         for pattern in rule.keys:
-            one = [key for key in [*keys, "data"] if rule_of(key) is rule and rule.__class__("", "", (pattern,)).covers(key)]
-            assert one, f"{pattern} names no key, or none that no rule above it has"
+            alone = Rule("", "", (pattern,))
+            assert any(rule_of(key) is rule and alone.covers(key) for key in keys), (
+                f"{pattern} names no key, or none that no rule above it has"
+            )
 
 
 @pytest.mark.parametrize(
@@ -65,12 +68,14 @@ def test_each_key_has_a_rule_and_each_rule_has_keys() -> None:
     [
         *(("steps", FREE), ("rollout.num_cpus", FREE), ("teacher.replicas", FREE), ("verifier.num_gpus", FREE)),
         *(("guards.actions.eos", FREE), ("teachers.a.cache_gib", FREE), ("verifier.api_key_env", FREE)),
-        *(("learner.ranks", BITS), ("learner.zero_stage", BITS), ("learner.num_gpus", BITS), ("rollout.batch_size", BITS)),
+        *(("learner.ranks", BITS), ("learner.zero_stage", BITS), ("learner.num_gpus", BITS)),
+        ("rollout.batch_size", BITS),
         *(("rollout.replicas", BITS), ("teachers.a.num_gpus", BITS), ("teacher.tensor_parallel", BITS)),
         *(("learner.dtype", RESULT), ("verifier.timeout_seconds", RESULT), ("teachers.a.signal", RESULT)),
         *(("method_options.clip", RESULT), ("learner.learning_rate", RESULT), ("stages.1.until.every", RESULT)),
         *(("seed", NEVER), ("prompts_per_step", NEVER), ("data.prompt_suffix", NEVER), ("student.model", NEVER)),
-        *(("student.lora.alpha", NEVER), ("learner.betas", NEVER), ("teachers.a.follows", NEVER), ("a.new.key", RESULT)),
+        *(("student.lora.alpha", NEVER), ("learner.betas", NEVER), ("teachers.a.follows", NEVER)),
+        ("a.new.key", RESULT),
     ],
 )
 def test_the_kind_of_a_key(key: str, kind: str) -> None:
@@ -88,7 +93,9 @@ def test_what_is_free_is_taken_and_what_alters_the_result_is_named() -> None:
         with pytest.raises(RunFolderError) as caught:
             changes(other, config(), allow=allow)
         found = [key for key in ("learner.learning_rate", "rollout.temperature") if key in caught.value.found]
-        left = [key for key in ("learner.learning_rate", "rollout.temperature") if not {key, key.split(".")[0]} & set(allow)]
+        left = [
+            key for key in ("learner.learning_rate", "rollout.temperature") if not {key, key.split(".")[0]} & set(allow)
+        ]
         assert found == left and all(f"--allow-change {key}" in caught.value.remedy for key in left)
     keys = ["learner.learning_rate", "rollout.temperature"]
     assert allowing(other, config(), "learner", "rollout.temperature") == keys
@@ -135,7 +142,13 @@ def test_random_changes_are_found_one_by_one() -> None:
     rng = random.Random(seed)
     pool = [
         *("learner.learning_rate=0.25", "learner.max_grad_norm=3.5", "rollout.temperature=0.5", "max_staleness=3"),
-        *("verifier.tolerance=0", "verifier.pass_score=0.5", "off_policy.veto=0.1", "teacher.signal=topk", "record=all"),
+        *(
+            "verifier.tolerance=0",
+            "verifier.pass_score=0.5",
+            "off_policy.veto=0.1",
+            "teacher.signal=topk",
+            "record=all",
+        ),
         *("teacher.ema_decay=0.5", "learner.ranks=4", "eval.samples=3", "rollout.batch_size=7", "method_options.x=1"),
     ]
     for _ in range(30):
@@ -145,7 +158,9 @@ def test_random_changes_are_found_one_by_one() -> None:
         assert set(allowing(new, config(), *wanted)) == wanted
 
 
-@pytest.mark.parametrize("key", ["learner", "learner.betas", "teachers.a", "teachers.a.urls", "stages.1.until", "stages"])
+@pytest.mark.parametrize(
+    "key", ["learner", "learner.betas", "teachers.a", "teachers.a.urls", "stages.1.until", "stages"]
+)
 @pytest.mark.parametrize("more", ["method_options.a.b", "templates.x@1", "guards.actions.eos", "data"])
 def test_known_keys_and_sections(key: str, more: str) -> None:
     check_known([key, more])
@@ -186,7 +201,7 @@ def test_changes_are_written_down_and_a_retry_may_name_them_again(tmp_path: Path
 
 
 def test_of_what_is_read_only_a_teacher_may_be_another() -> None:
-    found = {name: ("then", "now") for name in ("teacher.model", "student.model", "data", "code of x.py", "skill bank")}
+    found = dict.fromkeys(("teacher.model", "student.model", "data", "code of x.py", "skill bank"), ("then", "now"))
     allow = ["teacher", "student", "data", "verifier"]
     assert content_changes(found, allow) == [Change(key="teacher.model", kind=RESULT, before="then", now="now")]
     assert content_changes(found, []) == []
