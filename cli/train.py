@@ -67,10 +67,7 @@ def train(
     ] = Resume.NO,
     allow_change: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="KEY",
-            help="With --resume: this key, or all of a section, may differ although it alters the result. Repeatable.",
-        ),
+        typer.Option(metavar="KEY", help="With --resume: a key or section that may alter the result. Repeatable."),
     ] = None,
     address: Annotated[str | None, typer.Option(help="A running Ray cluster (default: a private local one).")] = None,
     local: Annotated[

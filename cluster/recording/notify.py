@@ -31,7 +31,7 @@ from urllib.parse import urlsplit
 import psutil
 
 from ...contracts.config import Config
-from ...contracts.errors import ConfigError
+from ...contracts.errors import ConfigError, InputError
 from ...contracts.reliability import Notify
 from ..pools.orphans import ended_with_us
 from .metrics import EvalRow, StepRow
@@ -101,7 +101,7 @@ class Notifier:
         self._told = {(alarm["kind"], alarm["text"]) for alarm in kept(folder)}  # before the run was resumed
         self._waiting: deque[Alarm] = deque()
         self._changed = threading.Condition()
-        self._closed = False
+        self._closed = self._refused = False
         self._process: subprocess.Popen[bytes] | None = None
         self._thread = threading.Thread(target=self._work, name="notify", daemon=True)
 
@@ -115,6 +115,7 @@ class Notifier:
     ) -> None:
         if error:
             stopped = isinstance(error, KeyboardInterrupt)
+            self._refused = isinstance(error, InputError)
             self._end(INTERRUPTED if stopped else FAILED, str(error) or type(error).__name__)
         self._close(self._patience)
 
@@ -159,8 +160,9 @@ class Notifier:
             self._failed(DROPPED, f"{MOST_WAITING} others wait to be told")
 
     def _keep(self, alarm: Alarm) -> None:
-        """In the run's folder, where `tutorloop status` finds it."""
-        if not (self._folder / "config.yaml").is_file():  # the run has not begun
+        """In the run's folder, where `tutorloop status` finds it. Not before the run has begun, nor where it was
+        refused: the folder stays as it is then, and may be another process's by now."""
+        if self._refused or not (self._folder / "config.yaml").is_file():
             return
         try:
             with (self._folder / ALARMS).open("a", encoding="utf-8") as file:

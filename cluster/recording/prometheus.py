@@ -34,10 +34,10 @@ KNOWN_DROPS = (
     "interrupted",
     "stage_ended",
 )
-# Kinds of alarms: of alarms.py, and the guards by their names.
+# Kinds of alarms: of alarms.py, the guards by their names, and what these have done.
 KNOWN_ALARMS = (
     *("no_answer", "truncated", "no_gradient", "no_scores", "stale", "abstained", "response_faults"),
-    *get_args(GuardName),
+    *(*get_args(GuardName), "rollback"),
 )
 GAUGES = {  # of the row
     "step": ("step", "Learner steps done."),

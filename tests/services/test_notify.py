@@ -22,7 +22,7 @@ from tutorloop.cluster.recording.metrics import MetricsLog
 from tutorloop.cluster.recording.notify import ALARMS, Notifier, kept, ways_of
 from tutorloop.cluster.recording.prometheus import KNOWN_ALARMS
 from tutorloop.contracts.config import Config
-from tutorloop.contracts.errors import ConfigError, LearnerError
+from tutorloop.contracts.errors import ConfigError, InputError, LearnerError, RunFolderError
 from tutorloop.contracts.recipe import parse_config
 
 VARIABLE = "TUTORLOOP_TEST_HOOK"
@@ -97,7 +97,12 @@ def test_a_command_is_given_each_alarm_once_and_the_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "kind"), [(LearnerError("the learner lives", "it died"), "failed"), (KeyboardInterrupt(), "interrupted")]
+    ("error", "kind"),
+    [
+        (LearnerError("the learner lives", "it died"), "failed"),
+        (RunFolderError("one process works in a folder", "another does"), "failed"),
+        (KeyboardInterrupt(), "interrupted"),
+    ],
 )
 def test_a_run_that_ends_by_an_error_says_so(error: BaseException, kind: str, tmp_path: Path) -> None:
     said = Said()
@@ -106,7 +111,8 @@ def test_a_run_that_ends_by_an_error_says_so(error: BaseException, kind: str, tm
         raise error
     (row,) = told(tmp_path)
     assert (row["kind"], row["step"]) == (kind, 5) and not said
-    assert row["text"] == (str(error) or "KeyboardInterrupt") and kept(tmp_path)[-1]["text"] == row["text"]
+    assert row["text"] == (str(error) or "KeyboardInterrupt")
+    assert [alarm["text"] for alarm in kept(tmp_path)] == ([] if isinstance(error, InputError) else [row["text"]])
 
 
 def test_no_shell_reads_the_command(tmp_path: Path) -> None:
