@@ -202,10 +202,11 @@ class Notifier:
         try:
             with ended_with_us([process.pid]):
                 said = process.communicate(data, timeout=DEADLINE_SECONDS)[0]
-        except subprocess.TimeoutExpired:
+        except (subprocess.TimeoutExpired, OSError) as error:  # or this machine has no room for another process
             _kill(process)
             process.communicate()
-            return f"not done within {DEADLINE_SECONDS:.0f} s, and killed"
+            late = isinstance(error, subprocess.TimeoutExpired)
+            return f"not done within {DEADLINE_SECONDS:.0f} s, and killed" if late else f"killed: {error}"
         finally:
             self._process = None
         why = (said or b"").decode(errors="replace") or f"it ends with code {process.returncode}"

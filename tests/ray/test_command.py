@@ -212,7 +212,7 @@ def test_a_job_as_it_is_documented_and_tried_again(tmp_path: Path, head: tuple[s
     small = ["steps=20", "prompts_per_step=2", "rollout.max_new_tokens=16", "eval.path=", "eval.ood_path="]
     entry = [TUTORLOOP, "train", "quickstart", f"output_dir={run}", *small, "checkpoint.every=2", "--resume", "auto"]
     submit = shlex.join([RAY, "job", "submit", "--address", url, "--", *entry])
-    tries = ["bash", "-c", f"for try in 1 2 3; do {submit} && break; sleep 1; done"]
+    tries = ["bash", "-c", f"for try in 1 2 3; do {submit}\n[ $? -eq 0 ] && break\nsleep 1\ndone"]
     scheduler = subprocess.Popen(tries, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     deadline = time.monotonic() + PATIENCE
     while not list(run.glob("checkpoints/step-*/manifest.json")):
