@@ -23,7 +23,7 @@ def status(
     run: Annotated[Path, typer.Argument(help="The run's folder: its output_dir.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> bool:
-    """Say how a run stands: how far it is, each replica, what its steps wait for, what was dropped.
+    """Say how a run stands: how far it is, each replica, what its steps wait for, what was dropped, its alarms.
 
     A run that is not alive is described by its files: whether it ended, was interrupted or died, and how to go on.
     """
@@ -77,6 +77,8 @@ def _facts(known: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, text in (("checkpoint", known["checkpoint"]), ("next", known["go_on"])):
         if text:
             yield name, text
+    for alarm in known["alarms"][-LAST_NOTES:]:
+        yield "alarm", f"{alarm['kind']} at step {alarm['step']}, {alarm['time']}: {alarm['text']}"
     for note in known["notes"][-LAST_NOTES:]:
         yield "note", note
 

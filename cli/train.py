@@ -1,4 +1,4 @@
-"""`tutorloop train RECIPE [key.path=value …] [--check] [--resume [auto]] [--address … | --local]`"""
+"""`tutorloop train RECIPE [key.path=value …] [--check] [--resume [auto] [--allow-change KEY]]`, on Ray or `--local`."""
 
 from collections.abc import Iterator
 from enum import StrEnum
@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperCommand
 
 from ..contracts.config import Config
+from ..contracts.errors import RunFolderError
 from ..contracts.recipe import load_config
 
 
@@ -64,6 +65,10 @@ def train(
             help="Continue the run in output_dir; auto: or start it, and leave it alone once it is finished.",
         ),
     ] = Resume.NO,
+    allow_change: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY", help="With --resume: a key or section that may alter the result. Repeatable."),
+    ] = None,
     address: Annotated[str | None, typer.Option(help="A running Ray cluster (default: a private local one).")] = None,
     local: Annotated[
         bool, typer.Option("--local", help="Everything in this process and without Ray, for a debugger.")
@@ -72,23 +77,31 @@ def train(
     """Train a student as a recipe says."""
     if local and address:
         raise typer.BadParameter("--local runs without Ray: leave --address out")
+    allow = tuple(allow_change or ())
+    if allow and resume is Resume.NO:
+        raise typer.BadParameter("--allow-change is for a run that goes on: add --resume")
     config = load_config(recipe, overrides or [])
     from rich.console import Console
 
     from ..cluster.methods import compose_stages
+    from ..cluster.resume_keys import check_known
 
     compose_stages(config)  # a wrong method is answered before torch and Ray are loaded
+    check_known(allow)
     from ..cluster.resuming import finished_after, holds_run
 
     console = Console()
-    if resume is Resume.AUTO and (steps := finished_after(config)):
+    if resume is Resume.AUTO and (steps := finished_after(config, allow)):
         console.out(f"{config.output_dir} holds this run, finished after {steps} steps", highlight=False)
         return True
     goes_on = resume is Resume.YES or (resume is Resume.AUTO and holds_run(config))
+    if allow and not goes_on:
+        rule = "--allow-change is for a run that goes on"
+        raise RunFolderError(rule, f"{config.output_dir} holds none", "leave it out, or see output_dir")
     if check:
         from ..cluster import check as checking
 
-        return checking.check(config, goes_on, console)
+        return checking.check(config, goes_on, console, allow)
     from ..cluster import run
 
-    return run.train(config, goes_on, address, console, local)
+    return run.train(config, goes_on, address, console, local, allow)

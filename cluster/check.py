@@ -12,19 +12,20 @@ from .methods import compose_stages
 from .methods.parts.composition import Composition
 from .pools.services import judges
 from .preflight import Inputs, needs_of
+from .recording.notify import ways_of
 from .recording.progress import plain
 from .recording.run_folder import RunFolder
 from .resuming import begin
 
 
-def check(config: Config, resume: bool, console: Console) -> bool:
+def check(config: Config, resume: bool, console: Console, allow: Sequence[str] = ()) -> bool:
     """Print one screen of what would run; True. Raises an InputError where a run would."""
 
     def note(text: str) -> None:
         console.out(plain(text), highlight=False)
 
     compositions = compose_stages(config)
-    folder = RunFolder(Path(config.output_dir).absolute())
+    folder = RunFolder(Path(config.output_dir).absolute(), allow=allow)
     with folder.claimed(config, resume, note):
         inputs, checkpoint = begin(config, compositions, folder, resume, note)
     begins = f"goes on after step {checkpoint[1]['step']}" if checkpoint else "starts anew"
@@ -62,6 +63,8 @@ def _lines(config: Config, compositions: Sequence[Composition], inputs: Inputs) 
         yield f"  {need.pool}", f"{need.replicas} × {_resources(need.each)}"
     yield "  in all", _resources({key: sum(n.replicas * n.each.get(key, 0) for n in needs) for key in ("CPU", "GPU")})
     every = f" and every {config.checkpoint.every} steps" if config.checkpoint.every else ""
+    if ways := ways_of(config.notify):
+        yield "alarms go to", " and ".join(f"the {way} of the recipe" for way in ways)
     yield "checkpoints", f"every {config.checkpoint.minutes:g} minutes{every}, the newest {config.checkpoint.keep} kept"
 
 

@@ -33,6 +33,7 @@ from .recording.progress import Progress
 from .recording.recorder import Recorder
 from .recording.run_folder import Checkpoint, RunFolder
 from .recording.samples import truncate_samples
+from .resume_keys import settings_of
 from .skill_bank import SkillBank
 from .stages import EntropyCollapse
 
@@ -323,6 +324,7 @@ class Driver:
             "step": self.step,
             "stage": self.stage,
             "first": self.flow.first,
+            "settings": settings_of(self.config),
             "trigger": self.trigger.state() if self.trigger else None,
             "skills": await self.skills.save() if self.skills else None,
             "tally": self.counters.state(),  # a name that checkpoints of older releases have
@@ -339,12 +341,13 @@ class Driver:
         return {f"{LEARNER}/{name}": written for name, written in (await self.learner.saved()).items()}
 
     async def resume(self, checkpoint: Path, state: dict[str, Any]) -> None:
-        """Go on in another process from a checkpoint of this stage, with the shards that it holds. What is missing of
-        them waits for the first weights that are published."""
+        """Go on in another process from a checkpoint of this stage, with the shards that it holds, unless what made
+        them has changed. What is missing of them waits for the first weights that are published."""
         await self.load(checkpoint, state)
         for pool in (self.flow.services.rollouts, *self.self_teachers):
             pool.withdraw()
-        self.flow.restore(read_shards(checkpoint, self.recorder.backend))
+        known = read_shards(checkpoint, self.recorder.backend)
+        self.flow.restore(known, changed=state.get("settings") != settings_of(self.config))
 
     async def load(self, checkpoint: Path, state: dict[str, Any]) -> None:
         """Weights, optimizer, averages and counts of a checkpoint of this stage."""

@@ -14,7 +14,7 @@ import ast
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,20 +70,30 @@ def local_models(config: Config) -> dict[str, str]:
     return models | ({f"{REFERENCE}.model": config.reference.model} if config.reference else {})
 
 
-def compare(before: Identity | None, now: Identity) -> list[str]:
-    """What to tell of a run that is to continue. Raises RunFolderError where it would train on something else."""
+def differing(before: Identity | None, now: Identity) -> dict[str, tuple[str, str]]:
+    """Of what a run reads now and read then, that which is another: described, before and now."""
+    return {
+        name: (_described(before[name]), _described(one))
+        for name, one in now.items()
+        if before and name in before and before[name]["digest"] != one["digest"]
+    }
+
+
+def compare(before: Identity | None, now: Identity, may_differ: Collection[str] = ()) -> list[str]:
+    """What to tell of a run that is to continue. Raises RunFolderError where it would train on something else, but for
+    what may differ."""
     if before is None:
         return ["what this run read when it began was not recorded: its data and models are taken as they are"]
-    differing = {
-        name: f"{name}: {_described(before[name])} before, {_described(one)} now"
-        for name, one in now.items()
-        if name in before and before[name]["digest"] != one["digest"]
+    others = {
+        name: f"{name}: {then} before, {by_now} now"
+        for name, (then, by_now) in differing(before, now).items()
+        if name not in may_differ
     }
-    if refused := [text for name, text in differing.items() if name not in NOT_READ_AGAIN]:
+    if refused := [text for name, text in others.items() if name not in NOT_READ_AGAIN]:
         rule = "a resumed run reads what it began with"
         remedy = "put it back as it was (its place may differ), or start a new run in another output_dir"
         raise RunFolderError(rule, "\n         ".join(refused), remedy)
-    return [f"{text}: {NOT_READ_AGAIN[name]}" for name, text in differing.items()]
+    return [f"{text}: {NOT_READ_AGAIN[name]}" for name, text in others.items()]
 
 
 def _described(one: Mapping[str, Any]) -> str:

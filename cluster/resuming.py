@@ -10,10 +10,11 @@ from pathlib import Path
 from ..contracts.config import Config
 from ..contracts.errors import RunFolderError
 from ..contracts.recipe import load_config
-from .identity import compare, identity_of
+from .identity import Identity, compare, differing, identity_of
 from .methods.parts.composition import Composition
 from .preflight import Inputs, check_inputs
 from .recording.run_folder import Checkpoint, RunFolder
+from .resume_keys import check_used, content_changes, notes
 
 
 def begin(
@@ -23,7 +24,7 @@ def begin(
     inputs = check_inputs(config, compositions)
     checkpoint = folder.latest_checkpoint(note) if resume else None
     folder.identity = identity_of(config, inputs)
-    for said in compare(folder.recorded(checkpoint), folder.identity) if resume else []:
+    for said in _changed(folder, checkpoint, folder.identity) if resume else []:
         note(said)
     for reason, count in inputs.left_out.items():
         note(f"{count} rows left out of the data: {reason}")
@@ -36,6 +37,16 @@ def begin(
     return inputs, checkpoint
 
 
+def _changed(folder: RunFolder, checkpoint: Checkpoint | None, identity: Identity) -> list[str]:
+    """What to tell of a run that goes on with other keys or inputs than it had. Raises an InputError."""
+    before = folder.recorded(checkpoint)
+    content = content_changes(differing(before, identity), folder.allow)
+    said = compare(before, identity, [change.key for change in content])
+    folder.changes = [*folder.changes, *content]
+    check_used(folder.allow, [change.key for change in folder.changes], folder.path)
+    return [*said, *notes(folder.changes)]
+
+
 def holds_run(config: Config) -> bool:
     """Whether output_dir holds a run to go on with."""
     try:
@@ -45,7 +56,7 @@ def holds_run(config: Config) -> bool:
         raise RunFolderError("output_dir can be read", found, "choose another output_dir") from error
 
 
-def finished_after(config: Config) -> int:
+def finished_after(config: Config, allow: Sequence[str] = ()) -> int:
     """Steps of the finished run in output_dir; 0 where it has none, or where `config` asks for more.
 
     Writes nothing. Raises RunFolderError where the run there has another configuration.
@@ -53,7 +64,7 @@ def finished_after(config: Config) -> int:
     folder = Path(config.output_dir)
     if not holds_run(config):
         return 0
-    RunFolder(folder).check(config, resume=True)
+    RunFolder(folder, allow=allow).check(config, resume=True)
     try:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         interrupted, steps = bool(summary["interrupted"]), int(summary["steps"])

@@ -53,11 +53,13 @@ from .preflight import Inputs, needs_of
 from .recording.counters import RunCounters, deaths_of
 from .recording.metrics import MetricsLog
 from .recording.model_card import write_model_card
+from .recording.notify import Notifier
 from .recording.progress import Progress, final_table
 from .recording.recorder import Recorder
 from .recording.report import write_report
 from .recording.run_folder import Checkpoint, RunFolder
 from .recording.samples import truncate_samples
+from .resume_keys import write_down
 from .resuming import begin
 from .skill_bank import SkillBank
 from .stages import EntropyCollapse
@@ -76,6 +78,7 @@ class Run:
     prompts: Any  # a reference
     problems: list[ProblemSet]
     progress: Progress
+    notifier: Notifier
     interrupt: Interrupt
     counters: RunCounters
     recorder: Recorder
@@ -88,13 +91,12 @@ class Run:
     def open(self) -> MetricsLog:
         """The folder and its log appear once the first stage could start."""
         if self._log is None:
+            at, done = self.config.metrics, self.checkpoint[1]["step"] if self.checkpoint else 0
+            write_down(self.folder.path, self.folder.changes, done)  # before the configuration that holds them
             self.folder.create(self.config)
             (self.folder.path / "summary.json").unlink(missing_ok=True)  # it says that a run has ended
-            self._log = MetricsLog(
-                self.folder.path, self.config.metrics.host, self.config.metrics.port, method_of(self.config)
-            )
+            self._log = MetricsLog(self.folder.path, at.host, at.port, self.config.methods, self.notifier)
             self.stack.callback(self._log.close)
-            done = self.checkpoint[1]["step"] if self.checkpoint else 0
             self._log.truncate_after(done)
             truncate_samples(self.folder.path, done)
             self.progress.note(f"metrics at {self._log.url}")
@@ -103,11 +105,13 @@ class Run:
         return self._log
 
 
-def train(config: Config, resume: bool, address: str | None, console: Console, local: bool = False) -> bool:
-    """Run `config` to its end, on Ray or (`local`) in this process. Returns False if it was interrupted (a checkpoint
-    stands). Raises TutorloopError."""
+def train(
+    config: Config, resume: bool, address: str | None, console: Console, local: bool = False, allow: Sequence[str] = ()
+) -> bool:
+    """Run `config` to its end, on Ray or (`local`) in this process; a resumed one may have the keys of `allow` changed.
+    Returns False if it was interrupted (a checkpoint stands). Raises TutorloopError."""
     counters = RunCounters()  # its clock starts here
-    folder = RunFolder(Path(config.output_dir).absolute())  # the learner's ranks write too, from folders of their own
+    folder = RunFolder(Path(config.output_dir).absolute(), allow=allow)  # ranks write too, from folders of their own
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(config.total_steps, console))
         stack.enter_context(_saying_what_stands(folder, progress))
@@ -116,6 +120,7 @@ def train(config: Config, resume: bool, address: str | None, console: Console, l
         startup.phase("inputs", "reading models and data")
         compositions = compose_stages(config)
         stack.enter_context(folder.claimed(config, resume, progress.note))
+        notifier = stack.enter_context(Notifier(config, folder.path, counters.kind_of, progress.note))
         stack.enter_context(folder.room_for("the run"))
         inputs, checkpoint = begin(config, compositions, folder, resume, progress.note)
         if checkpoint:
@@ -131,6 +136,7 @@ def train(config: Config, resume: bool, address: str | None, console: Console, l
             prompts=prompts,
             problems=_problem_sets(inputs, backend),
             progress=progress,
+            notifier=notifier,
             interrupt=interrupt,
             counters=counters,
             recorder=Recorder(folder.path, config.record, prompts, backend),
@@ -138,6 +144,7 @@ def train(config: Config, resume: bool, address: str | None, console: Console, l
             stack=stack.enter_context(ExitStack()),
         )
         finished, summary = asyncio.run(_stages(run, compositions))
+        notifier.over(finished, summary)
     console.print(final_table(summary))
     console.out(f"run folder: {folder.path}", highlight=False)
     return finished
@@ -173,7 +180,7 @@ def _saying_what_stands(folder: RunFolder, progress: Progress) -> Iterator[None]
 
 async def _stages(run: Run, compositions: list[Composition]) -> tuple[bool, dict[str, Any]]:
     """Drive one stage after the other, from the one that the checkpoint was in; whether all ended, and the summary."""
-    run.live = LiveRun(method_of(run.config), run.config.total_steps, run.backend, run.progress)
+    run.live = LiveRun(run.config.methods, run.config.total_steps, run.backend, run.progress)
     if judges(run.config, compositions):
         run.verifiers = start_verifiers(run.config, run.backend)
         run.stack.callback(run.verifiers.close)
@@ -366,11 +373,6 @@ def eval_plan(config: Config) -> EvalPlan:
     )
 
 
-def method_of(config: Config) -> str:
-    """The run's methods in words, one after the other."""
-    return " → ".join(stage.method for stage in config.plan)
-
-
 async def _write_down(run: Run, driver: Driver, finished: bool) -> dict[str, Any]:
     """summary.json, final/ (of a finished run) and report.html."""
     run.progress.phase("writing the summary, the model and the report")
@@ -378,7 +380,7 @@ async def _write_down(run: Run, driver: Driver, finished: bool) -> dict[str, Any
     replicas = {pool.name: pool.replicas for pool in driver.flow.pools}
     memory = await run.backend.peak_memory({**replicas, "learner": driver.learner.ranks})
     summary = {
-        "method": method_of(config),
+        "method": config.methods,
         "seed": config.seed,
         "steps": driver.step,
         "interrupted": not finished,

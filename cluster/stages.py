@@ -58,6 +58,7 @@ class EntropyCollapse:
         """For a checkpoint: plain values."""
         return {name: value for name, value in asdict(self).items() if name != "until"}
 
-    def resume(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
+    def resume(self, state: dict[str, Any] | None) -> None:
+        """Go on; None: from here, where the stage had no trigger before."""
+        for name, value in (state or {}).items():
             setattr(self, name, value)

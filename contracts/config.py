@@ -346,6 +346,11 @@ class Config(Section):
         return self.stages or (one,)
 
     @property
+    def methods(self) -> str:
+        """Of its stages, one after the other, in words."""
+        return " → ".join(stage.method for stage in self.plan)
+
+    @property
     def total_steps(self) -> int:
         """Steps of all stages, none of them ended by its trigger."""
         return sum(stage.steps for stage in self.plan)

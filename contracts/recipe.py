@@ -33,6 +33,7 @@ from .errors import ConfigError
 from .overrides import apply
 from .places import at_home, exists, located
 from .recipe_text import below, leaves, members, read
+from .reliability import Autoscale, Guards, Notify
 
 SHOWN = 200  # characters of a value in a message
 PACKAGED = Path(__file__).parents[1] / "recipes"
@@ -159,4 +160,7 @@ SECTIONS: dict[str, type[Section]] = {
     "eval": Eval,
     "checkpoint": Checkpoint,
     "metrics": Metrics,
+    "guards": Guards,
+    "notify": Notify,
+    "autoscale": Autoscale,
 }

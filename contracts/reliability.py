@@ -1,7 +1,7 @@
 """What a run does about its own troubles: guards, who is told, and where replicas go. Imports neither torch nor Ray."""
 
+import shlex
 from typing import Literal
-from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
@@ -26,21 +26,29 @@ class Guards(Section):
 
 
 class Notify(Section):
-    """Where alarms go, beside the log, the metrics and `tutorloop status`."""
+    """Who is told of alarms and of the run's end, beside the log, the metrics and `tutorloop status`."""
 
-    command: str = Field(default="", description="run with each alarm as JSON on its standard input")
-    webhook: str = Field(default="", description="address that each alarm is posted to, as JSON")
+    command: str = Field(default="", description="run with each of them as JSON on its standard input; no shell")
+    webhook_env: str = Field(
+        default="", description="environment variable that holds the address which each is posted to, as JSON"
+    )
 
     @model_validator(mode="after")
-    def _address(self) -> "Notify":
-        parts = urlsplit(self.webhook)
-        if self.webhook and (parts.scheme not in ("http", "https") or not parts.hostname):
-            raise ValueError("notify.webhook reads http://HOST/… or https://HOST/…")
+    def _readable(self) -> "Notify":
+        try:
+            words = shlex.split(self.command)
+        except ValueError as error:
+            raise ValueError(f"notify.command reads as a shell's words do: {error}") from None
+        if self.command and not words[:1]:
+            raise ValueError("notify.command names a program")
+        if self.webhook_env and not self.webhook_env.isidentifier():
+            # Whatever stands there may be the address itself: it is not shown.
+            raise ValueError("notify.webhook_env names a variable, which holds the address: that is a secret")
         return self
 
 
 class Autoscale(Section):
-    """Replicas of the rollout, teacher and verifier pools go to where the run waits, within a budget; none: as given."""
+    """Replicas of the rollout, teacher and verifier pools go where the run waits, within a budget; none: as given."""
 
     cpus: float = Field(default=0.0, ge=0, description="CPUs that these pools may take together; 0: not by CPUs")
     gpus: float = Field(default=0.0, ge=0, description="GPUs that these pools may take together; 0: not by GPUs")

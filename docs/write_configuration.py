@@ -11,6 +11,7 @@ from pydantic_core import PydanticUndefined
 
 from tutorloop.cluster.methods import METHODS
 from tutorloop.cluster.methods.parts.composition import Composition
+from tutorloop.cluster.resume_keys import TABLE, known_keys, rule_of
 from tutorloop.contracts.config import Config, Section
 from tutorloop.contracts.recipe import SECTIONS
 
@@ -33,6 +34,24 @@ What stands behind the `=` of an override is
 `stages.0.steps=3` reaches into a list of the recipe. Of several overrides of a key the last one holds. In a recipe, as
 in an override, numbers are those of YAML 1.2 and finite; `010`, which YAML's versions read in two ways, is refused.
 Relative paths start where the command runs, and `~` is the home folder.
+
+The column *resume* says what becomes of a key that a run which goes on (`--resume`) has changed:
+[below](#what-a-resume-may-change).
+"""
+
+RESUME = """## What a resume may change
+
+| kind | what becomes of it |
+|---|---|
+| free | taken as it is |
+| last bits | taken, and told in a note: the same run, but for the last bits of its figures |
+| result | refused by name, unless `--allow-change KEY` names it or its section; then told and written down |
+| never | refused, with the reason |
+
+What was changed, and after which step, stands in `changes.jsonl` of the run's folder and in its report. The place of
+data and models may be another where it holds what the run read: that is compared by content, and a teacher may be
+another with `--allow-change teacher.model`. A section that came or went counts by its name (`student.lora`). `stages.N`
+of a stage that is done never changes; `steps` alters the result where `learner.decay` is not constant.
 """
 
 
@@ -41,7 +60,13 @@ def page() -> str:
     top = {name: field for name, field in Config.model_fields.items() if name not in SECTIONS}
     parts = [HEAD, _methods(), _table("The run", "", top)]
     parts += [_table(model.__doc__ or "", f"{name}.", model.model_fields) for name, model in SECTIONS.items()]
-    return "\n".join(parts)
+    return "\n".join([*parts, _resume()])
+
+
+def _resume() -> str:
+    rows = [f"| {', '.join(f'`{key}`' for key in rule.keys)} | {rule.kind} | {rule.why} |" for rule in TABLE]
+    head = ["`*` is any part of a key; the first line that has a key decides. `teacher.` is also `teachers.NAME.`", ""]
+    return "\n".join([RESUME, *head, "| keys | kind | why |", "|---|---|---|", *rows]) + "\n"
 
 
 def _methods() -> str:
@@ -73,9 +98,18 @@ def options_of(compose: Callable[[Config], Composition]) -> type[Section]:
 
 
 def _table(title: str, prefix: str, fields: dict[str, FieldInfo]) -> str:
-    rows = [f"| `{prefix}{name}` | {_type(f)} | {_default(f)} | {f.description} |" for name, f in fields.items()]
+    rows = [
+        f"| `{prefix}{name}` | {_type(f)} | {_default(f)} | {f.description} | {_on_resume(prefix + name)} |"
+        for name, f in fields.items()
+    ]
     heading = f"## `{prefix[:-1]}`\n\n{title}" if prefix else f"## {title}"
-    return f"{heading}\n\n| key | type | default | meaning |\n|---|---|---|---|\n" + "\n".join(rows) + "\n"
+    return f"{heading}\n\n| key | type | default | meaning | resume |\n|---|---|---|---|---|\n" + "\n".join(rows) + "\n"
+
+
+def _on_resume(key: str) -> str:
+    """The kind of a key; of one that holds others, as they say."""
+    kinds = {rule_of(known).kind for known in known_keys() if f"{known}.".startswith(f"{key}.")}
+    return kinds.pop() if len(kinds) == 1 else "by its keys"
 
 
 def _type(field: FieldInfo) -> str:

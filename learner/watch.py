@@ -64,5 +64,5 @@ def not_finite(what: str, version: int, rollouts: Iterable[str] = (), where: str
     return NotFinite(
         "the learner's losses, gradients and weights are finite numbers",
         f"step {version + 1}{where}: {what}{of}",
-        "lower learner.learning_rate",
+        "lower learner.learning_rate, with --allow-change learner.learning_rate",
     )

@@ -22,6 +22,7 @@ from ...contracts.errors import InputError, RunFolderError, TutorloopError
 from ...contracts.recipe import load_config
 from ..recording.claim import LONG_SECONDS, Holder, holder_of, is_claim
 from ..recording.metrics import METRICS_FILE
+from ..recording.notify import kept
 from .live import LIVE, Live, lives, read_live
 
 ANSWER_SECONDS = 30.0  # that a run may keep still
@@ -38,10 +39,12 @@ AUXILIARY = {UNHEARD: "is ", ELSEWHERE: "is ", INTERRUPTED: "was "}
 
 
 def ask(folder: Path) -> dict[str, Any]:
-    """How the run in `folder` stands: the fields of RunStatus, and always `state`, `figures`, `checkpoint`, `go_on`.
+    """How the run in `folder` stands: the fields of RunStatus, and always `state`, `alarms`, `figures`, `checkpoint`,
+    `go_on`.
 
     `state`: running where the run itself has answered; otherwise the rest is what its files say, and it is one of
     "starting or ending" (its process lives and does not listen), "running elsewhere", "ended", "interrupted", "died".
+    `alarms`: its last ones, and how it ended, as in alarms.jsonl;
     `figures`: of its last step; `checkpoint`: the newest, not verified; `go_on`: what a person can do next, in words.
     Raises an InputError, and TutorloopError where a living run does not answer or fails to.
     """
@@ -168,6 +171,7 @@ def of_files(folder: Path) -> dict[str, Any]:
         "learner_ranks": None,
         "learner_restarts": None,
         "notes": [],
+        "alarms": kept(folder),
         "figures": _figures(row, rows.get("eval", {})),
         "checkpoint": checkpoint and str(checkpoint),
         "go_on": _go_on(folder, state, holder, checkpoint),
@@ -216,7 +220,7 @@ def _recipe(folder: Path) -> tuple[str, int | None]:
         config = load_config(folder / "config.yaml")
     except InputError:  # of another release, or not there yet
         return "", None
-    return " → ".join(stage.method for stage in config.plan), config.total_steps
+    return config.methods, config.total_steps
 
 
 def _newest_checkpoint(folder: Path) -> Path | None:

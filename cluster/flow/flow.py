@@ -119,9 +119,12 @@ class Flow:
                 self.shards[step], self._asked[step] = [], self.now()
                 self._steps[step] = asyncio.create_task(self._step(step))
 
-    def restore(self, kept: Mapping[int, list[Shard]]) -> None:
-        """Go on with shards of a checkpoint, each from where it was."""
-        for step, shards in kept.items():
+    def restore(self, kept: Mapping[int, list[Shard]], changed: bool = False) -> None:
+        """Go on with shards of a checkpoint, each from where it was; where what made them has `changed`, they are
+        dropped, and asked for again."""
+        if changed:
+            self._drop([shard for shards in kept.values() for shard in shards], "settings_changed")
+        for step, shards in kept.items() if not changed else ():
             self.shards[step], self._asked[step] = shards, self.now()
             self._steps[step] = asyncio.create_task(self._step(step, list(shards)))
 

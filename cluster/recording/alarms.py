@@ -3,17 +3,22 @@
 Each alarm is raised once a run, in the log, the step's row, the summary and the report.
 """
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import get_args
 
 from ...contracts.config import Config
+from ...contracts.reliability import GuardName
 from ...contracts.verifier_config import Verifier
 from ..flow.shard import Shard
 from .metrics import EvalRow, StepRow
 
 FEW = 16  # judged rollouts without any answer
 STILL_STEPS = 3  # in a row that moved no weight
+OTHER = "other"  # kind
+OF_GUARDS = re.compile(rf"({'|'.join(get_args(GuardName))}) guard: |(rollback) ")
 
 
 @dataclass(slots=True)
@@ -53,6 +58,12 @@ class Alarms:
                 else "",
             }
         )
+
+    def kind_of(self, text: str) -> str:
+        """Of an alarm that has been said; a guard's by its name, of its rollback that, and of any other text OTHER."""
+        by_text = {said: kind for kind, said in self.said.items()}
+        begins = OF_GUARDS.match(text)
+        return by_text.get(text) or (begins.group(begins.lastindex or 0) if begins else OTHER)
 
     def _new(self, found: Mapping[str, str]) -> list[str]:
         new = {kind: text for kind, text in found.items() if text and kind not in self.said}

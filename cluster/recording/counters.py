@@ -45,6 +45,10 @@ class RunCounters:
     def wall_seconds(self) -> float:
         return self.before + time.monotonic() - self.started
 
+    def kind_of(self, warning: str) -> str:
+        """Of an alarm, by its text."""
+        return self.alarms.kind_of(warning)
+
     def evaluated(self, step: int) -> bool:
         return any(row.step == step and row.model == "student" for row in self.evals)
 

@@ -12,13 +12,16 @@ import math
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import start_http_server
 
 from ...contracts.errors import ConfigError, RunFolderError
 from .prometheus import Prometheus
 from .tensorboard import TensorBoard
+
+if TYPE_CHECKING:
+    from .notify import Notifier
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -86,10 +89,14 @@ class MetricsLog:
     """Writes rows for one run folder and serves them to Prometheus.
 
     An existing folder is continued. `port` 0 takes a free one; `url` says which. Raises ConfigError where the port
-    cannot be had. `close` flushes everything and frees the port; it may be called twice.
+    cannot be had. `notifier` tells people what rows warn of. `close` flushes everything and frees the port; it may be
+    called twice.
     """
 
-    def __init__(self, folder: Path, host: str, port: int, method: str = "") -> None:
+    def __init__(
+        self, folder: Path, host: str, port: int, method: str = "", notifier: "Notifier | None" = None
+    ) -> None:
+        self._notifier = notifier
         self._path = folder / METRICS_FILE
         self._tensorboard_folder = folder / TENSORBOARD_FOLDER
         self._prometheus = Prometheus(method)
@@ -107,10 +114,16 @@ class MetricsLog:
     def log_step(self, row: StepRow) -> None:
         self._write("step", asdict(row))
         self._prometheus.step(row)
+        self._alarm(row)
 
     def log_eval(self, row: EvalRow) -> None:
         self._write("eval", asdict(row))
         self._prometheus.eval(row)
+        self._alarm(row)
+
+    def _alarm(self, row: StepRow | EvalRow) -> None:
+        if self._notifier:
+            self._prometheus.alarms(self._notifier.row(row), self._notifier.untold)
 
     def truncate_after(self, step: int) -> None:
         """Forget what a run that resumes with `step` steps done will log again: later steps and later evaluations.

@@ -4,11 +4,13 @@ Names start with `tutorloop_` and use base units. A figure that was not measured
 first value.
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Info, Summary
 
 from ... import __version__
+from ...contracts.reliability import GuardName
 
 if TYPE_CHECKING:
     from .metrics import EvalRow, StepRow
@@ -31,6 +33,11 @@ KNOWN_DROPS = (
     "stale",
     "interrupted",
     "stage_ended",
+)
+# Kinds of alarms: of alarms.py, the guards by their names, and what these have done.
+KNOWN_ALARMS = (
+    *("no_answer", "truncated", "no_gradient", "no_scores", "stale", "abstained", "response_faults"),
+    *(*get_args(GuardName), "rollback"),
 )
 GAUGES = {  # of the row
     "step": ("step", "Learner steps done."),
@@ -94,9 +101,13 @@ class Prometheus:
         self._faults = counter("response_faults_total", "Responses incorrect by their own fault, by reason.", "reason")
         self._dropped = counter("dropped_total", "Rollouts that were dropped, by reason.", "reason")
         self._failed = counter("failed_total", "Calls and samples that failed, by pool and error.", "pool", "error")
+        self._alarms = counter("alarms_total", "Alarms of the run, by kind.", "kind")
+        self._untold = counter("alarms_untold_total", "Alarms that reached nobody, by where they failed.", "where")
         self.nonfinite = counter("nonfinite_values_total", "Figures that were NaN or infinite.")
         for reason in KNOWN_DROPS:
             self._dropped.labels(reason)
+        for kind in KNOWN_ALARMS:
+            self._alarms.labels(kind)
 
     def step(self, row: "StepRow") -> None:
         self._set("weight_version", "Version of the weights that the last step made.", row.step)
@@ -136,6 +147,13 @@ class Prometheus:
 
     def eval(self, row: "EvalRow") -> None:
         self._accuracy.labels(row.split, row.model).set(row.stats["avg_at_k"]["value"])
+
+    def alarms(self, kinds: Iterable[str], untold: Mapping[str, int]) -> None:
+        """`kinds` of alarms that are new; `untold`: where → how many failed since the run started."""
+        for kind in kinds:
+            self._alarms.labels(kind).inc()
+        for where, total in untold.items():
+            self._untold.labels(where).inc(self._new("untold", where, total))
 
     def _set(self, metric: str, text: str, value: float) -> None:
         if metric not in self._gauges:

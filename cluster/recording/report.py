@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ...contracts.errors import RunFolderError
+from ..resume_keys import written
 from .curves import Rows, keys_of, plots_of
 from .metrics import METRICS_FILE, read_rows
 from .plots import INKS, Panel, Series, svg
@@ -91,7 +92,8 @@ def write_report(folder: Path) -> Path:
     page = folder / "report.html"
     aside = folder / ".report.html.tmp"
     samples = shown_samples(folder)
-    aside.write_text(_page(folder.resolve().name, steps, evals, samples, summary, text), encoding="utf-8")
+    changed = [(f"{c['step']}", c["key"], f"{c['before']!r}", f"{c['now']!r}") for c in written(folder)]
+    aside.write_text(_page(folder.resolve().name, steps, evals, samples, summary, changed, text), encoding="utf-8")
     aside.replace(page)
     return page
 
@@ -111,7 +113,16 @@ def _read_summary(path: Path) -> dict[str, Any] | None:
 # ---- the page --------------------------------------------------------------------------------------------------------
 
 
-def _page(name: str, steps: Rows, evals: Rows, samples: Rows, summary: dict[str, Any] | None, config: str) -> str:
+def _page(
+    name: str,
+    steps: Rows,
+    evals: Rows,
+    samples: Rows,
+    summary: dict[str, Any] | None,
+    changed: Sequence[Sequence[str]],
+    config: str,
+) -> str:
+    """`changed`: the steps after which keys were changed, these, and their values before and from then on."""
     title = f"tutorloop: {name}"
     state = "no summary: the run was cut off" if summary is None else ""
     if summary and summary.get("interrupted"):
@@ -131,6 +142,7 @@ def _page(name: str, steps: Rows, evals: Rows, samples: Rows, summary: dict[str,
         _samples(samples),
         _stage_table(steps, summary),
         _table("Summary", (), facts) if facts else "",
+        _table("Changed while it ran", ("after step", "key", "before", "from then on"), changed) if changed else "",
         _eval_table(evals) if evals else "",
         _nonfinite(steps),
         f"<section><h2>Configuration</h2><pre tabindex='0'>{html.escape(config)}</pre></section>" if config else "",

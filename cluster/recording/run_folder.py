@@ -7,7 +7,7 @@ before a run resumes from it.
 import json
 import os
 import shutil
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from ...contracts.errors import CheckpointError, ConfigError, InputError, RunFol
 from ...contracts.recipe import parse_config
 from ...models.digests import Written, digest_of
 from ..identity import Identity, local_models
+from ..resume_keys import Change, changes
 from .claim import FULL, Claim, holder_of, is_claim
 
 Write = Callable[[Path], Awaitable[None]]  # fills a folder
@@ -29,21 +30,17 @@ CONFIG, IDENTITY = "config.yaml", "identity.json"
 STATE, MANIFEST = "state.json", "manifest.json"  # of a checkpoint
 NO_RUNS = ("lost+found", "Thumbs.db", "desktop.ini", "@eaDir")  # what systems leave, beside what is hidden
 FULL_BYTES = 16 * 2**20  # with less room than this, a failed write is a full disk
-# First or last parts of the keys that may differ between a run and its continuation: where it runs, how long, and what
-# is written about it; and the rate, as a person chooses. Everything else decides the weights.
-MAY_DIFFER = (
-    *("steps", "output_dir", "eval", "checkpoint", "metrics", "record", "replicas", "num_cpus", "num_gpus"),
-    *("min_replicas", "max_replicas", "deadline_seconds", "max_attempts", "max_restarts_per_minute"),
-    *("learning_rate", "min_learning_rate"),  # lowered to go on before what was not finite
-)
 
 
 @dataclass(slots=True)
 class RunFolder:
-    """The output folder of one run. `identity`: what the run reads, which its checkpoints name."""
+    """The output folder of one run. `identity`: what the run reads, which its checkpoints name. `allow`: keys that may
+    differ from the run's own although they alter its result; `changes`: what does differ (resume_keys.py)."""
 
     path: Path
     identity: Identity | None = None
+    allow: Sequence[str] = ()
+    changes: Sequence[Change] = ()
     _claim: Claim | None = None
 
     @property
@@ -100,21 +97,11 @@ class RunFolder:
             raise RunFolderError("a run's config.yaml is as it was written", f"{file}: {error}", remedy) from error
 
     def _check_same(self, config: Config, saved: Config) -> None:
-        """The keys that decide the weights. The places of data and models may differ where it is known what was read
-        there: that is compared once it has been read again."""
+        """By resume_keys.py. The places of data and models may differ where it is known what was read there: that is
+        compared once it has been read again. Raises RunFolderError."""
         places = {"data.path", "skills.path", *local_models(config)} if (self.path / IDENTITY).is_file() else set()
-        new, old = _leaves(config.model_dump()), _leaves(saved.model_dump())
-        differing = [
-            f"{key}: {old.get(key)!r} before, {new.get(key)!r} now"
-            for key in sorted(new.keys() | old.keys())
-            if new.get(key) != old.get(key)
-            and not {key.split(".")[0], key.split(".")[-1]} & set(MAY_DIFFER)
-            and not (key in places and key in new and key in old)
-        ]
-        if differing:
-            rule = f"a resumed run keeps its configuration, but for {', '.join(MAY_DIFFER)}"
-            remedy = "restore it, or start a new run in another output_dir"
-            raise RunFolderError(rule, "\n         ".join(differing), remedy)
+        done = sum(1 for left in self.path.glob("stages/*") if left.name.isdecimal())
+        self.changes = changes(config, saved, places=places, stages_done=done, allow=self.allow)
 
     def recorded(self, checkpoint: Checkpoint | None) -> Identity | None:
         """What the run in this folder has read: as its checkpoint says, or the folder itself. None where neither does,
@@ -256,14 +243,6 @@ class RunFolder:
 def _is_of_a_run(path: Path) -> bool:
     """Whether a folder that holds it is another run's: what is hidden, a system's or only claims it is none."""
     return not (path.name.startswith(".") or path.name in NO_RUNS or is_claim(path))
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Every value by its dotted key."""
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return leaves
 
 
 def _take_the_place(aside: Path, final: Path) -> None:

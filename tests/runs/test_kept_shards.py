@@ -105,3 +105,19 @@ def test_batches_come_back_as_they_were(tmp_path: Path) -> None:
         assert one.hidden.tobytes() == other.hidden.tobytes() and one.hidden.dtype == np.float16
         assert one.logprobs.tobytes() == other.logprobs.tobytes()
     assert not fresh.ready and not fresh.batches and fresh.requests == requests[:1]
+
+
+def test_shards_of_other_settings_are_dropped_and_counted(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    train("opd_exact", folder)
+    shutil.rmtree(folder / "final")
+    for step in (4, 6):
+        shutil.rmtree(folder / "checkpoints" / f"step-{step:06d}")
+    own = [f"output_dir={folder}", *SMALL, *AHEAD, "rollout.temperature=0.9"]
+    config = load_config(ROOT / "recipes" / "opd_exact.yaml", own)
+    quiet = Console(file=io.StringIO(), width=100)
+    assert run.train(config, True, None, quiet, local=True, allow=["rollout.temperature"])
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").open(encoding="utf-8")]
+    last = [row for row in rows if row["kind"] == "step"][-1]
+    known = json.loads((folder / "checkpoints" / "step-000006" / "state.json").read_text())["tally"]["dropped"]
+    assert last["step"] == 6 and last["dropped"]["settings_changed"] == known["settings_changed"] > 0

@@ -86,9 +86,9 @@ class WatchedFlow(Flow):
     begun: list
     cut = 0
 
-    def restore(self, kept):
+    def restore(self, kept, changed=False):
         self.begun += [shard for shards in kept.values() for shard in shards]
-        super().restore(kept)
+        super().restore(kept, changed)
 
     @property
     def left(self):

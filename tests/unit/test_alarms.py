@@ -2,6 +2,7 @@
 
 import asyncio
 from dataclasses import asdict, replace
+from typing import get_args
 
 import pytest
 from flow_cases import World, plain, run
@@ -9,9 +10,12 @@ from run_rows import eval_row, fresh_rng, step_row
 
 from tutorloop.cluster.methods.parts.composition import SampleSpec
 from tutorloop.cluster.pools.busy import BusyTime, Watch
-from tutorloop.cluster.recording.alarms import Alarms
+from tutorloop.cluster.recording.alarms import OTHER, Alarms
 from tutorloop.cluster.recording.counters import RunCounters
+from tutorloop.cluster.recording.prometheus import KNOWN_ALARMS
+from tutorloop.contracts.recipe import parse_config
 from tutorloop.contracts.records import StepReport
+from tutorloop.contracts.reliability import GuardName
 
 
 def report(flow, shards, **changes):
@@ -175,3 +179,31 @@ def test_the_busy_share_is_of_the_time_watched_and_never_above_1():
     clock.at = 122
     seen = watch.take()
     assert (seen.seconds, seen.busy, seen.available) == (12, {"rollout": 10}, {"rollout": 24})
+
+
+def test_an_alarm_has_a_kind():
+    counters, rows = tallied(steps=4, receipts={"verdicts": silent})
+    (warning,) = [text for row in rows for text in row.warnings]
+    others = {
+        "another text": OTHER,
+        "entropy guard: it fell": "entropy",
+        "no guard: x": OTHER,
+        "rollback 1 of": "rollback",
+    }
+    assert {text: counters.kind_of(text) for text in others} == others and counters.kind_of(warning) == "no_answer"
+
+
+def test_every_kind_is_counted_from_its_first():
+    """Prometheus sees no increase of a counter that was not there before."""
+
+    class Seen(Alarms):
+        def _new(self, found):
+            kinds.update(found)
+            return []
+
+    kinds: set[str] = set()
+    tree = {"method": "opd", "output_dir": "x", "steps": 1, "prompts_per_step": 1, "data": {"path": "d"}}
+    config = parse_config({**tree, "student": {"model": "s"}, "teacher": {"model": "t"}})
+    Seen().step(config, step_row(fresh_rng(), 1), [], {})
+    Seen().eval(config, eval_row(fresh_rng(), 1))
+    assert kinds and kinds | set(get_args(GuardName)) | {"rollback"} == set(KNOWN_ALARMS)

@@ -148,14 +148,34 @@ def test_a_run_of_an_older_version_can_be_continued(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_keeps_what_decides_the_weights(tmp_path: Path) -> None:
+    """Which key is of which kind: test_resume_keys.py."""
     folder = saved(tmp_path)
     folder.check(config(eval={"every": 7}), resume=True)
     folder.check(config(steps=9, rollout={"replicas": 4}, teacher={"model": "t", "num_cpus": 2}), resume=True)
-    folder.check(config(learner={"learning_rate": 1e-6}), resume=True)
+    folder.check(config(learner={"ranks": 2}), resume=True)
+    assert [(change.key, change.kind) for change in folder.changes] == [("learner.ranks", "last bits")]
     with pytest.raises(RunFolderError, match="seed: 0 before, 5 now"):
         folder.check(config(seed=5), resume=True)
-    with pytest.raises(RunFolderError, match=r"learner\.ranks: 1 before, 2 now"):
-        folder.check(config(learner={"ranks": 2}), resume=True)
+    lower = config(learner={"learning_rate": 1e-6})
+    with pytest.raises(RunFolderError, match=r"1e-05 before, 1e-06 now\n.*--allow-change learner\.learning_rate"):
+        folder.check(lower, resume=True)
+    RunFolder(folder.path, allow=["learner.learning_rate"]).check(lower, resume=True)
+
+
+def test_stages_that_are_done_stay_as_they_were(tmp_path: Path) -> None:
+    def staged(*rates: float) -> Config:
+        stages = [{"method": "opd", "steps": 2, "learning_rate": rate} for rate in rates]
+        return config(method="", steps=0, stages=stages)
+
+    folder = RunFolder(tmp_path, allow=["stages"])
+    folder.create(staged(1e-3, 1e-4))
+    folder.check(staged(1e-5, 1e-4), resume=True)
+    (tmp_path / "stages" / "0").mkdir(parents=True)
+    (tmp_path / "stages" / ".1.tmp").mkdir()
+    with pytest.raises(RunFolderError, match=r"stages\.0\.learning_rate: .* \(this stage is done"):
+        folder.check(staged(1e-5, 1e-4), resume=True)
+    folder.check(staged(1e-3, 1e-5, 1e-6), resume=True)
+    assert [change.key for change in folder.changes] == ["stages.1.learning_rate", "stages.2"]
 
 
 def test_the_newest_checkpoint_comes_back_and_old_ones_go(tmp_path: Path) -> None:

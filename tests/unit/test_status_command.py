@@ -29,7 +29,7 @@ HOSTILE = "[red]x[/] \x1b[31m\x07\u202e y"
 SHOWN = r"[red]x[/] \x1b[31m\x07\u202e y"
 KEYS = {
     *("state", "method", "phase", "step", "steps", "version", "seconds", "pools", "in_flight", "dropped"),
-    *("learner_ranks", "learner_restarts", "notes", "figures", "checkpoint", "go_on"),
+    *("learner_ranks", "learner_restarts", "notes", "alarms", "figures", "checkpoint", "go_on"),
 }
 
 
@@ -270,6 +270,20 @@ def test_what_its_files_say_of_a_run_that_failed(left: Left) -> None:
     assert (
         f"loss {row.loss:.4g}" in lines[2] and "pass rate" in lines[2] and lines[4].endswith(left.continued())
     )  # whole, to be copied
+
+
+def test_alarms_and_how_a_run_ended(left: Left, run: Scripted) -> None:
+    """Of a run that listens and of one that is gone, from one file."""
+    assert left.asked()["alarms"] == []
+    told = {"text": HOSTILE, "time": "2026-01-31T12:00:00Z"}
+    alarms = [{"kind": f"k{n}", "step": n, **told} for n in range(random.randint(6, 30))]
+    left.write("alarms.jsonl", "".join(json.dumps(alarm) + "\n" for alarm in alarms))
+    assert left.asked()["alarms"] == alarms[-20:]
+    lines = [" ".join(line.split()) for line in tutorloop("status", left.folder, columns=200).splitlines()]
+    shown = [f"alarm {a['kind']} at step {a['step']}, {a['time']}: {SHOWN}" for a in alarms[-5:]]
+    assert [line for line in lines if line.startswith("alarm")] == shown
+    with ControlServer(run, left.folder):
+        assert left.asked()["state"] == "running" and left.asked()["alarms"] == alarms[-20:]
 
 
 def test_states_of_a_run_that_does_not_listen(left: Left) -> None:

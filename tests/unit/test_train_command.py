@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,10 @@ from typer.testing import CliRunner
 
 from tutorloop.cli.main import app
 from tutorloop.cli.train import Resume
+from tutorloop.cluster.identity import identity_of
+from tutorloop.cluster.methods import compose_stages
+from tutorloop.cluster.preflight import check_inputs
+from tutorloop.cluster.recording.run_folder import RunFolder
 from tutorloop.contracts.recipe import load_config
 
 ROOT = Path(__file__).parents[2]
@@ -64,6 +69,8 @@ def everything(folder: Path) -> dict[Path, int]:
         (["r.yaml", "--resume", "--", "auto"], Resume.YES, ["auto"]),
         (["r.yaml", "--", "-x=--resume"], Resume.NO, ["-x=--resume"]),
         (["r.yaml", "data.prompt_suffix=--resume"], Resume.NO, ["data.prompt_suffix=--resume"]),
+        (["r.yaml", "--resume", "--allow-change", "auto"], Resume.YES, []),
+        (["--allow-change", "a.b", "r.yaml", "--resume", "auto", "a.b=1"], Resume.AUTO, ["a.b=1"]),
     ],
 )
 def test_resume_takes_auto_and_nothing_else(arguments: list[str], resume: Resume, overrides: list[str]) -> None:
@@ -78,6 +85,9 @@ def test_resume_takes_auto_and_nothing_else(arguments: list[str], resume: Resume
         (["-steps=2"], "write steps=2"),
         (["--resume=maybe"], "auto"),
         (["--adress=x"], "--address"),
+        (["--allow-change", "steps"], "add --resume"),
+        (["--resume", "--allow-change", "learner.learning_rat"], "did you mean learner.learning_rate?"),
+        (["--resume=auto", "--allow-change="], "names a key or a section"),
     ],
 )
 def test_what_is_no_option_is_told(arguments: list[str], told: str) -> None:
@@ -156,6 +166,63 @@ def test_auto_starts_where_nothing_is_and_refuses_another_run(recipe: Path, tmp_
     run_folder(recipe, tmp_path / "run", interrupted=False)
     result = train(recipe, f"output_dir={tmp_path}/run", "--resume", "auto", "seed=5")
     assert result.exit_code == 2 and "seed: 0 before, 5 now" in result.stderr, result.output
+
+
+@pytest.mark.parametrize("resume", [["--resume"], ["--resume", "auto"]])
+def test_what_alters_the_result_wants_to_be_named(resume: list[str], recipe: Path, tmp_path: Path) -> None:
+    run_folder(recipe, tmp_path / "run", interrupted=True)
+    before = everything(tmp_path)
+    arguments = [recipe, f"output_dir={tmp_path}/run", *resume, "--check", "learner.max_grad_norm=3", "learner.ranks=2"]
+    result = train(*arguments)
+    assert result.exit_code == 2 and "--allow-change learner.max_grad_norm" in result.stderr, result.output
+    for key in ("learner.max_grad_norm", "learner"):
+        result = train(*arguments, "--allow-change", key)
+        assert result.exit_code == 0, result.output
+        told = [line for line in result.stdout.splitlines() if " before, " in line]
+        assert [line.split(":")[0] for line in told] == ["learner.max_grad_norm", "learner.ranks"], result.stdout
+    result = train(*arguments, "--allow-change", "learner", "--allow-change", "rollout.temperature")
+    assert result.exit_code == 2 and "rollout.temperature is as it was" in result.stderr, result.output
+    (tmp_path / "run" / "changes.jsonl").write_text('{"step": 2, "key": "rollout.temperature"}\n')
+    result = train(*arguments, "--allow-change", "learner", "--allow-change", "rollout")
+    assert result.exit_code == 0, "a job that is tried again says the same"
+    (tmp_path / "run" / "changes.jsonl").unlink()
+    result = train(*arguments, "seed=3", "--allow-change", "seed", "--allow-change", "learner")
+    assert result.exit_code == 2 and "seed: 0 before, 3 now (the place of a run" in result.stderr, result.output
+    assert everything(tmp_path).keys() == before.keys()
+
+
+def test_another_teacher_is_taken_where_it_may_be(recipe: Path, tmp_path: Path) -> None:
+    """By its content: the same path may hold another model."""
+    shutil.copytree(recipe.parent / "teacher", tmp_path / "teacher")
+    arguments = [recipe, f"output_dir={tmp_path}/run", f"teacher.model={tmp_path}/teacher", "--check"]
+    folder = RunFolder(tmp_path / "run")
+    config = load_config(recipe, [str(argument) for argument in arguments[1:3]])
+    folder.identity = identity_of(config, check_inputs(config, compose_stages(config)))
+    folder.create(config)
+    assert train(*arguments, "--resume").exit_code == 0
+    result = train(*arguments, "--resume", "--allow-change", "teacher.model")
+    assert result.exit_code == 2 and "teacher.model is as it was" in result.stderr, result.output
+    tiny_qwen3(tmp_path / "teacher", seed=7)
+    result = train(*arguments, "--resume")
+    assert result.exit_code == 2 and "reads what it began with" in result.stderr, result.output
+    result = train(*arguments, "--resume", "--allow-change", "teacher")
+    assert result.exit_code == 0 and "another result from here on" in result.stdout, result.output
+
+
+def test_auto_allows_no_change_of_a_run_that_is_not_there(recipe: Path, tmp_path: Path) -> None:
+    """A wrong output_dir, else it would start another run from its beginning."""
+    result = train(recipe, f"output_dir={tmp_path}/run", "--resume", "auto", "--allow-change", "learner", "--check")
+    assert result.exit_code == 2 and f"{tmp_path}/run holds none" in result.stderr, result.output
+
+
+def test_check_says_who_is_told(recipe: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HOOK", "https://hooks.example/secret")
+    ways = ["notify.command=sh -c true", "notify.webhook_env=HOOK"]
+    result = train(recipe, f"output_dir={tmp_path}/run", "--check", *ways)
+    assert "alarms go to    the command of the recipe and the webhook of the recipe" in result.stdout, result.output
+    assert "hooks.example" not in result.output
+    result = train(recipe, f"output_dir={tmp_path}/run", "--check", "notify.webhook_env=NO_SUCH_HOOK")
+    assert result.exit_code == 2 and "NO_SUCH_HOOK is not set" in result.stderr, result.output
 
 
 @pytest.mark.parametrize(
