@@ -1,0 +1,254 @@
+"""What is done to a running lab job, and what must hold. `make chaos` does all of it, an hour; CI does a short part.
+
+    .venv/bin/python tests/chaos/chaos.py                    # every part; what chaos.json holds is not done again
+    .venv/bin/python tests/chaos/chaos.py --only kills --seed 3
+
+A run is the quickstart, synchronous, so that its weights can be compared with those of one left alone, to the bit. What
+is done, and when, is drawn from the seed; how long things take is the machine's.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+from safetensors.numpy import load_file
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+TUTORLOOP = str(Path(sys.executable).with_name("tutorloop"))
+ACTORS = ("RolloutWorker", "TeacherWorker", "VerifierWorker", "LearnerWorker")
+ALONE = ["max_staleness=0", "eval.path=", "eval.ood_path=", "checkpoint.every=5", "checkpoint.keep=3"]
+ROLLOUTS = 96  # a step
+PATIENCE = 1800.0  # seconds, for a run
+
+
+class Job:
+    """A run by the command line, in a process group of its own."""
+
+    def __init__(self, folder: Path, steps: int, *overrides: str) -> None:
+        self.folder, self.steps = folder, steps
+        self.command = [TUTORLOOP, "train", "quickstart", f"output_dir={folder}", f"steps={steps}", *ALONE, *overrides]
+        self.log = folder.with_suffix(".log").open("a", encoding="utf-8")
+        self.process = self._start()
+
+    def _start(self, *more: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([*self.command, *more], stdout=self.log, stderr=self.log, start_new_session=True)
+
+    def again(self) -> None:
+        """Once more, from its checkpoint, or from the beginning where it has none."""
+        self.process = self._start("--resume", "auto")
+
+    @property
+    def text(self) -> str:
+        return self.folder.with_suffix(".log").read_text(encoding="utf-8")
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        file = self.folder / "metrics.jsonl"
+        lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
+        return [row for row in map(json.loads, lines) if row["kind"] == "step"]
+
+    def actors(self, name: str = "") -> list[psutil.Process]:
+        found = []
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            try:
+                title = (process.cmdline() or [""])[0]
+            except psutil.Error:
+                continue
+            if title.startswith("ray::") and any(title.startswith(f"ray::{own}") for own in ACTORS if name in own):
+                found.append(process)
+        return found
+
+    def until(self, steps: int) -> None:
+        self.wait(lambda: len(self.rows) >= steps)
+
+    def wait(self, there: Callable[[], bool]) -> None:
+        end = time.monotonic() + PATIENCE
+        while not there():
+            assert self.process.poll() is None, self.text[-3000:]
+            assert time.monotonic() < end, "too long"
+            time.sleep(0.05)
+
+    def ends(self) -> None:
+        """By itself, with every step trained once and every rollout accounted for."""
+        assert self.process.wait(PATIENCE) == 0, self.text[-3000:]
+        self.check()
+
+    def check(self) -> None:
+        rows = self.rows
+        assert [row["step"] for row in rows] == list(range(1, self.steps + 1)), [row["step"] for row in rows]
+        assert sum(row["rollouts"]["taken"] for row in rows) == ROLLOUTS * self.steps
+        trained = sum(row["rollouts"]["trained"] for row in rows)
+        assert ROLLOUTS * self.steps == trained + sum(rows[-1]["dropped"].values()), rows[-1]["dropped"]
+
+    @property
+    def weights(self) -> dict[str, bytes]:
+        tensors = load_file(self.folder / "final" / "model.safetensors")
+        return {name: tensor.tobytes() for name, tensor in tensors.items()}
+
+
+def left_alone(folder: Path, steps: int, *overrides: str) -> dict[str, bytes]:
+    job = Job(folder / f"alone-{steps}", steps, *overrides)
+    job.ends()
+    return job.weights
+
+
+# ---- what is done ----------------------------------------------------------------------------------------------------
+
+
+def kills(folder: Path, rng: random.Random, many: int = 50) -> str:
+    """SIGKILL of a process drawn from all actors of one run, `many` times, at random times."""
+    steps = 6 * many
+    alone = left_alone(folder, steps)
+    job, killed = Job(folder / "killed", steps, "learner.deadline_seconds=600", *more_restarts()), Counter[str]()
+    job.until(2)
+    while killed.total() < many and job.process.poll() is None:
+        time.sleep(rng.uniform(0.5, 8.0))
+        there = job.actors(rng.choice(ACTORS))
+        if not there or len(job.rows) >= steps - 3:
+            continue
+        victim = rng.choice(there)
+        try:
+            name = victim.cmdline()[0].removeprefix("ray::").partition(".")[0]
+            victim.kill()
+        except (psutil.Error, IndexError):
+            continue
+        killed[name] += 1
+    job.ends()
+    assert job.weights == alone
+    return f"{', '.join(f'{name} {n}' for name, n in sorted(killed.items()))}; {steps} steps, the undisturbed weights"
+
+
+def more_restarts() -> list[str]:
+    return [f"{pool}.max_restarts_per_minute=100" for pool in ("rollout", "teacher", "verifier")]
+
+
+def driver(folder: Path, rng: random.Random, many: int = 20) -> str:
+    """SIGKILL of the driver at a random moment, start and end included; then the same command with --resume auto."""
+    steps = 12
+    alone = Job(folder / f"alone-{steps}-local", steps, "--local", "checkpoint.every=3")
+    begun = time.monotonic()
+    alone.ends()
+    lasts, killed = time.monotonic() - begun, []
+    for number in range(many):
+        job = Job(folder / f"driver-{number}", steps, "--local", "checkpoint.every=3")
+        time.sleep(rng.uniform(0.0, lasts))
+        job.process.kill()
+        job.process.wait()
+        killed.append(len(job.rows))
+        if not (job.folder / "final").is_dir():
+            job.again()
+            assert job.process.wait(PATIENCE) == 0, job.text[-3000:]
+        job.check()
+        assert job.weights == alone.weights
+    return f"{many} kills after {sorted(killed)} of {steps} steps; always the undisturbed weights"
+
+
+def resizes(folder: Path, rng: random.Random, many: int = 20) -> str:
+    """The teacher pool goes 1 → 4 → 1 under load, `many` times."""
+    steps = 40 * many
+    job = Job(folder / "resized", steps, "eval.every=0", "checkpoint.every=0")
+    job.until(2)
+    done = 0
+    while done < many and len(job.rows) < steps - 5:
+        for wanted in (4, 1):
+            asked = subprocess.run([TUTORLOOP, "scale", str(job.folder), f"teacher={wanted}"], capture_output=True)
+            assert asked.returncode == 0, asked.stdout + asked.stderr
+            job.wait(lambda wanted=wanted: len(job.actors("TeacherWorker")) == wanted)
+        done += 1
+    os.killpg(job.process.pid, signal.SIGINT)
+    assert job.process.wait(PATIENCE) == 130, job.text[-3000:]
+    rows = job.rows
+    assert sum(row["rollouts"]["taken"] for row in rows) == ROLLOUTS * len(rows)
+    return f"{done} times within {len(rows)} steps; no rollout lost"
+
+
+def stopped(folder: Path, rng: random.Random, seconds: float = 60.0) -> str:
+    """SIGSTOP of one process of each kind for a while."""
+    alone = left_alone(folder, 60)
+    job = Job(folder / "stopped", 60)
+    for number, name in enumerate(ACTORS):
+        job.until(5 + 12 * number)
+        victim = rng.choice(job.actors(name))
+        victim.suspend()
+        time.sleep(seconds)
+        victim.resume()
+    job.ends()
+    assert job.weights == alone
+    return f"{len(ACTORS)} processes for {seconds:.0f} s each; the undisturbed weights"
+
+
+def together(folder: Path, rng: random.Random) -> str:
+    """Two commands on one run folder: the second is refused, and the first ends as if alone."""
+    alone = left_alone(folder, 60)
+    job = Job(folder / "first", 60)
+    job.until(2)
+    for more in ([], ["--resume"], ["--resume", "auto"]):
+        second = subprocess.run([*job.command, *more], capture_output=True, text=True)
+        assert second.returncode == 2 and "Traceback" not in second.stderr, second.stderr
+    job.ends()
+    assert job.weights == alone
+    return "three commands refused with exit code 2; the first run's weights are the undisturbed ones"
+
+
+PARTS: dict[str, Callable[[Path, random.Random], str]] = {
+    "kills": kills,
+    "driver": driver,
+    "resizes": resizes,
+    "stopped": stopped,
+    "together": together,
+}
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    lines = [
+        "# Chaos",
+        "",
+        f"`make chaos` (tests/chaos/chaos.py), {os.cpu_count()} cores, 24 GiB. The quickstart, synchronous.",
+        "",
+        "| what is done | seed | minutes | what was found |",
+        "|---|---|---|---|",
+    ]
+    for found in results.values():
+        lines.append(f"| {found['what']} | {found['seed']} | {found['minutes']:.1f} | {found['said']} |")
+    return "\n".join(lines) + "\n"
+
+
+def parts(only: str) -> Iterator[str]:
+    yield from [only] if only else PARTS
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", default="", choices=["", *PARTS])
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    file = RESULTS / "chaos.json"
+    results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    for name in parts(options.only):
+        if name in results and not options.only:
+            continue
+        begun = time.monotonic()
+        with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
+            said = PARTS[name](Path(folder), random.Random(f"{name} {options.seed}"))
+        minutes = (time.monotonic() - begun) / 60
+        what = (PARTS[name].__doc__ or "").split("\n")[0].rstrip(".").replace("`many` times", "again and again")
+        results[name] = {"what": what, "seed": options.seed, "minutes": minutes, "said": said}
+        print(name, results[name], flush=True)
+        file.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (RESULTS / "chaos.md").write_text(table(results), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
