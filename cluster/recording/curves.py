@@ -27,6 +27,8 @@ def plots_of(steps: Rows, evals: Rows) -> Iterable[tuple[str, str, list[Panel]]]
     stages = {name: ("seconds", name) for name in keys_of(steps, "seconds") if name not in ("total", *BETWEEN_STEPS)}
     views = {a: {name: ("learner", f"skill_{a}_{name}") for name in STANCES} for a in ("right", "wrong")}
     speed, busy = ({name: ("pools", name, key) for name in pools} for key in ("tokens_per_second", "busy_fraction"))
+    cached = {name: ("score_cache", name) for name in ("hits", "misses")}
+    cached = cached if np.nansum(_values(steps, cached["hits"])) else {}
     speed = {name: place for name, place in speed.items() if np.nansum(_values(steps, place))}  # a verifier has none
 
     def panel(unit: str, places: dict[str, Place], share: bool = False, bars: bool = False) -> Panel:
@@ -63,6 +65,7 @@ def plots_of(steps: Rows, evals: Rows) -> Iterable[tuple[str, str, list[Panel]]]
         ("Pools", "Since the step before, evaluations and checkpoints left out."): [
             panel("tokens per second", speed),
             panel("busy share of the replicas' time", busy, share=True),
+            panel("teacher scores that had been kept (hits) and had not (misses)", cached),
         ],
         ("A step's time", f"By stage; {' and '.join(BETWEEN_STEPS)} stand in the table below."): [
             panel("seconds, stacked", stages, bars=True)

@@ -32,7 +32,7 @@ FULL_BYTES = 16 * 2**20  # with less room than this, a failed write is a full di
 # is written about it; and the rate, as a person chooses. Everything else decides the weights.
 MAY_DIFFER = (
     *("steps", "output_dir", "eval", "checkpoint", "metrics", "record", "replicas", "num_cpus", "num_gpus"),
-    *("min_replicas", "max_replicas", "deadline_seconds", "max_attempts", "max_restarts_per_minute"),
+    *("cache_gib", "min_replicas", "max_replicas", "deadline_seconds", "max_attempts", "max_restarts_per_minute"),
     *("learning_rate", "min_learning_rate"),  # lowered to go on before what was not finite
 )
 
