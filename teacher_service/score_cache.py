@@ -1,9 +1,9 @@
 """Teacher scores kept on disk by their content: a retry, a resume or a later epoch does not pay for them again.
 
 An entry is what the engine reads at once: a forward pass of packed rollouts; a whole call, of an engine of one's own;
-one rollout, where servers answer. It is no finer, because a model rounds otherwise in another batch. So a hit is bit for
-bit what the engine would answer, and a run's weights do not depend on what was kept. A rollout that stands alone in its
-forward pass, as long ones do, is an entry of its own, whatever it is asked with.
+one rollout, where servers answer. It is no finer, because a model rounds otherwise in another batch. So a hit is what
+the engine would answer, bit for bit, and a run's weights do not depend on what was kept. A rollout that stands alone in
+its forward pass, as long ones do, is an entry of its own, whatever it is asked with.
 
 Its name is a digest of the teacher, the weights that it holds, the request and the token ids. It is written aside,
 renamed, and sealed with a checksum, so that readers and writers need no lock, on a file system of several machines too.
@@ -30,7 +30,7 @@ import xxhash
 from ..contracts.arrow import decode, encode
 from ..contracts.errors import RecordError
 from ..contracts.protocols import TeacherEngine
-from ..contracts.records import Rollout, ScoreRequest, TeacherScores
+from ..contracts.records import EMPTY_II, Rollout, ScoreRequest, TeacherScores
 from .requests import batches_of, only_numbers, refusal
 
 SCORES, CHECKPOINTS = "scores", "checkpoints"  # folders of a run
@@ -129,7 +129,7 @@ class ScoreCache:
         """The file of what is asked: whoever asks for the same, asks for that file."""
         asked = blake2b(repr((self.place.scorer, weights, request.signal, request.top_k)).encode(), digest_size=20)
         for rollout in rollouts:
-            support = rollout.topk_ids if request.signal == "given" else rollout.topk_ids[:0]
+            support = rollout.topk_ids if request.signal == "given" else EMPTY_II
             asked.update(repr((len(rollout.token_ids), rollout.prompt_length, support.shape)).encode())
             asked.update(np.ascontiguousarray(rollout.token_ids, np.int32).data)
             asked.update(np.ascontiguousarray(support, np.int32).tobytes())
@@ -226,7 +226,7 @@ class _Sealing:
     closed = False
 
     def __init__(self, file: IO[bytes], name: str) -> None:
-        self.file, self.sum, self.written = file, xxhash.xxh3_128(name), 0
+        self.file, self.sum, self.written = file, xxhash.xxh3_128(name.encode()), 0
 
     def write(self, data: Any) -> None:
         self.sum.update(data)
@@ -252,7 +252,7 @@ def seal(scores: Sequence[TeacherScores], name: str, file: IO[bytes]) -> int:
 def unsealed(data: bytes, name: str) -> list[TeacherScores] | None:
     """What was sealed under that name; None where a byte is missing or another."""
     stream = memoryview(data)[:-SEAL_BYTES]
-    sum_of = xxhash.xxh3_128(name)
+    sum_of = xxhash.xxh3_128(name.encode())
     sum_of.update(stream)
     if sum_of.digest() != data[-SEAL_BYTES:]:
         return None
