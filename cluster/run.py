@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ray import cloudpickle
 from rich.console import Console
@@ -21,7 +21,6 @@ from ..contracts.arrow import encode
 from ..contracts.config import Config, Teacher
 from ..contracts.own_code import package_of
 from ..contracts.records import Prompt, Sampling
-from ..teacher_service.score_cache import forget_sampled
 from .control.live_run import LiveRun
 from .control.server import ControlServer
 from .driver import Driver, standing
@@ -59,7 +58,7 @@ from .recording.report import write_report
 from .recording.run_folder import Checkpoint, RunFolder
 from .recording.samples import truncate_samples
 from .resuming import begin
-from .score_caches import cache_places
+from .score_caches import cache_places, forget_sampled
 from .skill_bank import SkillBank
 from .stages import EntropyCollapse
 from .startup import Startup
@@ -348,8 +347,11 @@ async def _evaluate_teachers(run: Run, config: Config, log: MetricsLog) -> None:
 
 
 def _problem_sets(inputs: Inputs, backend: Backend) -> list[ProblemSet]:
-    both = {"in_distribution": inputs.in_distribution, "out_of_distribution": inputs.out_of_distribution}
-    return [ProblemSet.of(name, problems, backend) for name, problems in both.items() if problems]
+    splits: tuple[Literal["in_distribution"], Literal["out_of_distribution"]] = (
+        "in_distribution",
+        "out_of_distribution",
+    )
+    return [ProblemSet.of(split, problems, backend) for split in splits if (problems := getattr(inputs, split))]
 
 
 def eval_plan(config: Config) -> EvalPlan:

@@ -8,10 +8,11 @@ from typing import Any
 from .. import __version__
 from ..contracts.config import REFERENCE, Config, Reference, Teacher
 from ..models.loading import locate_model
-from ..teacher_service.score_cache import CachePlace
+from ..teacher_service.score_cache import CachePlace, forget_sampled
 from .identity import Identity, digest_of_code, digest_of_model
 from .recording.run_folder import RunFolder
 
+__all__ = ["cache_places", "forget_sampled"]
 GIB = 2**30
 
 

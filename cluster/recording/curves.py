@@ -27,8 +27,6 @@ def plots_of(steps: Rows, evals: Rows) -> Iterable[tuple[str, str, list[Panel]]]
     stages = {name: ("seconds", name) for name in keys_of(steps, "seconds") if name not in ("total", *BETWEEN_STEPS)}
     views = {a: {name: ("learner", f"skill_{a}_{name}") for name in STANCES} for a in ("right", "wrong")}
     speed, busy = ({name: ("pools", name, key) for name in pools} for key in ("tokens_per_second", "busy_fraction"))
-    cached = {name: ("score_cache", name) for name in ("hits", "misses")}
-    cached = cached if np.nansum(_values(steps, cached["hits"])) else {}
     speed = {name: place for name, place in speed.items() if np.nansum(_values(steps, place))}  # a verifier has none
 
     def panel(unit: str, places: dict[str, Place], share: bool = False, bars: bool = False) -> Panel:
@@ -65,7 +63,7 @@ def plots_of(steps: Rows, evals: Rows) -> Iterable[tuple[str, str, list[Panel]]]
         ("Pools", "Since the step before, evaluations and checkpoints left out."): [
             panel("tokens per second", speed),
             panel("busy share of the replicas' time", busy, share=True),
-            panel("teacher scores that had been kept (hits) and had not (misses)", cached),
+            panel("teacher scores that had been kept (hits) and had not (misses)", _kept_scores(steps)),
         ],
         ("A step's time", f"By stage; {' and '.join(BETWEEN_STEPS)} stand in the table below."): [
             panel("seconds, stacked", stages, bars=True)
@@ -83,6 +81,12 @@ def plots_of(steps: Rows, evals: Rows) -> Iterable[tuple[str, str, list[Panel]]]
         shown = [p for p in shown if p.series]
         if shown:
             yield title, note, shown
+
+
+def _kept_scores(steps: Rows) -> dict[str, Place]:
+    """What the cache of teacher scores did, in a run in which it did anything."""
+    places: dict[str, Place] = {name: ("score_cache", name) for name in ("hits", "misses")}
+    return places if np.nansum(_values(steps, places["hits"])) else {}
 
 
 def keys_of(rows: Rows, field: str) -> list[str]:

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from loop_cases import make_models, recipe, steps_of, train, weights_of
 from rich.console import Console
+from score_cases import keep_all
 
 from tutorloop.cluster import run
 from tutorloop.cluster.driver import Driver
 from tutorloop.contracts.config import Config
 from tutorloop.contracts.recipe import load_config
-from tutorloop.teacher_service import score_cache
 from tutorloop.teacher_service.score_cache import CachePlace
 
 ROOT = Path(__file__).parents[2]
@@ -41,8 +41,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def all_is_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiny engines are as fast as the disk."""
-    monkeypatch.setattr(score_cache, "EXPECTED", dict.fromkeys(score_cache.EXPECTED, float("inf")))
+    keep_all(monkeypatch)
 
 
 def config_of(models: Path, folder: Path, way: str, **changes: Any) -> Config:
@@ -135,7 +134,14 @@ def test_given_answers_are_scored_once_in_all_epochs(
 @pytest.mark.sweep
 def test_a_killed_run_in_one_process_is_continued_with_its_scores(tmp_path: Path) -> None:
     """By SIGKILL, on the lab, with the rule of what is worth keeping as it is."""
-    small = ["steps=8", "max_staleness=0", "eval.path=", "eval.ood_path=", "checkpoint.every=4", "checkpoint.minutes=99"]
+    small = [
+        "steps=8",
+        "max_staleness=0",
+        "eval.path=",
+        "eval.ood_path=",
+        "checkpoint.every=4",
+        "checkpoint.minutes=99",
+    ]
 
     def command(folder: Path, *more: str) -> list[str]:
         own = ["train", str(ROOT / "recipes" / "quickstart.yaml"), f"output_dir={folder}", *small, "--local", *more]
