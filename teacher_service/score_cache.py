@@ -3,7 +3,7 @@
 An entry is what the engine reads at once: a forward pass of packed rollouts; a whole call, of an engine of one's own;
 one rollout, where servers answer. It is no finer, because a model rounds otherwise in another batch. So a hit is what
 the engine would answer, bit for bit, and a run's weights do not depend on what was kept. A rollout that stands alone in
-its forward pass, as long ones do, is an entry of its own, whatever it is asked with.
+its forward pass is an entry of its own, whatever it is asked with.
 
 Its name is a digest of the teacher, the weights that it holds, the request and the token ids. It is written aside,
 renamed, and sealed with a checksum, so that readers and writers need no lock, on a file system of several machines too.
@@ -144,7 +144,8 @@ class ScoreCache:
             return None
         found = unsealed(data, entry.stem)
         if found is None or [len(s.logprobs) for s in found] != [r.response_length for r in rollouts]:
-            entry.unlink(missing_ok=True)
+            with suppress(OSError):  # the disk may take nothing
+                entry.unlink()
             return None
         with suppress(OSError):  # another replica may have let it go
             os.utime(entry)
@@ -164,9 +165,13 @@ class ScoreCache:
             if self._unseen >= self.place.most_bytes / LOOKED_AT:
                 self._look_over()
             written = self._write(entry, scores)
+        except FileNotFoundError:  # somebody has tidied up meanwhile
+            self._unseen = float("inf")
+            return 0
         except OSError as error:
             self._off = True
-            self._note = f"no more scores of {self.place.teacher_id} are kept: {error.strerror} ({self.folder})"
+            why = error.strerror or error
+            self._note = f"no more scores of {self.place.teacher_id} are kept: {why} ({self.folder})"
             return 0
         finally:
             self._spent += time.perf_counter() - start
@@ -189,7 +194,7 @@ class ScoreCache:
         """Make the folder, and let go what nobody can ask for any more and, beyond the bound, what was used least
         lately. Never more than half of the disk's free room is taken. Raises OSError."""
         if not Path(self.place.run).is_dir():  # of another machine: it is not made here
-            raise FileNotFoundError(0, "the run's folder is not on this machine")
+            raise NotADirectoryError(0, "the run's folder is not on this machine")
         self.folder.mkdir(parents=True, exist_ok=True)
         oldest = min(map(_modified, Path(self.place.run, CHECKPOINTS).glob("step-*")), default=0.0)
         kept: list[tuple[float, int, Path]] = []

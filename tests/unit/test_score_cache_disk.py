@@ -3,6 +3,7 @@
 import itertools
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import time
@@ -58,6 +59,18 @@ def test_a_folder_that_takes_nothing_keeps_no_scores_and_says_so_once(tmp_path):
     goes_on_without(tmp_path, fresh_random(), "Not a directory")
     goes_on_without(tmp_path / "elsewhere", fresh_random(), "the run's folder is not on this machine")
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_folder_that_goes_is_made_again(tmp_path):
+    random, worker = fresh_random(), worker_of("m", place_at(tmp_path), "fake")
+    written = []
+    for i in range(4):
+        _, receipt = score_all(worker, [one_of(random, i)], ScoreRequest())
+        written.append(receipt.bytes_written > 0)
+        assert not receipt.note
+        if i == 0:
+            shutil.rmtree(tmp_path / "scores")
+    assert written == [True, False, True, True]
 
 
 def test_a_write_that_breaks_off_leaves_nothing(tmp_path):
