@@ -168,4 +168,4 @@ def test_writing_takes_no_more_of_the_engines_time_than_an_entry_is_expected_to_
     cache, random = Slow(place_at(tmp_path), engine), fresh_random()
     for i in range(20):
         cache.score([one_of(random, i)], ScoreRequest(), FROZEN)
-    assert kept <= len(entries(tmp_path)) <= min(kept + 1, 20)
+    assert kept <= len(entries(tmp_path)) <= min(kept + 2, 20)  # the first one is free
