@@ -1,13 +1,15 @@
 """What keeping teacher scores costs and saves: an entry, the quickstart with and without, epochs of given answers.
 
-    .venv/bin/python benchmarks/score_cache.py entries epochs pairs    # a quarter of an hour; each alone as well
+    .venv/bin/python benchmarks/score_cache.py entries steps epochs pairs    # twenty minutes; each alone as well
     .venv/bin/python benchmarks/score_cache.py --table                 # the table again, from the results alone
 
 `entries` is in one process, without Ray: a call as the recipe makes it, the engine beside writing and reading what it
-answered, medians. `pairs` runs PAIRS times the quickstart's training on Ray, with and without, in turns: the
-median over steps of a step's seconds, of each pair the ratio. SmolLM2-135M must be there (`make real`).
+answered, medians. `steps` keeps in every other step of one run. `pairs` runs the quickstart's training PAIRS times on
+Ray, with and without, in turns: of each pair the ratio of a step's median seconds; on a quiet machine. SmolLM2-135M must
+be there (`make real`).
 """
 
+import io
 import json
 import statistics
 import subprocess
@@ -19,18 +21,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 
+from tutorloop.cluster import run
+from tutorloop.contracts.recipe import load_config
 from tutorloop.contracts.records import Rollout, ScoreRequest, TeacherScores
 from tutorloop.lab.real import real_models
 from tutorloop.models.loading import locate_model
 from tutorloop.teacher_service import score_cache
 from tutorloop.teacher_service.engines import make_engine
 from tutorloop.teacher_service.requests import only_numbers
-from tutorloop.teacher_service.score_cache import FROZEN, CachePlace, ScoreCache
+from tutorloop.teacher_service.score_cache import FROZEN, CachePlace, CacheUse, ScoreCache
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAIRS, STEPS, COUNTED = 5, 60, 20  # steps of a run, and from which one on they count
+PAIRS, STEPS, COUNTED, TURNS = 5, 60, 20, 120  # steps of a run, and from which one on they count
 # Times, and a call: rollouts, prompt and response tokens of each; about as in quickstart and smollm2_opd.
 CALLS = {"lab:teacher": (15, 96, 22, 26), "SmolLM2-135M": (3, 16, 40, 48)}
 REQUESTS = {
@@ -85,8 +90,8 @@ def turn_of(engine: Any, rollouts: list[Rollout], request: ScoreRequest) -> dict
     start = time.perf_counter()
     answers = engine.score(rollouts, request)
     answered = time.perf_counter()
-    with tempfile.TemporaryDirectory() as run:
-        place = CachePlace(run=run, teacher_id="t", most_bytes=2**30, scorer="s")
+    with tempfile.TemporaryDirectory() as folder:
+        place = CachePlace(run=folder, teacher_id="t", most_bytes=2**30, scorer="s")
         cache = ScoreCache(place, Answers(engine, answers))
         cache._look_over()  # its folder is there
         checked = time.perf_counter()
@@ -127,6 +132,34 @@ def pairs() -> list[dict[str, float]]:
         found.append({"with": seconds[1], "without": seconds[0]})
         print(found[-1], seconds[1] / seconds[0], flush=True)
     return found
+
+
+def steps() -> list[dict[str, float]]:
+    """Steps of one synchronous run in this process, every other one without keeping: seconds of CPU and wall of each,
+    all of whose scoring is waited for."""
+    found: list[dict[str, float]] = []
+    last = [0.0, 0.0]
+    ask = ScoreCache.score
+
+    def in_turns(cache: ScoreCache, rollouts: Sequence[Rollout], request: ScoreRequest, weights: str) -> Any:
+        now = [time.process_time(), time.perf_counter()]
+        if found:
+            found[-1] |= {"cpu": now[0] - last[0], "wall": now[1] - last[1]}
+        last[:] = now
+        found.append({"kept": float(len(found) % 2)})
+        if not found[-1]["kept"]:
+            return [only_numbers(answer) for answer in cache.engine.score(rollouts, request)], CacheUse()
+        scores, use = ask(cache, rollouts, request, weights)
+        found[-1]["bytes"] = use.bytes_written
+        return scores, use
+
+    ScoreCache.score = in_turns
+    with tempfile.TemporaryDirectory() as folder:
+        own = ["eval.path=", "eval.ood_path=", "checkpoint.every=0", "max_staleness=0", f"steps={TURNS}"]
+        config = load_config(ROOT / "recipes" / "quickstart.yaml", [f"output_dir={folder}/run", *own])
+        run.train(config, False, None, Console(file=io.StringIO(), width=100), local=True)
+    ScoreCache.score = ask
+    return found[COUNTED:-1]
 
 
 def epochs() -> list[dict[str, Any]]:
@@ -179,6 +212,22 @@ def table(results: dict[str, Any]) -> str:
         lines += [f"| {r['with']:.4f} | {r['without']:.4f} | {r['with'] / r['without']:.4f} |" for r in own]
         middle = statistics.median(ratios)
         lines += ["", f"Median ratio {middle:.4f} ({ratios[0]:.4f} – {ratios[-1]:.4f}).", ""]
+    if own := results.get("steps"):
+        kept, plain = own[own[0]["kept"] == 0 :: 2], own[own[0]["kept"] == 1 :: 2]
+        ratios = {
+            name: statistics.median(a[name] / b[name] for a, b in zip(kept, plain, strict=False))
+            for name in ("cpu", "wall")
+        }
+        middle = {name: statistics.median(row[name] for row in plain) for name in ("cpu", "wall")}
+        lines += ["## A step with and without", ""]
+        lines += [
+            f"The quickstart's training, synchronous, in one process, every other of {len(own)} steps without; all"
+        ]
+        lines += [
+            f"scoring is waited for. A step takes {middle['cpu']:.2f} s of CPU and {middle['wall']:.2f} s; medians of"
+        ]
+        lines += [f"the ratios of neighbours: CPU {ratios['cpu']:.4f}, wall {ratios['wall']:.4f}."]
+        lines += [f"{sum(row['bytes'] > 0 for row in kept)} of {len(kept)} calls were kept.", ""]
     if own := results.get("epochs"):
         lines += [
             "## Epochs of given answers",
@@ -224,7 +273,7 @@ def large() -> list[str]:
 def main() -> None:
     path = RESULTS / "score_cache.json"
     results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    parts = {"entries": entries, "epochs": epochs, "pairs": pairs}
+    parts = {"entries": entries, "steps": steps, "epochs": epochs, "pairs": pairs}
     for name in [name for name in sys.argv[1:] if name != "--table"]:
         results[name] = parts[name]()
         path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
@@ -28,7 +28,7 @@ import pyarrow as pa
 import xxhash
 
 from ..contracts.arrow import decode, encode
-from ..contracts.errors import RecordError
+from ..contracts.errors import RecordError, TeacherError
 from ..contracts.protocols import TeacherEngine
 from ..contracts.records import EMPTY_II, Rollout, ScoreRequest, TeacherScores
 from .requests import batches_of, only_numbers, refusal
@@ -98,14 +98,15 @@ class ScoreCache:
                 use.hits.update(i for unit in (first, *others) for i in unit)
                 scores.update(zip(first, found, strict=True))
         asked = [i for i in range(len(rollouts)) if i not in use.hits]
-        start = time.perf_counter()
-        answers = self.engine.score([rollouts[i] for i in asked], request) if asked else []
-        seconds = time.perf_counter() - start
-        scores.update(zip(asked, map(only_numbers, answers), strict=True))
+        answers, seconds, failure = self._ask([rollouts[i] for i in asked], request) if asked else ({}, 0.0, None)
+        scores.update((asked[i], only_numbers(answer)) for i, answer in answers.items())
         tokens = sum(len(rollouts[i].token_ids) for i in asked)
         for entry, unit in missed.items():
             share = sum(len(rollouts[i].token_ids) for i in unit) / tokens
-            use.bytes_written += self._keep(entry, [scores[i] for i in unit], share * seconds)
+            if all(i in scores for i in unit):
+                use.bytes_written += self._keep(entry, [scores[i] for i in unit], share * seconds)
+        if failure:
+            raise failure
         for first, *others in same.values():
             for unit in others:
                 scores.update(zip(unit, [scores[i] for i in first], strict=True))
@@ -114,6 +115,17 @@ class ScoreCache:
             scores[i] = replace(scores[i], teacher_id=self.place.teacher_id, **own)
         use.note, self._note = self._note, ""
         return [scores[i] for i in range(len(rollouts))], use
+
+    def _ask(
+        self, rollouts: Sequence[Rollout], request: ScoreRequest
+    ) -> tuple[Mapping[int, TeacherScores], float, TeacherError | None]:
+        """The engine's answers by index, and its seconds. Of servers that failed in the middle, what they answered, for
+        the call that is made again; and the failure."""
+        start = time.perf_counter()
+        try:
+            return dict(enumerate(self.engine.score(rollouts, request))), time.perf_counter() - start, None
+        except TeacherError as error:
+            return getattr(self.engine, "answered", {}), time.perf_counter() - start, error
 
     def _units(self, rollouts: Sequence[Rollout], request: ScoreRequest) -> list[list[int]]:
         """Indices of the rollouts that the engine reads together, as `batches_of` packs them. Those that it refuses are

@@ -131,6 +131,19 @@ def test_given_answers_are_scored_once_in_all_epochs(
     assert 3 * on["tokens"]["scored"] == off["tokens"]["scored"]
 
 
+def test_a_folder_that_takes_nothing_is_said_once_and_changes_nothing(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setattr(CachePlace, "folder", tmp_path / "file" / "teacher")
+    said = io.StringIO()
+    config = config_of(models, tmp_path / "run", "plain", steps=2)
+    assert run.train(config, False, None, Console(file=said, width=300), local=True)
+    train(config_of(models, tmp_path / "off", "plain", steps=2, teacher={"cache_gib": 0}), None)
+    assert said.getvalue().count("no more scores of teacher are kept: Not a directory") == 1
+    assert weights_of(tmp_path / "run") == weights_of(tmp_path / "off")
+
+
 ALL_KEPT = """
 from tutorloop.teacher_service import score_cache
 score_cache.EXPECTED = dict.fromkeys(score_cache.EXPECTED, float("inf"))
