@@ -5,8 +5,8 @@
 
 `entries` is in one process, without Ray: a call as the recipe makes it, the engine beside writing and reading what it
 answered, medians. `steps` keeps in every other step of one run. `pairs` runs the quickstart's training PAIRS times on
-Ray, with and without, in turns: of each pair the ratio of a step's median seconds; it needs a quiet machine. SmolLM2-135M
-must be there (`make real`).
+Ray, with and without, in turns: of each pair the ratio of a step's median seconds; it needs a quiet machine.
+SmolLM2-135M must be there (`make real`).
 """
 
 import io
