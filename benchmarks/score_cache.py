@@ -228,7 +228,14 @@ def table(results: dict[str, Any]) -> str:
         ]
         lines += [f"the ratios of neighbours: CPU {ratios['cpu']:.4f}, wall {ratios['wall']:.4f}."]
         lines += [f"{sum(row['bytes'] > 0 for row in kept)} of {len(kept)} calls were kept.", ""]
-    if own := results.get("epochs"):
+    lines += epochs_table(results.get("epochs", []))
+    return "\n".join(lines)
+
+
+def epochs_table(own: list[dict[str, Any]]) -> list[str]:
+    """Of the lab's kd; nothing where it was not run."""
+    lines: list[str] = []
+    if own:
         lines += [
             "## Epochs of given answers",
             "",
@@ -246,7 +253,7 @@ def table(results: dict[str, Any]) -> str:
             "An answer is known again where it stands alone in its forward pass. With `tokens_per_batch=1` each",
         ]
         lines += ["does, which makes a pass over short answers slower and later epochs free.", ""]
-    return "\n".join(lines)
+    return lines
 
 
 def large() -> list[str]:
