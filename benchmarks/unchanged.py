@@ -31,7 +31,7 @@ KINDS = {  # name → recipe, overrides
         ["steps=", "method=", "prompts_per_step=4", "stages=[{method: raft, steps: 4}, {method: grpo, steps: 4}]"],
     ),
 }
-CLOCKED = ("seconds", "wall_seconds", "pools")
+CLOCKED = ("seconds", "wall_seconds", "pools", "score_cache")
 
 
 def run(tree: Path, name: str, folder: Path, local: bool) -> tuple[list[dict], str]:

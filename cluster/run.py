@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ray import cloudpickle
 from rich.console import Console
@@ -61,6 +61,7 @@ from .recording.run_folder import Checkpoint, RunFolder
 from .recording.samples import truncate_samples
 from .resume_keys import write_down
 from .resuming import begin
+from .score_caches import cache_places, forget_sampled
 from .skill_bank import SkillBank
 from .stages import EntropyCollapse
 from .startup import Startup
@@ -227,7 +228,8 @@ async def _assemble(run: Run, number: int, composition: Composition, first: int,
     if not run.counters.evals:
         await _evaluate_teachers(run, config, log)
     run.startup.phase("teachers", f"loading the teachers of {config.method}")
-    teachers = stage_teachers(config, composition, generators["student"], run.inputs.servers, run.backend)
+    given = (generators["student"], run.inputs.servers, run.backend, cache_places(config, run.folder))
+    teachers = stage_teachers(config, composition, *given)
     own = {name: pool for name, pool in teachers.items() if pool is not generators["student"]}
     await _ready(own, run, stack)
     if composition.scoring and composition.scoring.top_k:
@@ -289,7 +291,7 @@ async def _start_student(
     """The learner, the generators and the verifiers, which load side by side."""
     run.startup.phase("placing", f"finding room for the learner of {config.method}")
     learner = await start_learner()
-    generators = stage_generators(config, composition, run.backend)
+    generators = stage_generators(config, composition, run.backend, cache_places(config, run.folder))
     run.startup.phase("learner", f"loading the learner of {config.method}")
     await learner.ready()
     run.startup.phase("generators", f"loading the generators of {config.method}")
@@ -354,12 +356,11 @@ async def _evaluate_teachers(run: Run, config: Config, log: MetricsLog) -> None:
 
 
 def _problem_sets(inputs: Inputs, backend: Backend) -> list[ProblemSet]:
-    sets = []
-    if inputs.in_distribution:
-        sets.append(ProblemSet.of("in_distribution", inputs.in_distribution, backend))
-    if inputs.out_of_distribution:
-        sets.append(ProblemSet.of("out_of_distribution", inputs.out_of_distribution, backend))
-    return sets
+    splits: tuple[Literal["in_distribution"], Literal["out_of_distribution"]] = (
+        "in_distribution",
+        "out_of_distribution",
+    )
+    return [ProblemSet.of(split, problems, backend) for split in splits if (problems := getattr(inputs, split))]
 
 
 def eval_plan(config: Config) -> EvalPlan:
@@ -397,6 +398,7 @@ async def _write_down(run: Run, driver: Driver, finished: bool) -> dict[str, Any
     if finished:
         await folder.put(folder.path / "final", "the model", driver.learner.export)
         write_model_card(folder.path / "final" / "README.md", config, summary)
+        forget_sampled(folder.path)
     folder.write("summary.json", json.dumps(summary, indent=2))
     write_report(folder.path)
     return summary

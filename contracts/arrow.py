@@ -30,10 +30,10 @@ def encode(kind: type[Record], records: Sequence[Record]) -> pa.RecordBatch:
             columns.append(_ragged(values, column.type))
         elif pa.types.is_large_binary(column.type):
             columns.append(_binary(values))
-            dtypes = {str(v.dtype) for v in values if v.size} or {"float32"}
+            dtypes = {v.dtype for v in values if v.size} or {EMPTY_FF.dtype}
             if len(dtypes) > 1:
-                raise RecordError("hidden states of one batch share a dtype", str(sorted(dtypes)))
-            schema = schema.with_metadata({HIDDEN_DTYPE: dtypes.pop().encode()})
+                raise RecordError("hidden states of one batch share a dtype", str(sorted(map(str, dtypes))))
+            schema = schema.with_metadata({HIDDEN_DTYPE: str(dtypes.pop()).encode()})
         else:
             columns.append(pa.array(values, column.type))
     return pa.RecordBatch.from_arrays(columns, schema=schema)

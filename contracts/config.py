@@ -11,6 +11,8 @@ from .reliability import Autoscale, Guards, Notify
 from .sections import THINKING, ModelPool, Pool, Section
 from .verifier_config import Skills, Verifier
 
+KEPT_SCORES = "of the run folder's disk, for scores that may be asked for again (docs/reliability.md); 0: none kept"
+
 
 class Lora(Section):
     """Low-rank adapters (peft) on the student: only they are trained, published and saved."""
@@ -61,9 +63,7 @@ class Teacher(ModelPool):
         default=False, description="a `live` self-teacher without a pool of its own: the rollout replicas score too"
     )
     weight: float = Field(default=1.0, gt=0, description="of its loss, where several teachers score one rollout")
-    cache_gib: float = Field(
-        default=1.0, ge=0, description="of the run folder's disk, for scores that may be asked for again; 0: none kept"
-    )
+    cache_gib: float = Field(default=1.0, ge=0, description=KEPT_SCORES)
 
     @model_validator(mode="after")
     def _of_its_engine(self) -> "Teacher":
@@ -112,6 +112,7 @@ class Reference(Pool):
     model: str = Field(description="local folder or hub id; shares the student's tokenizer")
     dtype: Literal["fp32", "bf16"] = Field(default="fp32", description="of its weights")
     tokens_per_batch: int = Field(default=8192, ge=1, description="most tokens in one forward pass")
+    cache_gib: float = Field(default=1.0, ge=0, description=KEPT_SCORES)
 
 
 class Rollout(ModelPool):

@@ -17,6 +17,7 @@ class Receipt:
 
     rows: int
     tokens: int = 0  # generated, or read by a teacher (prompt included)
+    spared: int = 0  # tokens that would have been, but for what a cache held: such a call says nothing of the pace
     seconds: float
     ended: float = field(default_factory=time.time, compare=False)  # when that was, by the clock on the wall
     errors: dict[str, int] = field(default_factory=dict)  # what the service could not do: error class → count
@@ -47,10 +48,16 @@ class RolloutReceipt(Receipt):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreReceipt(Receipt):
-    """Of a teacher's scores. The lengths are those of the rows really scored, as they were scored."""
+    """Of a teacher's scores. The lengths are those of the rows really scored, as they were scored. Where scores are
+    kept, `hits` counts the rollouts (with views: views) that were known, and `misses` those that were not."""
 
     lengths: tuple[int, ...] = ()
     response_lengths: tuple[int, ...] = ()
+    hits: int = 0
+    misses: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
+    note: str = ""  # what a person should know of the cache, said once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

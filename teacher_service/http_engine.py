@@ -67,6 +67,8 @@ class Positions:
 class HttpTeacher:
     """A `contracts.protocols.TeacherEngine` on servers at `urls`, which call it `model`; `limits` are `probe`'s."""
 
+    tokens_per_batch = 1  # each rollout is a request of its own
+
     def __init__(
         self,
         model: str,
@@ -79,7 +81,8 @@ class HttpTeacher:
         api_key: str = "",
     ) -> None:
         self.model, self.teacher_id, self.limits = model, teacher_id, limits
-        self.context, self.largest_k = limits.context, limits.largest_k
+        self.context, self.vocab, self.largest_k = limits.context, limits.vocab, limits.largest_k
+        self.answered: dict[int, TeacherScores] = {}  # of the last call, by index: what stands where it failed
         self.client = HttpClient(
             urls, requests_per_url=requests_per_url, timeout_seconds=timeout_seconds, api_key=api_key
         )
@@ -104,6 +107,7 @@ class HttpTeacher:
         found = {pool.submit(self._score, rollouts[i], request): i for i in sound}
         done = wait(found, return_when=FIRST_EXCEPTION).done
         pool.shutdown(wait=False, cancel_futures=True)  # after a failure: those that run end within their deadlines
+        self.answered = {found[future]: future.result() for future in done if not future.exception()}
         for future in done:
             scores[found[future]] = future.result()
         return scores

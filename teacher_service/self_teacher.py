@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from ..contracts.errors import CheckpointError, TeacherError, WeightsMismatch
 from ..contracts.records import WeightBucket, WeightManifest
 from ..models.lora import ReplicaWeights
+from ..models.weights import fingerprint
 
 
 @runtime_checkable
@@ -44,11 +45,16 @@ class LiveWeights:
 
     def __init__(self, engine: TakesWeights) -> None:
         self.engine = engine
-        self._taken, self._proven = -1, True
+        self._taken, self._proven, self._fingerprint = -1, True, ""
 
     @property
     def version(self) -> int:
         return max(self._taken, 0)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the weights that are held; "" where they are those that the engine began with."""
+        return self._fingerprint
 
     def check(self) -> None:
         """Raises WeightsMismatch where the last version could not be proven: such a teacher must not score."""
@@ -65,7 +71,7 @@ class LiveWeights:
             return
         self._proven = False
         self.engine.load_weights(buckets, manifest)
-        self._taken, self._proven = manifest.version, True
+        self._taken, self._proven, self._fingerprint = manifest.version, True, manifest.fingerprint
 
 
 class EmaWeights(LiveWeights):
@@ -75,6 +81,13 @@ class EmaWeights(LiveWeights):
         super().__init__(engine)
         self.decay, self.weights, self.device = decay, engine.weights, engine.device
         self.average: dict[str, torch.Tensor] = {}  # float32, from the first version on
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the average as it runs, read when it is first asked for."""
+        if self.average and not self._fingerprint:
+            self._fingerprint = fingerprint(self.weights.parameters.items())
+        return self._fingerprint
 
     @torch.no_grad()
     def take(self, buckets: Sequence[WeightBucket], manifest: WeightManifest) -> None:
@@ -91,6 +104,7 @@ class EmaWeights(LiveWeights):
             self.average[name].mul_(self.decay).add_(own.float(), alpha=1 - self.decay)
             own.copy_(self.average[name])
         self.weights.apply()
+        self._fingerprint = ""
 
     def save(self, path: str | Path) -> None:
         """Write the average and its version as safetensors. Raises TeacherError where there is none yet."""
@@ -125,7 +139,7 @@ class EmaWeights(LiveWeights):
 
     @torch.no_grad()
     def _hold(self, average: dict[str, torch.Tensor], version: int) -> None:
-        self.average, self._taken, self._proven = average, version, True
+        self.average, self._taken, self._proven, self._fingerprint = average, version, True, ""
         for name, own in self.weights.parameters.items():
             own.copy_(average[name])
         self.weights.apply()

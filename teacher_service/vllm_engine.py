@@ -57,7 +57,8 @@ class VllmTeacher:
         self.head = load_lm_head(model, dtype).to(self.device) if hidden else None
         self.dtype = DTYPES[dtype]
         self.context = self.host.context - 1  # vLLM wants room for a token after what it reads
-        self.largest_k = 0 if hidden else self.host.vocab
+        self.vocab = self.host.vocab
+        self.largest_k = 0 if hidden else self.vocab
 
     def score(self, rollouts: Sequence[Rollout], request: ScoreRequest) -> list[TeacherScores]:
         """Scores in the order of `rollouts`; a refused one has an error class and no arrays.

@@ -3,7 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from threading import Lock
 from typing import Any
@@ -22,6 +22,7 @@ from ..models.loading import load_tokenizer
 from .contexts import in_context
 from .engines import make_engine
 from .requests import only_numbers
+from .score_cache import FROZEN, CachePlace, CacheUse, ScoreCache
 from .self_teacher import EmaWeights, LiveWeights, student_weights_of
 from .views import Viewed
 
@@ -33,7 +34,8 @@ class TeacherWorker:
     average with `ema_decay`. `templates` are the recipe's own (models/contexts.py), `suffix` its words after every
     problem, `template_kwargs` the chat template's, `thinking` the marks of a model's reasoning; `tokenizer` is the
     model whose tokenizer is used, none: its own. `options` are the engine's: of a student with `lora`, the weights that
-    a self-teacher takes are adapters of `model`. With `shared` the teacher is the model that this rollout engine runs.
+    a self-teacher takes are adapters of `model`. With `shared` the teacher is the model that this rollout engine runs,
+    and `shared_weights` is the fingerprint of what that holds. `cache`: where scores are kept, None: nowhere.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class TeacherWorker:
         thinking: tuple[str, str] = THINKING,
         tokenizer: str = "",
         shared: RolloutEngine | None = None,
+        cache: CachePlace | None = None,
         **options: Any,
     ) -> None:
         self.teacher_id, self.tokenizer = teacher_id, tokenizer or model
@@ -57,6 +60,8 @@ class TeacherWorker:
         own = {"shared": shared} if shared else {}
         self.engine, self.shared = make_engine(engine, model, teacher_id=teacher_id, **own, **options), shared
         self.student_weights = student_weights_of(self.engine, follows, ema_decay) if follows else None
+        self.shared_weights = ""
+        self.cache = ScoreCache(cache, self.engine) if cache else None
         self._prompting = Lock()  # a tokenizer serves one thread at a time
 
     @cached_property
@@ -87,26 +92,20 @@ class TeacherWorker:
         asked = rollouts.column("teacher").to_pylist()
         rows = [i for i, name in enumerate(asked) if request.everyone or name in ("", self.teacher_id)]
         mine: Sequence[Rollout] = decode(Rollout, rollouts, rows)
+        refused: Counter[str] = Counter()
         if request.views:
-            served, scores, refused = self._views(mine, request, prompts, skills)
+            scores, refused, done = self._views(mine, request, prompts, skills)
         else:
             shown: Sequence[Rollout | None] = mine
             if request.context != PLAIN:
                 with self._prompting:
                     shown = in_context(request.context, mine, self.prompter, rollouts, prompts, verdicts)
-            scores, refused = self._scores(mine, shown, request), Counter[str]()
-            pairs = zip(shown, scores, strict=True)
-            served = [rollout for rollout, score in pairs if rollout and not score.error_class]
+            scores, done = self._scores(mine, shown, request)
         version = self.version
         scores = [replace(score, teacher_version=version) for score in scores] if version else scores
-        receipt = ScoreReceipt(
-            rows=len(mine),
-            tokens=sum(len(rollout.token_ids) for rollout in served),
-            seconds=time.perf_counter() - start,
-            lengths=tuple(len(rollout.token_ids) for rollout in served),
-            response_lengths=tuple(rollout.response_length for rollout in served),
-            errors=dict(refused + Counter(score.error_class for score in scores if score.error_class)),
-        )
+        refused.update(score.error_class for score in scores if score.error_class)
+        seconds = time.perf_counter() - start
+        receipt = ScoreReceipt(rows=len(mine), seconds=seconds, errors=dict(refused), **done.figures())
         return encode(TeacherScores, scores), receipt
 
     def close(self) -> None:
@@ -121,21 +120,21 @@ class TeacherWorker:
         request: ScoreRequest,
         prompts: pa.RecordBatch | None,
         skills: pa.RecordBatch | None,
-    ) -> tuple[list[Rollout], list[TeacherScores], Counter[str]]:
-        """What was really scored, the views of each rollout side by side, and the refused views by error class."""
+    ) -> tuple[list[TeacherScores], Counter[str], "Done"]:
+        """The views of each rollout side by side, and the refused views by error class."""
         with self._prompting:
             viewed = Viewed.of(mine, request, self.prompter, prompts, skills)
-        found = self._ask(viewed.shown, replace(request, views=0))
-        served = [rollout for rollout, score in zip(viewed.shown, found, strict=True) if not score.error_class]
-        return served, *viewed.fold(mine, found, request, self.teacher_id)
+        found, done = self._ask(viewed.shown, replace(request, views=0))
+        return *viewed.fold(mine, found, request, self.teacher_id), done
 
     def _scores(
         self, mine: Sequence[Rollout], shown: Sequence[Rollout | None], request: ScoreRequest
-    ) -> list[TeacherScores]:
+    ) -> tuple[list[TeacherScores], "Done"]:
         """Scores in the order of `mine`, each of the rollout as it is shown, or refused for want of a context."""
-        found = iter(self._ask([rollout for rollout in shown if rollout], request))
-        return [
-            next(found)
+        found, done = self._ask([rollout for rollout in shown if rollout], request)
+        left = iter(found)
+        scores = [
+            next(left)
             if seen
             else TeacherScores(
                 rollout_id=rollout.rollout_id,
@@ -145,9 +144,26 @@ class TeacherWorker:
             )
             for rollout, seen in zip(mine, shown, strict=True)
         ]
+        return scores, done
 
-    def _ask(self, rollouts: Sequence[Rollout], request: ScoreRequest) -> list[TeacherScores]:
-        return [only_numbers(score) for score in self.engine.score(rollouts, request)]
+    def _ask(self, rollouts: Sequence[Rollout], request: ScoreRequest) -> tuple[list[TeacherScores], "Done"]:
+        """The engine, but for what it has been asked before."""
+        weights = self._weights
+        if self.cache and weights:
+            scores, use = self.cache.score(rollouts, request, weights)
+        else:
+            scores, use = [only_numbers(score) for score in self.engine.score(rollouts, request)], None
+        good = [i for i, score in enumerate(scores) if not score.error_class]
+        hits = use.hits if use else set()
+        served = [rollouts[i] for i in good if i not in hits]
+        return scores, Done(served, [rollouts[i] for i in good if i in hits], use)
+
+    @property
+    def _weights(self) -> str:
+        """What the model holds: a fingerprint, "" where it is not known."""
+        if self.shared:
+            return self.shared_weights
+        return self.student_weights.fingerprint if self.student_weights else FROZEN
 
     @property
     def version(self) -> int:
@@ -189,3 +205,30 @@ class TeacherWorker:
         if not isinstance(self.student_weights, EmaWeights):
             raise TeacherError("an average is kept by a teacher that follows as an ema", self.teacher_id)
         return self.student_weights
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What came of one call: the rollouts that were scored, and those that had been; `use` of the cache, if any."""
+
+    scored: list[Rollout]
+    known: list[Rollout]
+    use: CacheUse | None
+
+    def figures(self) -> dict[str, Any]:
+        """Of the receipt. What had been scored costs no tokens."""
+        figures: dict[str, Any] = {
+            "tokens": sum(len(rollout.token_ids) for rollout in self.scored),
+            "lengths": tuple(len(rollout.token_ids) for rollout in self.scored),
+            "response_lengths": tuple(rollout.response_length for rollout in self.scored),
+        }
+        if self.use:
+            figures |= {
+                "spared": sum(len(rollout.token_ids) for rollout in self.known),
+                "hits": len(self.known),
+                "misses": len(self.scored),
+                "bytes_read": self.use.bytes_read,
+                "bytes_written": self.use.bytes_written,
+                "note": self.use.note,
+            }
+        return figures

@@ -52,7 +52,7 @@ def train(config: Config, address: str | None, resume: bool = False) -> dict[str
 def steps_of(folder: Path) -> list[dict[str, Any]]:
     """What a step computed, without what a clock said."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
-    clocked = ("seconds", "wall_seconds", "pools")
+    clocked = ("seconds", "wall_seconds", "pools", "score_cache")
     return [{k: v for k, v in row.items() if k not in clocked} for row in rows if row["kind"] == "step"]
 
 

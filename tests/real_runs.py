@@ -18,7 +18,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 GREEDY_TOKENS = 8
 ROWS = 32  # of the training data, more than any run here asks for: reading all 3000 takes longer than a step
 SHORT = ("rollout.max_new_tokens=8",)  # of the run that CI waits for
-CLOCKED = ("seconds", "wall_seconds", "pools")  # of a step's row
+CLOCKED = ("seconds", "wall_seconds", "pools", "score_cache")  # of a step's row
 
 
 def train(

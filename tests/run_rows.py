@@ -47,6 +47,7 @@ def step_row(rng: np.random.Generator, step: int, **changes) -> StepRow:
         "rollouts": {"taken": 96, "trained": int(rng.integers(1, 97))},
         "reward_parts": {"format": float(rng.random())},
         "groups": {name: float(rng.random()) for name in ("all_right", "all_wrong", "mixed")},
+        "score_cache": {name: int(rng.integers(1, 1000)) for name in ("hits", "misses", "bytes_read", "bytes_written")},
         "tokens": {kind: int(rng.integers(1, 1000)) for kind in ("generated", "scored", "trained")},
         "pools": pools,
         "dropped": {"stale": 2 * step},

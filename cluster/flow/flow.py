@@ -19,6 +19,7 @@ import numpy as np
 
 from ...contracts.config import Config
 from ...contracts.errors import BatchLost, NotFinite, Quarantined
+from ...contracts.receipts import ScoreReceipt
 from ...contracts.records import SampleRequest, TrainRow, seed_of
 from ...contracts.status import StepStatus
 from ..data import PromptOrder
@@ -80,6 +81,7 @@ class Flow:
         self._asked: dict[int, float] = {}  # step → when its prompts were asked for
         self._taken: tuple[int, list[Shard]] | None = None  # what the learner was given last
         self._steps: dict[int, asyncio.Task[None]] = {}  # done once all shards of a step are ready
+        self._said = {""}  # notes of receipts
 
     @property
     def pools(self) -> list[Pool]:
@@ -249,6 +251,9 @@ class Flow:
         batch, receipt = await pool.call(annotation.method, annotation.cost * tokens, **given)
         shard.add(made, batch, receipt, annotation)
         self.scored_by_rollouts += receipt.tokens if shared else 0
+        if isinstance(receipt, ScoreReceipt) and receipt.note not in self._said:
+            self._said.add(receipt.note)
+            self.tell(receipt.note)
         return batch
 
     def _follow_up(self, shard: Shard, step: asyncio.TaskGroup) -> None:

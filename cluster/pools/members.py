@@ -195,9 +195,11 @@ class Members:
         self.busy.left(member.number)
         member.replica.end()
 
-    def answered(self, member: Member, pace: float) -> None:
-        """It has answered a call, which took `pace` seconds a unit of cost."""
+    def answered(self, member: Member, pace: float | None) -> None:
+        """It has answered a call, which took `pace` seconds a unit of cost; None where a cache answered for it."""
         member.answered, member.failures = member.answered + 1, 0
+        if pace is None:
+            return
         member.paces.append(pace)
         others = [other.paces for other in self.serving if other is not member]
         slowest = [max(paces) for paces in others if len(paces) == LOOKED_AT]

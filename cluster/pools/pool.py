@@ -140,8 +140,9 @@ class Pool:
                 self._failed(member, call, error)
         else:
             if self._settle(member, call, found):  # else it was made again elsewhere, and counts there
-                self._pace.took(call.method, cost, loop.time() - sent)
-                self.members.answered(member, found.seconds / max(1, call.cost))
+                if not found.spared:
+                    self._pace.took(call.method, cost, loop.time() - sent)
+                self.members.answered(member, None if found.spared else found.seconds / max(1, call.cost))
                 self.tokens += found.tokens if call.counted else 0
                 self.errors.update(found.errors)
                 if not call.answer.done():

@@ -9,8 +9,9 @@ import pyarrow as pa
 
 from ...actors.worker import RolloutWorker
 from ...contracts.receipts import ScoreReceipt
-from ...contracts.records import ScoreRequest
+from ...contracts.records import ScoreRequest, WeightBucket, WeightManifest
 from ...contracts.sections import THINKING
+from ...teacher_service.score_cache import CachePlace
 from ...teacher_service.worker import TeacherWorker
 from .replica import Replica
 from .room import Tell
@@ -33,6 +34,7 @@ class SelfTeachingWorker(RolloutWorker):
         template_kwargs: Mapping[str, Any] | None = None,
         suffix: str = "",
         thinking: tuple[str, str] = THINKING,
+        cache: CachePlace | None = None,
         **options: Any,
     ) -> None:
         both: dict[str, Any] = {
@@ -47,8 +49,15 @@ class SelfTeachingWorker(RolloutWorker):
             "thinking": thinking,
         }
         super().__init__(**both, **options)
-        own = {"teacher_id": teacher_id, "tokens_per_batch": tokens_per_batch}
+        own = {"teacher_id": teacher_id, "tokens_per_batch": tokens_per_batch, "cache": cache}
         self.teacher = TeacherWorker(shared=self.engine, **own, **both)
+
+    def load_weights(self, manifest: WeightManifest, *buckets: WeightBucket) -> float:
+        """As RolloutWorker.load_weights; the teacher knows what it holds then."""
+        self.teacher.shared_weights = ""
+        seconds = super().load_weights(manifest, *buckets)
+        self.teacher.shared_weights = manifest.fingerprint
+        return seconds
 
     def score(
         self,

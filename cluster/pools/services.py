@@ -11,6 +11,7 @@ from ...contracts.engines import ROLLOUT_ENGINES, TEACHER_ENGINES
 from ...contracts.errors import ConfigError, RolloutError, ServiceError, TeacherError, VerifierError
 from ...contracts.verifier_config import Verifier
 from ...teacher_service.http_engine import ServerLimits
+from ...teacher_service.score_cache import CachePlace
 from ...teacher_service.worker import TeacherWorker
 from ...verifier_service.function_verifier import load_function
 from ...verifier_service.worker import VerifierWorker
@@ -22,13 +23,16 @@ from .self_teaching import SelfTeachingWorker
 from .threads import threads_of
 
 OWN_SERVICE, OWN_AT_ONCE = PoolConfig(num_cpus=0.1), 1
+NO_CACHES: Mapping[str, CachePlace] = {}
 JUDGED_AT_ONCE = 4  # calls at one replica: a shard that waits for a poison sample holds up none of the others
 
 
-def stage_generators(config: Config, composition: Composition, backend: Backend) -> dict[str, Pool]:
-    """Who answers prompts, by source. The student also hands out the dataset's solutions."""
-    student, rollout = config.student, config.rollout
-    rollouts = start_generators("rollout", student.model, config.learner.dtype, rollout, config, backend, student.lora)
+def stage_generators(
+    config: Config, composition: Composition, backend: Backend, caches: Mapping[str, CachePlace] = NO_CACHES
+) -> dict[str, Pool]:
+    """Who answers prompts, by source. The student also hands out the dataset's solutions. `caches`: of teachers."""
+    student, own = config.student, (config.rollout, config, backend, config.student.lora, caches)
+    rollouts = start_generators("rollout", student.model, config.learner.dtype, *own)
     generators = {"student": rollouts, "dataset": rollouts}
     if "teacher" in composition.generators:
         (teacher,) = config.named_teachers.values()
@@ -47,6 +51,7 @@ def start_generators(
     config: Config,
     backend: Backend,
     lora: Lora | None = None,
+    caches: Mapping[str, CachePlace] = NO_CACHES,
 ) -> Pool:
     """A pool of rollout workers with `model`; with `lora` they take adapters of it. The student's rollout pool scores
     too, where a teacher shares it."""
@@ -68,6 +73,7 @@ def start_generators(
         return Pool(name, RolloutWorker, pool, RolloutError, backend, **arguments)
     ((teacher_id, teacher),) = shared.items()
     own = {"teacher_id": teacher_id, "tokens_per_batch": teacher.tokens_per_batch}
+    own |= {"cache": caches.get(teacher_id)}
     return Pool(name, SelfTeachingWorker, pool, RolloutError, backend, **arguments, **own)
 
 
@@ -124,9 +130,15 @@ def load_functions(verifier: Verifier) -> dict[str, bytes]:
 
 
 def stage_teachers(
-    config: Config, composition: Composition, rollouts: Pool, servers: Mapping[str, ServerLimits], backend: Backend
+    config: Config,
+    composition: Composition,
+    rollouts: Pool,
+    servers: Mapping[str, ServerLimits],
+    backend: Backend,
+    caches: Mapping[str, CachePlace] = NO_CACHES,
 ) -> dict[str, Pool]:
-    """The teachers that the stage asks, and the reference model under its own name. `servers`: limits of http ones."""
+    """The teachers that the stage asks, and the reference model under its own name. `servers`: limits of http ones;
+    `caches`: where scores are kept."""
     named = config.named_teachers if composition.scoring else {}
     hidden = composition.scoring is not None and composition.scoring.signal == "hidden"
     teachers: dict[str, Pool] = {}
@@ -135,13 +147,16 @@ def stage_teachers(
         if teacher.shared:
             teachers[name] = rollouts
         elif teacher.remote:
-            teachers[name] = _ask_servers(name, pool_name, teacher, config, servers[name], backend)
+            own = {"limits": servers[name], "cache": caches.get(name)}
+            teachers[name] = _ask_servers(name, pool_name, teacher, config, own, backend)
         else:
             own = {"hidden": hidden} if teacher.capabilities.hidden_apart else {}
+            own |= {"cache": caches.get(name)}
             teachers[name] = _start_teacher(name, pool_name, teacher, config, teacher.engine, own, backend)
     if composition.reference and config.reference:
+        own = {"cache": caches.get(REFERENCE)}
         teachers[REFERENCE] = _start_teacher(
-            REFERENCE, REFERENCE, config.reference, config, "transformers", {}, backend
+            REFERENCE, REFERENCE, config.reference, config, "transformers", own, backend
         )
     return teachers
 
@@ -171,7 +186,7 @@ def annotators(
 
 
 def _ask_servers(
-    name: str, pool_name: str, teacher: Teacher, config: Config, limits: ServerLimits, backend: Backend
+    name: str, pool_name: str, teacher: Teacher, config: Config, own: dict[str, Any], backend: Backend
 ) -> Pool:
     arguments = {
         "engine": TEACHER_ENGINES.to_send(teacher.engine),
@@ -181,7 +196,7 @@ def _ask_servers(
         "requests_per_url": teacher.requests_per_url,
         "timeout_seconds": teacher.timeout_seconds,
         "api_key": key_of("teacher.api_key_env", teacher.api_key_env),
-        "limits": limits,
+        **own,
     }
     return _teacher_pool(name, pool_name, teacher, config, arguments, backend)
 
@@ -204,7 +219,7 @@ def _start_teacher(
     own: dict[str, Any],
     backend: Backend,
 ) -> Pool:
-    """`own`: what the engine takes besides."""
+    """`own`: what worker and engine take besides."""
     arguments = {
         "engine": TEACHER_ENGINES.to_send(engine),
         "model": teacher.model,

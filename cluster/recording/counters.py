@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ...contracts.config import Config
+from ...contracts.receipts import ScoreReceipt
 from ...contracts.records import StepReport
 from ..flow.flow import Flow
 from ..flow.shard import Shard, summaries_of
@@ -30,6 +31,7 @@ class RunCounters:
     available: Counter[str] = field(default_factory=Counter)  # the same if they had always been busy
     present: Counter[str] = field(default_factory=Counter)  # pool → seconds of training that it was there for
     pool_tokens: Counter[str] = field(default_factory=Counter)
+    score_cache: Counter[str] = field(default_factory=Counter)  # of the steps' rollouts: CACHE
     staleness_sum: float = 0.0
     staleness_rows: int = 0
     staleness_max: int = 0
@@ -121,9 +123,11 @@ class RunCounters:
             pools=self._pool_rows(flow, report, done),
             dropped=dict(self.dropped),
             failed=dict(self.failed),
+            score_cache=cache_figures(shards),
             **self._rollout_figures(step - 1, shards),
         )
         self.response_faults.update(row.response_faults)
+        self.score_cache.update(row.score_cache)
         return replace(row, warnings=self.alarms.step(flow.config, row, shards, self.dropped - dropped))
 
     def _pool_rows(self, flow: Flow, report: StepReport, tokens: dict[str, int]) -> dict[str, PoolRow]:
@@ -209,6 +213,7 @@ class RunCounters:
                 if name.startswith("verifier:")
             },
             "response_faults": dict(self.response_faults),
+            **({"score_cache": dict(self.score_cache)} if self.score_cache else {}),
             "warnings": list(self.alarms.said.values()),
             "evals": [asdict(row) for row in self.evals],
         }
@@ -220,6 +225,13 @@ class RunCounters:
         """avg@k of the first evaluation, or of the last one after a step; None where there was none."""
         rows = [row for row in self.evals if (row.split, row.model) == (split, model) and (row.step > 0 or not last)]
         return rows[-1 if last else 0].stats["avg_at_k"]["value"] if rows else None
+
+
+def cache_figures(shards: Sequence[Shard]) -> dict[str, int]:
+    """What the caches of teacher scores did for the rollouts; nothing where none is kept."""
+    scored = [receipt for shard in shards for receipt in shard.receipts.values() if isinstance(receipt, ScoreReceipt)]
+    figures = {name: sum(getattr(receipt, name) for receipt in scored) for name in CACHE}
+    return figures if any(figures.values()) else {}
 
 
 def pass_rate(shards: Sequence[Shard]) -> float | None:
@@ -291,7 +303,8 @@ INSTANT = 1e-9  # seconds
 TOKENS = ("generated", "teacher_generated", "given", "scored", "trained")
 TOKENS_OF = {"rollout": "generated", "teacher_rollout": "teacher_generated"}  # by pool; the teachers' are scored
 BUSY = ("busy", "available", "present")
-COUNTERS = ("tokens", "dropped", "failed", "response_faults", "pool_tokens", *BUSY)
+CACHE = ("hits", "misses", "bytes_read", "bytes_written")
+COUNTERS = ("tokens", "dropped", "failed", "response_faults", "pool_tokens", "score_cache", *BUSY)
 PLAIN = ("staleness_sum", "staleness_rows", "staleness_max", "training_seconds")
 
 

@@ -63,6 +63,7 @@ def plots_of(steps: Rows, evals: Rows) -> Iterable[tuple[str, str, list[Panel]]]
         ("Pools", "Since the step before, evaluations and checkpoints left out."): [
             panel("tokens per second", speed),
             panel("busy share of the replicas' time", busy, share=True),
+            panel("teacher scores that had been kept (hits) and had not (misses)", _kept_scores(steps)),
         ],
         ("A step's time", f"By stage; {' and '.join(BETWEEN_STEPS)} stand in the table below."): [
             panel("seconds, stacked", stages, bars=True)
@@ -80,6 +81,12 @@ def plots_of(steps: Rows, evals: Rows) -> Iterable[tuple[str, str, list[Panel]]]
         shown = [p for p in shown if p.series]
         if shown:
             yield title, note, shown
+
+
+def _kept_scores(steps: Rows) -> dict[str, Place]:
+    """What the cache of teacher scores did, in a run in which it did anything."""
+    places: dict[str, Place] = {name: ("score_cache", name) for name in ("hits", "misses")}
+    return places if np.nansum(_values(steps, places["hits"])) else {}
 
 
 def keys_of(rows: Rows, field: str) -> list[str]:

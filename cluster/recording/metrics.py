@@ -67,6 +67,9 @@ class StepRow:
     dropped: dict[str, int]  # reason → rollouts dropped since the run started
     failed: dict[str, int]  # "pool:error" → failures since the run started
     response_faults: dict[str, int] = field(default_factory=dict)  # incorrect: too large, over their budget, …
+    # Teacher scores of its rollouts that were known (hits) and that were not (misses), bytes_read and bytes_written;
+    # empty where none are kept.
+    score_cache: dict[str, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)  # raised by this step (alarms.py)
 
 

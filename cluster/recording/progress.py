@@ -315,6 +315,10 @@ def run_facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         facts.append((f"pool {name}", _speed(pool["tokens_per_second"], pool["busy_fraction"])))
     if staleness := summary.get("staleness"):
         facts.append(("staleness", f"mean {staleness['mean']:.2f}, max {staleness['max']} weight versions"))
+    if kept := summary.get("score_cache"):
+        asked = kept["hits"] + kept["misses"]
+        written = f"{kept['bytes_written'] / 2**20:,.1f} MiB written"
+        facts.append(("score cache", f"{kept['hits']:,} of {asked:,} scores were known, {written}"))
     counted = (("dropped", "dropped"), ("verifier errors", "verifier_errors"), ("response faults", "response_faults"))
     for title, key in counted:
         if counts := {name: count for name, count in (summary.get(key) or {}).items() if count}:

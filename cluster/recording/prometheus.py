@@ -97,6 +97,12 @@ class Prometheus:
         self._stages = summary("stage_seconds", "Seconds by stage.", "stage")
         self._steps = summary("step_seconds", "Seconds of whole steps.")
         self._tokens = counter("tokens_total", "Tokens that a pool worked on.", "pool")
+        self._cached = {
+            "hits": counter("score_cache_hits_total", "Teacher scores that had been kept."),
+            "misses": counter("score_cache_misses_total", "Teacher scores that had not."),
+            "bytes_read": counter("score_cache_read_bytes_total", "Bytes of kept teacher scores that were read."),
+            "bytes_written": counter("score_cache_written_bytes_total", "Bytes of teacher scores that were kept."),
+        }
         self._abstained = counter("abstained_total", "Rollouts that the verifier did not judge.")
         self._faults = counter("response_faults_total", "Responses incorrect by their own fault, by reason.", "reason")
         self._dropped = counter("dropped_total", "Rollouts that were dropped, by reason.", "reason")
@@ -136,6 +142,8 @@ class Prometheus:
             self._stages.labels(stage).observe(seconds)
         for kind, count in row.tokens.items():
             self._tokens.labels(TOKEN_POOLS[kind]).inc(count)
+        for name, count in row.score_cache.items():
+            self._cached[name].inc(count)
         self._abstained.inc(row.abstained or 0)
         for reason, count in row.response_faults.items():
             self._faults.labels(reason).inc(count)

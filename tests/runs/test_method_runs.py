@@ -43,7 +43,7 @@ def train(config: Config, resume: bool = False) -> list[dict[str, Any]]:
     """The steps' rows, without what a clock said."""
     assert run.train(config, resume, None, Console(file=io.StringIO(), width=100), local=True)
     rows = [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").open()]
-    clocked = ("seconds", "wall_seconds", "pools")
+    clocked = ("seconds", "wall_seconds", "pools", "score_cache")
     return [{k: v for k, v in row.items() if k not in clocked} for row in rows if row["kind"] == "step"]
 
 

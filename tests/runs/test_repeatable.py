@@ -19,7 +19,7 @@ from tutorloop.contracts.recipe import load_config
 ROOT = Path(__file__).parents[2]
 SMALL = ["eval.path=", "eval.ood_path=", "checkpoint.every=0", "max_staleness=0", "steps=3", "learner.warmup_steps=0"]
 SMALL += ["prompts_per_step=6", "rollout.batch_size=8"]  # three calls of generate
-CLOCKED = ("seconds", "wall_seconds", "pools")
+CLOCKED = ("seconds", "wall_seconds", "pools", "score_cache")
 CASES = {  # what is asked on top; a teacher that answers too; a teacher that is shown verdicts
     "dapo": ["rollout.samples_per_prompt=4", "method_options.max_refills=3"],
     "sg_opd": ["rollout.samples_per_prompt=4"],

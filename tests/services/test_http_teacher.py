@@ -9,12 +9,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from bigram_server import KEY, NEXT, BigramServer, V, edited, hang, serving, status, table
+from score_cases import keep_all
 from service_rows import fresh_random, random_rollout
 
 from tutorloop.contracts.errors import ConfigError, TeacherError
 from tutorloop.contracts.records import ScoreRequest
 from tutorloop.teacher_service import http_engine
 from tutorloop.teacher_service.http_engine import HttpTeacher, ServerLimits
+from tutorloop.teacher_service.score_cache import FROZEN, CachePlace, ScoreCache
 
 SUPPORT = 5
 LIMITS = ServerLimits(context=127, vocab=V, largest_k=V, temperature="raw")
@@ -369,3 +371,29 @@ def test_the_key_is_in_no_text_and_what_a_server_writes_is_escaped_and_cut():
         with pytest.raises(ConfigError) as refused:
             teacher_of(["http://127.0.0.1:1/v1"], key=key)
         assert key not in str(refused.value)
+
+
+def test_what_servers_answered_before_one_failed_is_not_paid_twice(tmp_path, monkeypatch):
+    """The fifth request of six is refused; the call that comes next asks for the first four no more."""
+    keep_all(monkeypatch)
+    rollouts, request = rollouts_of(), ScoreRequest(signal="topk", top_k=SUPPORT)
+    place = CachePlace(run=str(tmp_path), teacher_id="t", most_bytes=2**30, scorer="big")
+    with serving(BigramServer()) as urls:
+        expected = teacher_of(urls).score(rollouts, request)
+    server = BigramServer(script=[None] * 4 + [status(400)])
+    with serving(server) as urls:
+        for failing in (True, False, False):
+            cache = ScoreCache(place, teacher_of(urls, at_once=1))  # a replica that comes in place of another
+            if failing:
+                with pytest.raises(TeacherError, match="status 400"):
+                    cache.score(rollouts, request, FROZEN)
+                assert len(server.bodies) >= 5
+            else:
+                scores, _ = cache.score(rollouts, request, FROZEN)
+                check(rollouts, scores)
+                for one, other in zip(scores, expected, strict=True):
+                    assert one.topk_logprobs.tobytes() == other.topk_logprobs.tobytes()
+    asked = [tuple(body["prompt"]) for body in server.bodies]
+    assert (
+        7 <= len(asked) <= 8 and len(set(asked)) == 6
+    )  # the one that failed twice, and at most one in flight beside it

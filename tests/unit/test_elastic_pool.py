@@ -23,7 +23,7 @@ def lost(text="killed"):
 class Replica:
     """Answers after `seconds` of the call; `raises` whatever a call's arguments say."""
 
-    where, dead = "here", False
+    where, dead, spared = "here", False, 0  # tokens that its cache spares each call which names no number
 
     def __init__(self, number, slow=1.0):
         self.number, self.slow, self.open, self.ended, self.version = number, slow, [], False, None
@@ -32,10 +32,12 @@ class Replica:
         answer = asyncio.get_running_loop().create_future()
         self.open.append(answer)
         seconds = arguments.get("seconds", 1.0) * self.slow
-        asyncio.get_running_loop().call_later(seconds, self._answer, answer, arguments.get("raises"), seconds)
+        spared = arguments.get("spared", 0)
+        given = (arguments.get("raises"), seconds, self.spared if spared is None else spared)
+        asyncio.get_running_loop().call_later(seconds, self._answer, answer, *given)
         return ("batch", self.number), answer
 
-    def _answer(self, answer, error, seconds):
+    def _answer(self, answer, error, seconds, spared):
         if self.ended or answer.done():
             return
         if error and error.lost:
@@ -43,7 +45,7 @@ class Replica:
         elif error:
             answer.set_exception(error)
         else:
-            answer.set_result(Receipt(rows=1, seconds=seconds))
+            answer.set_result(Receipt(rows=1, seconds=seconds, spared=spared))
 
     def ask(self, method, *args):
         answer = asyncio.get_running_loop().create_future()
@@ -214,6 +216,40 @@ def test_a_replica_that_is_much_slower_than_the_others_is_replaced():
         assert 1 not in [replica.number for replica in world.pool.replicas] and len(world.pool.replicas) == 2
 
     run_it(slow={1: 30.0})
+
+
+@pytest.mark.parametrize("spared", [0, 5])
+def test_what_a_cache_answers_says_nothing_of_the_pace(spared):
+    """After an answer in 10 s and many in none, a call that hangs is given up after twenty times the first; where those
+    were the replica's own doing, after the least that any call has."""
+
+    @simulated
+    async def run_it(world):
+        loop = asyncio.get_running_loop()
+        await world.pool.call("score", 1, seconds=10.0)
+        for _ in range(100):
+            await world.pool.call("score", 1, seconds=0.001, spared=spared)
+        start, hangs = loop.time(), world.backend.made[0]
+        hangs.slow = 1e6
+        await world.pool.call("score", 1)
+        limit = 200 if spared else 50
+        assert limit <= loop.time() - start < limit + 10
+
+    run_it(deadline_seconds=50)
+
+
+@pytest.mark.parametrize("spared", [0, 5])
+def test_a_replica_that_works_is_not_slower_than_one_whose_cache_answers(spared):
+    @simulated
+    async def run_it(world):
+        slow, quick = world.backend.made
+        slow.slow = 30.0
+        slow.spared, quick.spared = 0, spared
+        for _ in range(40):
+            await asyncio.gather(*(world.pool.call("score", 1, spared=None) for _ in range(4)))
+        assert bool(world.told) == (not spared)
+
+    run_it()
 
 
 def test_a_new_replica_takes_the_published_weights_before_its_first_call():

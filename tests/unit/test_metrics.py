@@ -78,6 +78,10 @@ def test_a_scrape_shows_the_last_step(log):
         "grad_norm": last.learner["grad_norm"],
         "learning_rate": last.learner["learning_rate"],
         "abstained_total": sum(row.abstained for row in rows),
+        "score_cache_hits_total": sum(row.score_cache["hits"] for row in rows),
+        "score_cache_misses_total": sum(row.score_cache["misses"] for row in rows),
+        "score_cache_read_bytes_total": sum(row.score_cache["bytes_read"] for row in rows),
+        "score_cache_written_bytes_total": sum(row.score_cache["bytes_written"] for row in rows),
         "nonfinite_values_total": 0,
     }
     assert {name: value(name) for name in expected} == pytest.approx(expected)

@@ -88,7 +88,7 @@ def test_a_whole_run(tmp_path):
     titles = ("Accuracy", "Loss", "Entropy", "Verifier", "Responses", "Pools", "A step's time")
     for title in (*titles, "Staleness", "Optimizer", "Summary", "Evaluations", "Configuration", "method: opd\nseed: 0"):
         assert title in text
-    assert page.tags.count("svg") == 16
+    assert page.tags.count("svg") == 17
     for row in evals:
         figure = row.stats["avg_at_k"]
         assert f"{100 * figure['value']:.1f} % ({100 * figure['low']:.1f}–{100 * figure['high']:.1f})" in text
@@ -137,7 +137,7 @@ def test_one_step_and_an_interrupted_summary(tmp_path, evaluated):
         page, text = read_page(write_report(tmp_path))
     assert "interrupted" in text
     assert ("Evaluations" in text) is evaluated
-    assert page.tags.count("svg") == (16 if evaluated else 15)
+    assert page.tags.count("svg") == (17 if evaluated else 16)
 
 
 def test_evaluations_before_any_step(tmp_path):
@@ -160,7 +160,7 @@ def test_figures_that_were_not_finite_are_gaps_and_named(tmp_path):
     path.write_text(path.read_text().replace('"kind": "step"', '"kind": "step", "nonfinite": ["loss"]'))
     page, text = read_page(write_report(tmp_path))
     assert "Figures that were not finite: 3 (loss at step 1, loss at step 2, loss at step 3)" in text
-    assert page.tags.count("svg") == 14  # neither accuracy nor loss
+    assert page.tags.count("svg") == 15  # neither accuracy nor loss
 
 
 def test_every_text_of_a_run_is_escaped(tmp_path):
