@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..contracts.config import Config
-from ..contracts.errors import BatchLost, LearnerError, RunFolderError, StorageError, TutorloopError
+from ..contracts.errors import (
+    BatchLost,
+    GuardTripped,
+    LearnerError,
+    NotFinite,
+    RunFolderError,
+    StorageError,
+    TutorloopError,
+)
 from ..contracts.records import StepReport
 from .flow.evaluation import EvalPlan, ProblemSet, evaluate
 from .flow.flow import Flow
@@ -24,6 +32,7 @@ from .learner_group import LearnerGroup
 from .pools.pool import UNPUBLISHED, Pool
 from .pools.weight_broadcast import WeightBroadcast
 from .recording.counters import RunCounters, pass_rate, sampler_entropy
+from .recording.guards import Guards
 from .recording.metrics import MetricsLog
 from .recording.progress import Progress
 from .recording.recorder import Recorder
@@ -94,6 +103,7 @@ class Driver:
         """The stage. Returns whether it came to its end (False: interrupted). A checkpoint stands then."""
         self._saved = time.monotonic()
         self.counters.watch.begin(self.flow.pools)
+        self.counters.guards.begin(self.stage)
         while True:
             clock = Stopwatch()
             try:
@@ -117,6 +127,8 @@ class Driver:
         if due and not self.counters.evaluated(self.step):
             await self.evaluate(clock)
         self._start = self._start or await self._state()
+        if self._owed:  # what a rollback has changed is not forgotten by a death
+            await self.save(clock)
         while not self.ended:
             self.progress.phase("training")
             self.interrupt.check()
@@ -133,6 +145,8 @@ class Driver:
                 await self.publish(clock)
             finally:  # a step that was learnt is written down, whatever came after it
                 await self.record(shards, report, clock)
+            if self.counters.tripped and self.counters.tripped.action != "warn":
+                raise self.counters.tripped.error()
             clock = Stopwatch()
             if self._due(self.config.eval.every):
                 await self.evaluate(clock)
@@ -149,7 +163,7 @@ class Driver:
         await self.save(clock)
 
     async def _final(self, error: TutorloopError) -> TutorloopError | None:
-        """None once the learner goes on after its death, else what ends the stage: it may die again of its start."""
+        """None once the learner goes on from before, else what ends the stage: it may die again of its start."""
         while True:
             try:
                 return None if await self._revived(error) else error
@@ -159,24 +173,32 @@ class Driver:
                 error = again
 
     async def _revived(self, error: TutorloopError) -> bool:
-        """After the learner's death: start it again from the last checkpoint, or as the stage began, and go back there.
+        """After the learner's death, or where a guard rolls the run back: go back to the last checkpoint, or to where
+        the stage began, and take up the learner from there.
 
-        Nothing else starts again: shards that are ready stay. False where something else has failed, or the learner
-        dies of the same step for the third time.
+        Nothing else starts again. After a death shards that are ready stay; after a rollback, which also starts the
+        learner again where it must, they are of weights that the run will not have. False where something else has
+        failed, the learner dies of the same step for the third time, or there were as many rollbacks as may be.
         """
-        if not error.lost or not isinstance(error, LearnerError) or self._deaths[self.step] >= MOST_DEATHS:
+        guards, reached = self.counters.guards, self.step
+        goes_back = guards.go_back(self.config, error, reached, self.flow.last_taken)
+        died = error.lost and isinstance(error, LearnerError) and self._deaths[self.step] < MOST_DEATHS
+        if not died and not goes_back:
             return False
-        self._deaths[self.step] += 1
-        self.progress.note(f"the learner is lost after step {self.step}: {error.short}")
-        self.progress.phase("starting the learner again")
+        self._deaths[self.step] += died
+        self.progress.note(f"{'the learner is lost' if died else 'going back'} after step {reached}: {error.short}")
+        self.progress.phase("starting the learner again" if died else "going back")
         checkpoint, state = self._last_checkpoint() or (None, self._start)
-        self.flow.rewind(state["step"] if state else self.step, keep=not isinstance(error.__cause__, BatchLost))
+        self.flow.rewind(state["step"] if state else reached, keep=died and not isinstance(error.__cause__, BatchLost))
+        if goes_back:
+            self.flow.abandon("rolled_back")
         for pool in (self.flow.services.rollouts, *self.self_teachers):
             pool.withdraw()
         await self.recorder.collect(wait=True)
-        self.learner.close()
-        self.learner = await self.start_learner()
-        await self.learner.ready()
+        if died or not checkpoint or isinstance(error, NotFinite):  # else its weights and gradients are whole
+            self.learner.close()
+            self.learner = await self.start_learner()
+            await self.learner.ready()
         if state is None:
             return True  # nothing has been learnt or counted
         if checkpoint:
@@ -186,17 +208,26 @@ class Driver:
                 pool.renew()
             await self._load_state(state)
         self.counters.resume(state["tally"])
+        self.counters.guards.keep(guards)
         self.log.truncate_after(self.step)
         truncate_samples(self.folder.path, self.step)
+        if goes_back:
+            self.folder.remove_after(self.step)
+            self._owed = True
         self.progress.note(f"the learner goes on from step {self.step}")
         return True
 
     def _last_checkpoint(self) -> Checkpoint | None:
-        """Of this stage, between two rounds."""
+        """Of this stage, between two rounds, and written while no guard that acts was beyond its limit."""
         steps = {int(path.name.removeprefix("step-")): path for path in self.folder.all_checkpoints()}
         between = [step for step in steps if step >= self.flow.first and not self._in_a_round(step)]
-        newest = self.folder.verified(steps[max(between)]) if between else None
-        return newest if newest and newest[1]["stage"] == self.stage else None
+        for step in sorted(between, reverse=True):
+            found = self.folder.verified(steps[step])
+            if found[1]["stage"] != self.stage:
+                return None
+            if not Guards(**found[1]["tally"].get("guards", {})).troubled(self.config):
+                return found
+        return None
 
     def _in_a_round(self, step: int) -> bool:
         """Whether the generators then hold older weights than the learner's, which no checkpoint has."""
@@ -217,19 +248,26 @@ class Driver:
 
     def _unsaved(self) -> bool:
         """Whether a checkpoint is due: by its steps, or since a death now would lose more than `checkpoint.minutes`, on
-        which nothing that trains depends. In a round it waits for its end."""
+        which nothing that trains depends. In a round it waits for its end, and in trouble for what a guard does."""
         long = not self.ended and time.monotonic() - self._saved >= 60 * self.config.checkpoint.minutes
         self._owed = self._owed or long or self._due(self.config.checkpoint.every)
-        return self._owed and not self._in_a_round(self.step)
+        waits = self._in_a_round(self.step) or self.counters.guards.troubled(self.config)
+        return self._owed and not waits
 
     async def learn(self, shards: list[Shard]) -> StepReport:
         """One step on every trainable row, while the pools go on with what is in flight."""
-        rows = self.flow.trainable(self.step, shards)
-        return await self.learner.step(self.step - self.flow.first, self.step, shards, rows)
+        guards = self.counters.guards
+        if self.step in guards.skipped:
+            rows = self.flow.leave_out(shards, "not_finite")
+        else:
+            rows = self.flow.trainable(self.step, shards)
+        return await self.learner.step(self.step - self.flow.first, self.step, shards, rows, guards.rate)
 
     async def rescue(self, error: TutorloopError, clock: Stopwatch) -> None:
         """Before a failure ends the run: save the last finished step, where the learner can, and say what stands."""
-        if not isinstance(error, LearnerError | StorageError | RunFolderError) and self.step > self.flow.first:
+        stands = isinstance(error, GuardTripped) and self._last_checkpoint()  # and its weights are better
+        cannot = isinstance(error, LearnerError | StorageError | RunFolderError)
+        if not stands and not cannot and self.step > self.flow.first:
             self.progress.phase("saving a checkpoint before the run ends")
             self.flow.abandon("interrupted")
             self.counters.count(self.flow)

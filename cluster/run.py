@@ -19,6 +19,7 @@ from rich.console import Console
 
 from ..contracts.arrow import encode
 from ..contracts.config import Config, Teacher
+from ..contracts.errors import GuardTripped
 from ..contracts.own_code import package_of
 from ..contracts.records import Prompt, Sampling
 from .control.live_run import LiveRun
@@ -188,7 +189,11 @@ async def _stages(run: Run, compositions: list[Composition]) -> tuple[bool, dict
             assert run.live
             run.live.driver = driver
             with run.interrupt.saving():
-                finished = await driver.train()
+                try:
+                    finished = await driver.train()
+                except GuardTripped:
+                    await _write_down(run, driver, finished=False)
+                    raise
             if not finished or number == last:
                 return finished, await _write_down(run, driver, finished)
             await run.folder.put(_left_by(run.folder, number), "a stage's model", driver.learner.export)
@@ -345,12 +350,8 @@ async def _evaluate_teachers(run: Run, config: Config, log: MetricsLog) -> None:
 
 
 def _problem_sets(inputs: Inputs, backend: Backend) -> list[ProblemSet]:
-    sets = []
-    if inputs.in_distribution:
-        sets.append(ProblemSet.of("in_distribution", inputs.in_distribution, backend))
-    if inputs.out_of_distribution:
-        sets.append(ProblemSet.of("out_of_distribution", inputs.out_of_distribution, backend))
-    return sets
+    splits = {"in_distribution": inputs.in_distribution, "out_of_distribution": inputs.out_of_distribution}
+    return [ProblemSet.of(name, problems, backend) for name, problems in splits.items() if problems]
 
 
 def eval_plan(config: Config) -> EvalPlan:

@@ -107,6 +107,12 @@ class NotFinite(TutorloopError, ArithmeticError):
     """A loss, a gradient or a weight is infinite or no number: training stops before it spreads."""
 
 
+class GuardTripped(TutorloopError, RuntimeError):
+    """What is measured of a run says that it trains itself to pieces."""
+
+    rolls_back = False  # to a checkpoint from before, if it may
+
+
 class StorageError(TutorloopError, RuntimeError):
     """The disk cannot take what the run has to keep."""
 

@@ -22,7 +22,9 @@ class Guards(Section):
     rate: float = Field(default=0.5, gt=0, le=1, description="each rollback multiplies the learning rate by it")
 
     def action_of(self, guard: GuardName) -> Action:
-        return self.actions.get(guard, self.action)
+        """A rollback mends weights: what is wrong elsewhere stops the run in its place."""
+        action = self.actions.get(guard, self.action)
+        return "stop" if action == "rollback" and guard in ("coverage", "staleness") else action
 
 
 class Notify(Section):
@@ -40,7 +42,7 @@ class Notify(Section):
 
 
 class Autoscale(Section):
-    """Replicas of the rollout, teacher and verifier pools go to where the run waits, within a budget; none: as given."""
+    """Replicas of the rollout, teacher and verifier pools go where the run waits, within a budget; none: as given."""
 
     cpus: float = Field(default=0.0, ge=0, description="CPUs that these pools may take together; 0: not by CPUs")
     gpus: float = Field(default=0.0, ge=0, description="GPUs that these pools may take together; 0: not by GPUs")

@@ -33,7 +33,7 @@ FULL_BYTES = 16 * 2**20  # with less room than this, a failed write is a full di
 MAY_DIFFER = (
     *("steps", "output_dir", "eval", "checkpoint", "metrics", "record", "replicas", "num_cpus", "num_gpus"),
     *("min_replicas", "max_replicas", "deadline_seconds", "max_attempts", "max_restarts_per_minute"),
-    *("learning_rate", "min_learning_rate"),  # lowered to go on before what was not finite
+    *("guards", "learning_rate", "min_learning_rate"),  # lowered to go on before what was not finite
 )
 
 
@@ -214,6 +214,12 @@ class RunFolder:
         """Oldest first; none of them has been verified."""
         found = [path for path in self.checkpoints.glob("step-*") if path.name.removeprefix("step-").isdigit()]
         return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+    def remove_after(self, step: int) -> None:
+        """The checkpoints of what a run has gone back from."""
+        for path in self.all_checkpoints():
+            if int(path.name.removeprefix("step-")) > step:
+                shutil.rmtree(path)
 
     def latest_checkpoint(self) -> Checkpoint | None:
         """The newest checkpoint, verified, and its state; None where there is none. Raises CheckpointError."""

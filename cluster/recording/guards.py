@@ -1,0 +1,287 @@
+"""Guards: what notices a run that trains itself to pieces. Each step's figures against limits of the run's own start.
+
+A limit is made of the stage's first `guards.warmup` steps: the median of a figure, and from there the farthest of a
+share of it, some spreads of those steps (median absolute deviations), and a distance that no healthy run needs. Only
+the gradient's norm, which falls as a run goes on, is compared with its own last steps. A guard trips once
+`guards.patience` steps in a row were beyond a limit. What then happens is `guards.action`: a warning, the run's end, or
+a rollback (`Driver._revived`). A figure that was not measured says nothing.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from statistics import median
+
+from ...contracts.config import Config
+from ...contracts.errors import GuardTripped, NotFinite, TutorloopError
+from ...contracts.reliability import Action, GuardName
+from .metrics import StepRow
+
+SPREADS = 8.0  # of its start that noise may take a figure away; ours
+WINDOW = 20  # gradient norms, of which the median is the usual one
+EXPLODED = 10.0  # times the usual norm; ours
+GRAVITY = ("warn", "rollback", "stop")
+RATE = "a lower learner.learning_rate or a longer learner.warmup_steps"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """How far a figure may go. `times`: above or below its start by so many times; `room`: in the figure's own unit."""
+
+    guard: GuardName
+    kind: str
+    what: str
+    read: Callable[[StepRow, Mapping[str, int]], float | None]
+    above: bool
+    times: float = 1.0
+    room: float = 0.0
+    remedy: str = RATE
+
+    def limit(self, start: list[float]) -> tuple[float, str]:
+        """And how it came about, in words."""
+        middle = median(start)
+        spread = median(abs(value - middle) for value in start)
+        share = abs(middle) * (self.times - 1 if self.above else 1 - 1 / self.times)
+        sign = "+" if self.above else "−"
+        distance, how = max(
+            (share, f"{'×' if self.above else '÷'} {self.times:g}"),
+            (SPREADS * spread, f"{sign} {SPREADS:g} spreads of {spread:.3g}"),
+            (self.room, f"{sign} {self.room:g}"),
+        )
+        limit = middle + distance if self.above else middle - distance
+        return limit, f"{middle:.4g}, the median of the first {len(start)} steps, {how}"
+
+
+@dataclass(frozen=True, slots=True)
+class Tripped:
+    """What a guard found, and what is to be done."""
+
+    action: Action
+    text: str
+    remedy: str
+
+    def error(self) -> GuardTripped:
+        rule = "a run goes on while what its guards watch stays within their limits"
+        error = GuardTripped(rule, self.text, f"continue from before it with {self.remedy}")
+        error.rolls_back = self.action == "rollback"
+        return error
+
+
+@dataclass(slots=True)
+class Guards:
+    """All of it stands in checkpoints. Kinds are those of RULES."""
+
+    stage: int = 0
+    starts: dict[str, list[float]] = field(default_factory=dict)  # kind → the figures of its first steps
+    norms: list[float] = field(default_factory=list)  # of the gradient, the last that were no explosion
+    beyond: dict[str, int] = field(default_factory=dict)  # kind → steps in a row beyond its limit
+    said: dict[str, str] = field(default_factory=dict)  # stage and kind → its alarm, in order
+    rollbacks: list[str] = field(default_factory=list)  # what was said of each
+    news: list[str] = field(default_factory=list)  # for the next step's row
+    rate: float = 1.0  # what rollbacks have made of the learning rate
+    skipped: list[int] = field(default_factory=list)  # steps that do not train, by the steps done before them
+
+    def begin(self, stage: int) -> None:
+        """A stage has its own figures, and its own rate."""
+        if stage != self.stage:
+            self.stage, self.rate, self.starts, self.norms, self.beyond, self.skipped = stage, 1.0, {}, [], {}, []
+
+    def observe(self, config: Config, row: StepRow, dropped: Mapping[str, int]) -> Tripped | None:
+        """Of a finished step, with its drops by reason, the gravest that has tripped. What is new is in `news`."""
+        settings, found = config.guards, []
+        for rule in RULES:
+            action, value = settings.action_of(rule.guard), rule.read(row, dropped)
+            if action == "off" or value is None or not math.isfinite(value):
+                continue
+            limit, how = self._limit(rule, config, value)
+            steps = self.beyond.get(rule.kind, 0) + 1 if (value > limit if rule.above else value < limit) else 0
+            self.beyond[rule.kind] = steps
+            if rule.guard == "gradient" and not steps:
+                self.norms = [*self.norms, value][-WINDOW:]
+            if steps >= settings.patience:
+                side = "above" if rule.above else "below"
+                times = f"{steps} steps in a row" if steps > 1 else "a step"
+                text = f"{rule.what} is {value:.4g} in step {row.step}, {times} {side} its limit {limit:.4g} ({how})"
+                found.append(Tripped(action, f"{rule.guard} guard: {text}", rule.remedy))
+                self._say(rule.kind, f"{rule.guard} guard: {text}. What helps: {rule.remedy}")
+        return max(found, key=lambda tripped: GRAVITY.index(tripped.action), default=None)
+
+    def _limit(self, rule: Rule, config: Config, value: float) -> tuple[float, str]:
+        """Infinitely far while it is still being made."""
+        endless, warmup = math.inf if rule.above else -math.inf, config.guards.warmup
+        if rule.guard == "gradient":
+            if len(self.norms) < warmup:
+                return endless, ""
+            usual, clip = median(self.norms), config.learner.max_grad_norm
+            how = f"{EXPLODED:g} times {usual:.4g}, the median of the last {len(self.norms)} usual steps"
+            return max((EXPLODED * usual, how), (clip, f"learner.max_grad_norm, with {usual:.4g} as usual"))
+        start = self.starts.setdefault(rule.kind, [])
+        if len(start) < warmup:
+            start.append(value)
+            return endless, ""
+        return rule.limit(start)
+
+    def _say(self, kind: str, text: str) -> None:
+        key = f"{self.stage} {kind}"
+        if key not in self.said:
+            self.said[key] = text
+            self.news.append(text)
+
+    def take_news(self) -> list[str]:
+        news, self.news = self.news, []
+        return news
+
+    def troubled(self, config: Config) -> bool:
+        """Whether a guard that stops the run, or rolls it back, has seen its figure beyond the limit in the last step:
+        no checkpoint is written then, for the last one is what a rollback goes back to."""
+        own: set[GuardName] = {rule.guard for rule in RULES if self.beyond.get(rule.kind)}
+        return any(config.guards.action_of(guard) in ("stop", "rollback") for guard in own)
+
+    def go_back(self, config: Config, error: TutorloopError, reached: int, batch: int | None) -> bool:
+        """Whether the run goes back after `error`, at `reached` steps done, and then does something otherwise.
+        `batch`: the steps done before that whose rollouts the learner was given last.
+
+        A guard trips over many steps, so none of their batches is to blame: they are trained again, at a lower rate. A
+        figure that is not finite most often comes of one batch: that one is left out, and the rate is lowered only
+        where it happens again.
+        """
+        settings = config.guards
+        of_batch = isinstance(error, NotFinite) and batch is not None and settings.action_of("gradient") == "rollback"
+        if not of_batch and not (isinstance(error, GuardTripped) and error.rolls_back):
+            return False
+        if len(self.rollbacks) >= settings.rollbacks:
+            error.found += f"; guards.rollbacks={settings.rollbacks} are used up" if settings.rollbacks else ""
+            return False
+        changes = []
+        if not of_batch or self.skipped:
+            self.rate *= settings.rate
+            changes.append(f"the learning rate is {self.rate:.4g} of the recipe's")
+        if of_batch:
+            assert batch is not None
+            self.skipped.append(batch)
+            changes.append(f"step {batch + 1} trains nothing")
+        number = f"rollback {len(self.rollbacks) + 1} of at most {settings.rollbacks}"
+        self.rollbacks.append(f"{number}, after step {reached}: from here {' and '.join(changes)}. {error.found}")
+        self.news.append(self.rollbacks[-1])
+        return True
+
+    def keep(self, other: "Guards") -> None:
+        """What `other` has decided and said outlasts the way back to these figures."""
+        self.rate, self.skipped, self.rollbacks = other.rate, other.skipped, other.rollbacks
+        self.said, self.news = other.said, other.news
+
+
+def _sampled(figure: float | None, row: StepRow) -> float | None:
+    """A figure of responses, where the student sampled some."""
+    return None if row.sampler_entropy is None else figure
+
+
+def _of_teachers(row: StepRow, name: str, worst: Callable[..., float]) -> float | None:
+    """The worst of a learner's metric, which several teachers have each under a name of its own."""
+    own = [value for key, value in row.learner.items() if key == name or key.startswith(f"{name}.")]
+    return worst(own, default=None)
+
+
+def _reverse_kl(row: StepRow) -> float | None:
+    figures = [_of_teachers(row, name, max) for name in ("reverse_kl", "topk_reverse_kl")]
+    return max((figure for figure in figures if figure is not None), default=None)
+
+
+def _ended(row: StepRow) -> float | None:
+    return None if row.truncated_share is None else 1 - row.truncated_share
+
+
+def _stale_share(row: StepRow, dropped: Mapping[str, int]) -> float | None:
+    stale = dropped.get("stale", 0)
+    return stale / (row.rollouts["taken"] + stale) if row.rollouts["taken"] + stale else None
+
+
+RULES = (
+    Rule(
+        guard="eos",
+        kind="eos",
+        what="the share of responses that end by themselves",
+        read=lambda row, _: _sampled(_ended(row), row),
+        above=False,
+        times=2.0,
+        room=0.2,
+    ),
+    Rule(
+        guard="length",
+        kind="length_up",
+        what="the mean response length",
+        read=lambda row, _: _sampled(row.response_length, row),
+        above=True,
+        times=3.0,
+        room=8.0,
+    ),
+    Rule(
+        guard="length",
+        kind="length_down",
+        what="the mean response length",
+        read=lambda row, _: _sampled(row.response_length, row),
+        above=False,
+        times=3.0,
+    ),
+    Rule(
+        guard="entropy",
+        kind="entropy_up",
+        what="the sampler's entropy (nats a token)",
+        read=lambda row, _: row.sampler_entropy,
+        above=True,
+        times=3.0,
+        room=0.05,
+    ),
+    Rule(
+        guard="entropy",
+        kind="entropy_down",
+        what="the sampler's entropy (nats a token)",
+        read=lambda row, _: row.sampler_entropy,
+        above=False,
+        times=10.0,
+    ),
+    Rule(
+        guard="overlap",
+        kind="overlap",
+        what="the share of tokens at which student and teacher have the same first choice",
+        read=lambda row, _: _of_teachers(row, "top1_agreement", min),
+        above=False,
+        times=1.5,
+        room=0.1,
+    ),
+    Rule(
+        guard="reverse_kl",
+        kind="reverse_kl",
+        what="the reverse KL (nats a token)",
+        read=lambda row, _: _reverse_kl(row),
+        above=True,
+        times=3.0,
+        room=0.2,
+    ),
+    Rule(
+        guard="coverage",
+        kind="coverage",
+        what="the share of tokens for which a teacher was asked and has answered",
+        read=lambda row, _: _of_teachers(row, "teacher_coverage", min),
+        above=False,
+        times=2.0,
+        room=0.2,
+        remedy="see why under `failed` in metrics.jsonl",
+    ),
+    Rule(
+        guard="staleness",
+        kind="staleness",
+        what="the share of rollouts dropped as stale",
+        read=_stale_share,
+        above=True,
+        room=0.2,
+        remedy="more rollout replicas, or a larger max_staleness",
+    ),
+    Rule(
+        guard="gradient",
+        kind="gradient",
+        what="the gradient's norm",
+        read=lambda row, _: row.learner.get("grad_norm") or None,
+        above=True,
+    ),
+)
