@@ -32,7 +32,6 @@ from .learner_group import LearnerGroup
 from .pools.pool import UNPUBLISHED, Pool
 from .pools.weight_broadcast import WeightBroadcast
 from .recording.counters import RunCounters, pass_rate, sampler_entropy
-from .recording.guards import Guards
 from .recording.metrics import MetricsLog
 from .recording.progress import Progress
 from .recording.recorder import Recorder
@@ -180,7 +179,7 @@ class Driver:
         learner again where it must, they are of weights that the run will not have. False where something else has
         failed, the learner dies of the same step for the third time, or there were as many rollbacks as may be.
         """
-        guards, reached = self.counters.guards, self.step
+        guards, reached, proven = self.counters.guards, self.step, self._proven()
         goes_back = guards.go_back(self.config, error, reached, self.flow.last_taken)
         died = error.lost and isinstance(error, LearnerError) and self._deaths[self.step] < MOST_DEATHS
         if not died and not goes_back:
@@ -188,7 +187,7 @@ class Driver:
         self._deaths[self.step] += died
         self.progress.note(f"{'the learner is lost' if died else 'going back'} after step {reached}: {error.short}")
         self.progress.phase("starting the learner again" if died else "going back")
-        checkpoint, state = self._last_checkpoint() or (None, self._start)
+        checkpoint, state = self._last_checkpoint(proven if goes_back else reached) or (None, self._start)
         self.flow.rewind(state["step"] if state else reached, keep=died and not isinstance(error.__cause__, BatchLost))
         if goes_back:
             self.flow.abandon("rolled_back")
@@ -217,17 +216,17 @@ class Driver:
         self.progress.note(f"the learner goes on from step {self.step}")
         return True
 
-    def _last_checkpoint(self) -> Checkpoint | None:
-        """Of this stage, between two rounds, and written while no guard that acts was beyond its limit."""
+    def _last_checkpoint(self, most: int) -> Checkpoint | None:
+        """Of this stage, between two rounds, with at most so many steps done."""
         steps = {int(path.name.removeprefix("step-")): path for path in self.folder.all_checkpoints()}
-        between = [step for step in steps if step >= self.flow.first and not self._in_a_round(step)]
-        for step in sorted(between, reverse=True):
-            found = self.folder.verified(steps[step])
-            if found[1]["stage"] != self.stage:
-                return None
-            if not Guards(**found[1]["tally"].get("guards", {})).troubled(self.config):
-                return found
-        return None
+        between = [step for step in steps if self.flow.first <= step <= most and not self._in_a_round(step)]
+        newest = self.folder.verified(steps[max(between)]) if between else None
+        return newest if newest and newest[1]["stage"] == self.stage else None
+
+    def _proven(self) -> int:
+        """Of weights, the last that the guards have seen to be well."""
+        behind = self.config.max_staleness + self.flow.composition.round_steps - 1
+        return self.counters.guards.proven(self.config, self.step, behind)
 
     def _in_a_round(self, step: int) -> bool:
         """Whether the generators then hold older weights than the learner's, which no checkpoint has."""
@@ -248,11 +247,10 @@ class Driver:
 
     def _unsaved(self) -> bool:
         """Whether a checkpoint is due: by its steps, or since a death now would lose more than `checkpoint.minutes`, on
-        which nothing that trains depends. In a round it waits for its end, and in trouble for what a guard does."""
+        which nothing that trains depends. In a round it waits for its end."""
         long = not self.ended and time.monotonic() - self._saved >= 60 * self.config.checkpoint.minutes
         self._owed = self._owed or long or self._due(self.config.checkpoint.every)
-        waits = self._in_a_round(self.step) or self.counters.guards.troubled(self.config)
-        return self._owed and not waits
+        return self._owed and not self._in_a_round(self.step)
 
     async def learn(self, shards: list[Shard]) -> StepReport:
         """One step on every trainable row, while the pools go on with what is in flight."""
@@ -265,9 +263,11 @@ class Driver:
 
     async def rescue(self, error: TutorloopError, clock: Stopwatch) -> None:
         """Before a failure ends the run: save the last finished step, where the learner can, and say what stands."""
-        stands = isinstance(error, GuardTripped) and self._last_checkpoint()  # and its weights are better
+        well = self._last_checkpoint(self._proven()) if isinstance(error, GuardTripped) else None
         cannot = isinstance(error, LearnerError | StorageError | RunFolderError)
-        if not stands and not cannot and self.step > self.flow.first:
+        if well:
+            self.folder.remove_after(well[1]["step"])
+        elif not cannot and self.step > self.flow.first:
             self.progress.phase("saving a checkpoint before the run ends")
             self.flow.abandon("interrupted")
             self.counters.count(self.flow)
@@ -342,8 +342,8 @@ class Driver:
     async def save(self, clock: Stopwatch) -> None:
         with clock("checkpoint"), self.counters.paused(self.flow):
             await self.recorder.collect(wait=True)  # a resumed run goes on from a file that is whole
-            keep = self.config.checkpoint.keep
-            await self.folder.save_checkpoint(self.step, await self._state(), self._write, keep)
+            keep, proven = self.config.checkpoint.keep, self._proven() if self.config.guards.act else None
+            await self.folder.save_checkpoint(self.step, await self._state(), self._write, keep, proven)
             self._saved, self._owed = time.monotonic(), False
 
     async def _state(self) -> dict[str, Any]:

@@ -21,10 +21,13 @@ class Guards(Section):
     rollbacks: int = Field(default=2, ge=0, description="most of them; the next one stops the run")
     rate: float = Field(default=0.5, gt=0, le=1, description="each rollback multiplies the learning rate by it")
 
+    @property
+    def act(self) -> bool:
+        """Whether any of them does more than to warn."""
+        return bool({self.action, *self.actions.values()} & {"stop", "rollback"})
+
     def action_of(self, guard: GuardName) -> Action:
-        """A rollback mends weights: what is wrong elsewhere stops the run in its place."""
-        action = self.actions.get(guard, self.action)
-        return "stop" if action == "rollback" and guard in ("coverage", "staleness") else action
+        return self.actions.get(guard, self.action)
 
 
 class Notify(Section):

@@ -17,7 +17,7 @@ from ...contracts.errors import GuardTripped, NotFinite, TutorloopError
 from ...contracts.reliability import Action, GuardName
 from .metrics import StepRow
 
-SPREADS = 8.0  # of its start that noise may take a figure away; ours
+SPREADS = 4.0  # of its start that noise may take a figure away; ours
 WINDOW = 20  # gradient norms, of which the median is the usual one
 EXPLODED = 10.0  # times the usual norm; ours
 GRAVITY = ("warn", "rollback", "stop")
@@ -26,7 +26,8 @@ RATE = "a lower learner.learning_rate or a longer learner.warmup_steps"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """How far a figure may go. `times`: above or below its start by so many times; `room`: in the figure's own unit."""
+    """How far a figure may go. `times`: above or below its start by so many times; `room`: in the figure's own unit.
+    `usual`: where a figure begins by its nature, so that no first steps need be seen. `mends`: a rollback may help."""
 
     guard: GuardName
     kind: str
@@ -35,10 +36,12 @@ class Rule:
     above: bool
     times: float = 1.0
     room: float = 0.0
+    usual: float | None = None
+    mends: bool = True
     remedy: str = RATE
 
-    def limit(self, start: list[float]) -> tuple[float, str]:
-        """And how it came about, in words."""
+    def limit(self, start: list[float]) -> tuple[float, float, str]:
+        """The start's median, the limit, and how that came about."""
         middle = median(start)
         spread = median(abs(value - middle) for value in start)
         share = abs(middle) * (self.times - 1 if self.above else 1 - 1 / self.times)
@@ -49,7 +52,8 @@ class Rule:
             (self.room, f"{sign} {self.room:g}"),
         )
         limit = middle + distance if self.above else middle - distance
-        return limit, f"{middle:.4g}, the median of the first {len(start)} steps, {how}"
+        where = f"the median of the first {len(start)} steps" if self.usual is None else "in any run"
+        return middle, limit, f"{middle:.4g}, {where}, {how}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +78,7 @@ class Guards:
     stage: int = 0
     starts: dict[str, list[float]] = field(default_factory=dict)  # kind → the figures of its first steps
     norms: list[float] = field(default_factory=list)  # of the gradient, the last that were no explosion
-    beyond: dict[str, int] = field(default_factory=dict)  # kind → steps in a row beyond its limit
+    beyond: dict[str, list[int]] = field(default_factory=dict)  # kind → since which step, for how many
     said: dict[str, str] = field(default_factory=dict)  # stage and kind → its alarm, in order
     rollbacks: list[str] = field(default_factory=list)  # what was said of each
     news: list[str] = field(default_factory=list)  # for the next step's row
@@ -88,38 +92,51 @@ class Guards:
 
     def observe(self, config: Config, row: StepRow, dropped: Mapping[str, int]) -> Tripped | None:
         """Of a finished step, with its drops by reason, the gravest that has tripped. What is new is in `news`."""
+        return self.judge(config, row.step, figures_of(row, dropped))
+
+    def judge(self, config: Config, step: int, figures: Mapping[str, float]) -> Tripped | None:
+        """As `observe`, of what `figures_of` makes of a row."""
         settings, found = config.guards, []
         for rule in RULES:
-            action, value = settings.action_of(rule.guard), rule.read(row, dropped)
-            if action == "off" or value is None or not math.isfinite(value):
+            action, value = settings.action_of(rule.guard), figures.get(rule.kind)
+            if action == "off" or value is None:
                 continue
-            limit, how = self._limit(rule, config, value)
-            steps = self.beyond.get(rule.kind, 0) + 1 if (value > limit if rule.above else value < limit) else 0
-            self.beyond[rule.kind] = steps
-            if rule.guard == "gradient" and not steps:
+            if action == "rollback" and not rule.mends:
+                action = "stop"
+            if (known := self.limit(rule, config)) is None:
+                self._usual(rule).append(value)
+                continue
+            _, limit, how = known
+            within = value <= limit if rule.above else value >= limit
+            since, steps = self.beyond.get(rule.kind, [step, 0])
+            self.beyond.pop(rule.kind, None)
+            if not within:
+                self.beyond[rule.kind] = [since, steps := steps + 1]
+            if rule.guard == "gradient" and within:
                 self.norms = [*self.norms, value][-WINDOW:]
-            if steps >= settings.patience:
+            if not within and steps >= settings.patience:
                 side = "above" if rule.above else "below"
                 times = f"{steps} steps in a row" if steps > 1 else "a step"
-                text = f"{rule.what} is {value:.4g} in step {row.step}, {times} {side} its limit {limit:.4g} ({how})"
+                text = f"{rule.what} is {value:.4g} in step {step}, {times} {side} its limit {limit:.4g} ({how})"
                 found.append(Tripped(action, f"{rule.guard} guard: {text}", rule.remedy))
                 self._say(rule.kind, f"{rule.guard} guard: {text}. What helps: {rule.remedy}")
         return max(found, key=lambda tripped: GRAVITY.index(tripped.action), default=None)
 
-    def _limit(self, rule: Rule, config: Config, value: float) -> tuple[float, str]:
-        """Infinitely far while it is still being made."""
-        endless, warmup = math.inf if rule.above else -math.inf, config.guards.warmup
-        if rule.guard == "gradient":
-            if len(self.norms) < warmup:
-                return endless, ""
-            usual, clip = median(self.norms), config.learner.max_grad_norm
-            how = f"{EXPLODED:g} times {usual:.4g}, the median of the last {len(self.norms)} usual steps"
-            return max((EXPLODED * usual, how), (clip, f"learner.max_grad_norm, with {usual:.4g} as usual"))
-        start = self.starts.setdefault(rule.kind, [])
-        if len(start) < warmup:
-            start.append(value)
-            return endless, ""
-        return rule.limit(start)
+    def limit(self, rule: Rule, config: Config) -> tuple[float, float, str] | None:
+        """What is usual, the limit, and how it came about; None while the first steps are still to be seen."""
+        if rule.usual is not None:
+            return rule.limit([rule.usual])
+        usual = self._usual(rule)
+        if len(usual) < config.guards.warmup:
+            return None
+        if rule.guard != "gradient":
+            return rule.limit(usual)
+        middle, clip = median(usual), config.learner.max_grad_norm
+        how = f"{EXPLODED:g} times {middle:.4g}, the median of the last {len(usual)} usual steps"
+        return middle, *max((EXPLODED * middle, how), (clip, f"learner.max_grad_norm; {middle:.4g} is usual"))
+
+    def _usual(self, rule: Rule) -> list[float]:
+        return self.norms if rule.guard == "gradient" else self.starts.setdefault(rule.kind, [])
 
     def _say(self, kind: str, text: str) -> None:
         key = f"{self.stage} {kind}"
@@ -131,11 +148,12 @@ class Guards:
         news, self.news = self.news, []
         return news
 
-    def troubled(self, config: Config) -> bool:
-        """Whether a guard that stops the run, or rolls it back, has seen its figure beyond the limit in the last step:
-        no checkpoint is written then, for the last one is what a rollback goes back to."""
-        own: set[GuardName] = {rule.guard for rule in RULES if self.beyond.get(rule.kind)}
-        return any(config.guards.action_of(guard) in ("stop", "rollback") for guard in own)
+    def proven(self, config: Config, step: int, behind: int) -> int:
+        """The last weights, by the steps done, that are known to be well after `step` steps: a step's figures are of
+        weights up to `behind` steps older than those that it began with. No rollback goes back to newer ones."""
+        acting = [rule.kind for rule in RULES if config.guards.action_of(rule.guard) in ("stop", "rollback")]
+        began = min([steps[0] for kind in acting if (steps := self.beyond.get(kind))], default=step + 1)
+        return began - 2 - behind
 
     def go_back(self, config: Config, error: TutorloopError, reached: int, batch: int | None) -> bool:
         """Whether the run goes back after `error`, at `reached` steps done, and then does something otherwise.
@@ -194,6 +212,12 @@ def _ended(row: StepRow) -> float | None:
 def _stale_share(row: StepRow, dropped: Mapping[str, int]) -> float | None:
     stale = dropped.get("stale", 0)
     return stale / (row.rollouts["taken"] + stale) if row.rollouts["taken"] + stale else None
+
+
+def figures_of(row: StepRow, dropped: Mapping[str, int]) -> dict[str, float]:
+    """By kind, what was measured of a step and is a number."""
+    figures = {rule.kind: rule.read(row, dropped) for rule in RULES}
+    return {kind: value for kind, value in figures.items() if value is not None and math.isfinite(value)}
 
 
 RULES = (
@@ -266,7 +290,8 @@ RULES = (
         above=False,
         times=2.0,
         room=0.2,
-        remedy="see why under `failed` in metrics.jsonl",
+        mends=False,
+        remedy="a teacher that answers: `failed` in metrics.jsonl says what it refused with",
     ),
     Rule(
         guard="staleness",
@@ -275,7 +300,19 @@ RULES = (
         read=_stale_share,
         above=True,
         room=0.2,
+        usual=0.0,
+        mends=False,
         remedy="more rollout replicas, or a larger max_staleness",
+    ),
+    Rule(
+        guard="staleness",
+        kind="shift",
+        what="the KL of the policy that sampled from the one that trains (nats a token)",
+        read=lambda row, _: row.learner.get("mismatch_k3"),
+        above=True,
+        room=0.05,
+        usual=0.0,
+        remedy=f"{RATE}, or a smaller max_staleness",
     ),
     Rule(
         guard="gradient",

@@ -187,8 +187,11 @@ class RunFolder:
 
     # ---- checkpoints ----
 
-    async def save_checkpoint(self, step: int, state: dict[str, Any], write: Write, keep: int) -> Path:
-        """`write(folder)` puts the actors' files in; then the state, the manifest, and the rename.
+    async def save_checkpoint(
+        self, step: int, state: dict[str, Any], write: Write, keep: int, proven: int | None = None
+    ) -> Path:
+        """`write(folder)` puts the actors' files in; then the state, the manifest, and the rename. Beside the `keep`
+        newest the newest of at most `proven` steps stays.
 
         Raises StorageError where there is no room, and leaves the checkpoints before it.
         """
@@ -197,8 +200,11 @@ class RunFolder:
             shutil.rmtree(left)
         final, state = self.checkpoints / f"step-{step:06d}", {**state, "identity": self.identity}
         await self.put(final, "a checkpoint", lambda aside: self._write_checkpoint(aside, state, write))
-        for old in self.all_checkpoints()[:-keep]:
-            shutil.rmtree(old)
+        found = self.all_checkpoints()
+        well = [path for path in found if proven is not None and _step_of(path) <= proven][-1:]
+        for old in found[:-keep]:
+            if old not in well:
+                shutil.rmtree(old)
         return final
 
     async def _write_checkpoint(self, aside: Path, state: dict[str, Any], write: Write) -> None:
@@ -213,12 +219,12 @@ class RunFolder:
     def all_checkpoints(self) -> list[Path]:
         """Oldest first; none of them has been verified."""
         found = [path for path in self.checkpoints.glob("step-*") if path.name.removeprefix("step-").isdigit()]
-        return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+        return sorted(found, key=_step_of)
 
     def remove_after(self, step: int) -> None:
         """The checkpoints of what a run has gone back from."""
         for path in self.all_checkpoints():
-            if int(path.name.removeprefix("step-")) > step:
+            if _step_of(path) > step:
                 shutil.rmtree(path)
 
     def latest_checkpoint(self) -> Checkpoint | None:
@@ -244,6 +250,10 @@ class RunFolder:
                     found_text = f"{file}: its bytes changed"
                 raise CheckpointError("a checkpoint is as it was written", found_text, remedy)
         return newest, json.loads((newest / "state.json").read_text(encoding="utf-8"))
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def _is_of_a_run(path: Path) -> bool:
