@@ -40,7 +40,6 @@ COLLAPSES = {  # name → recipe, and what makes it collapse
     "opd_runaway": ("opd", ["learner.learning_rate=2.5e-3", "learner.warmup_steps=0"]),
     "sdpo_ema95": ("sdpo", ["teacher.ema_decay=0.95"]),
     "constant_advantage": ("constant_advantage", []),  # at this seed it falls least
-    "constant_advantage_1": ("constant_advantage", ["seed=1"]),
     "constant_advantage_2": ("constant_advantage", ["seed=2"]),
 }
 ROLLED_BACK = "+rollback"  # the same collapse, whose guards roll it back

@@ -266,7 +266,7 @@ class Driver:
         well = self._last_checkpoint(self._proven()) if isinstance(error, GuardTripped) else None
         cannot = isinstance(error, LearnerError | StorageError | RunFolderError)
         if well:
-            self.folder.remove_after(well[1]["step"])
+            self.folder.remove_after(well[1]["step"])  # a resume goes on from it
         elif not cannot and self.step > self.flow.first:
             self.progress.phase("saving a checkpoint before the run ends")
             self.flow.abandon("interrupted")
@@ -275,7 +275,10 @@ class Driver:
                 await self.save(clock)
             except TutorloopError as second:  # what has failed holds a part of the checkpoint
                 self.progress.note(f"no checkpoint of step {self.step}: {second.rule}")
-        error.remedy = "; ".join(part for part in (error.remedy, standing(self.folder)) if part)
+        stands = standing(self.folder)
+        if isinstance(error, GuardTripped) and not well:
+            stands = "no checkpoint stands from before the trouble: begin again"
+        error.remedy = "; ".join(part for part in (error.remedy, stands) if part)
 
     async def watch(self, shards: list[Shard], report: StepReport) -> None:
         """Show a finished step to the skill bank and to the stage's trigger."""

@@ -2,7 +2,7 @@
 
 Every error says three things: the rule that was broken, the value that was found, and the remedy. They stay picklable,
 so an actor's error reaches the driver as itself. `InputError` and its children are the user's to mend (exit code 2);
-everything else is ours or the machine's (exit code 1).
+`GuardTripped` is what a run has come to (3); everything else is ours or the machine's (exit code 1).
 """
 
 from typing import Self

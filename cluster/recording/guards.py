@@ -66,7 +66,7 @@ class Tripped:
 
     def error(self) -> GuardTripped:
         rule = "a run goes on while what its guards watch stays within their limits"
-        error = GuardTripped(rule, self.text, f"continue from before it with {self.remedy}")
+        error = GuardTripped(rule, self.text, f"what helps is {self.remedy}")
         error.rolls_back = self.action == "rollback"
         return error
 

@@ -5,9 +5,11 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
+import typer
 from learner_cases import OneProcess, World
 from run_rows import fresh_rng, step_row
 
+from tutorloop.cli.outcome import ends_clearly
 from tutorloop.cluster.recording.counters import RunCounters
 from tutorloop.cluster.recording.guards import EXPLODED, RULES, SPREADS, WINDOW, Guards
 from tutorloop.contracts.errors import ConfigError, GuardTripped, LearnerError, NotFinite
@@ -239,6 +241,18 @@ def test_rollbacks_lower_the_rate_leave_a_batch_out_and_end():
     assert not Guards().go_back(warned, NotFinite("rule", "nan"), 3, 3)
     assert not Guards().go_back(config, NotFinite("rule", "nan"), 0, None)  # no batch was read
     assert asdict(Guards())["rate"] == 1
+
+
+def test_a_stopped_run_has_an_exit_code_of_its_own(capsys):
+    """Trying it again without a change would end as it did."""
+
+    @ends_clearly
+    def command():
+        raise GuardTripped("rule", "the length ran away", "what helps")
+
+    with pytest.raises(typer.Exit) as ended:
+        command()
+    assert ended.value.exit_code == 3 and "the length ran away" in capsys.readouterr().err
 
 
 def test_an_unknown_guard_is_one_clear_error():
