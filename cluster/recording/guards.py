@@ -236,7 +236,7 @@ RULES = (
         what="the mean response length",
         read=lambda row, _: _sampled(row.response_length, row),
         above=True,
-        times=3.0,
+        times=2.0,
         room=8.0,
     ),
     Rule(
@@ -253,8 +253,8 @@ RULES = (
         what="the sampler's entropy (nats a token)",
         read=lambda row, _: row.sampler_entropy,
         above=True,
-        times=3.0,
-        room=0.05,
+        times=1.5,
+        room=0.01,
     ),
     Rule(
         guard="entropy",
@@ -262,7 +262,7 @@ RULES = (
         what="the sampler's entropy (nats a token)",
         read=lambda row, _: row.sampler_entropy,
         above=False,
-        times=10.0,
+        times=20.0,
     ),
     Rule(
         guard="overlap",
@@ -270,7 +270,7 @@ RULES = (
         what="the share of tokens at which student and teacher have the same first choice",
         read=lambda row, _: _of_teachers(row, "top1_agreement", min),
         above=False,
-        times=1.5,
+        times=1.25,
         room=0.1,
     ),
     Rule(
@@ -280,7 +280,7 @@ RULES = (
         read=lambda row, _: _reverse_kl(row),
         above=True,
         times=3.0,
-        room=0.2,
+        room=0.1,
     ),
     Rule(
         guard="coverage",
@@ -288,7 +288,7 @@ RULES = (
         what="the share of tokens for which a teacher was asked and has answered",
         read=lambda row, _: _of_teachers(row, "teacher_coverage", min),
         above=False,
-        times=2.0,
+        times=1.5,
         room=0.2,
         mends=False,
         remedy="a teacher that answers: `failed` in metrics.jsonl says what it refused with",
