@@ -6,6 +6,7 @@ before a run resumes from it.
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Awaitable, Callable, Iterator
@@ -190,8 +191,8 @@ class RunFolder:
     async def save_checkpoint(
         self, step: int, state: dict[str, Any], write: Write, keep: int, proven: int | None = None
     ) -> Path:
-        """`write(folder)` puts the actors' files in; then the state, the manifest, and the rename. Beside the `keep`
-        newest the newest of at most `proven` steps stays.
+        """`write(folder)` puts the actors' files in; then the state, the manifest, and the rename. The `keep` newest
+        stay; where `proven` is given also the newest of at most so many steps, and those that came after it.
 
         Raises StorageError where there is no room, and leaves the checkpoints before it.
         """
@@ -201,9 +202,11 @@ class RunFolder:
         final, state = self.checkpoints / f"step-{step:06d}", {**state, "identity": self.identity}
         await self.put(final, "a checkpoint", lambda aside: self._write_checkpoint(aside, state, write))
         found = self.all_checkpoints()
-        well = [path for path in found if proven is not None and _step_of(path) <= proven][-1:]
+        needed = math.inf
+        if proven is not None:
+            needed = max([step for step in map(_step_of, found) if step <= proven], default=-1)
         for old in found[:-keep]:
-            if old not in well:
+            if _step_of(old) < needed:
                 shutil.rmtree(old)
         return final
 

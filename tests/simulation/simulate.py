@@ -134,7 +134,7 @@ class Quiet:
 
     async def collect(self, wait=False): ...
 
-    async def save_checkpoint(self, step, state, write, keep):
+    async def save_checkpoint(self, step, state, write, keep, proven=None):
         await write(Path(str(step)))
         self.checkpoints[Path(str(step))] = json.loads(json.dumps(state))
 

@@ -1,5 +1,6 @@
 """Guards: limits against a slow reference, troubles of every kind that trip, healthy noise that does not, the state."""
 
+import asyncio
 import json
 from dataclasses import asdict
 
@@ -12,6 +13,7 @@ from run_rows import fresh_rng, step_row
 from tutorloop.cli.outcome import ends_clearly
 from tutorloop.cluster.recording.counters import RunCounters
 from tutorloop.cluster.recording.guards import EXPLODED, RULES, SPREADS, WINDOW, Guards
+from tutorloop.cluster.recording.run_folder import RunFolder
 from tutorloop.contracts.errors import ConfigError, GuardTripped, LearnerError, NotFinite
 from tutorloop.contracts.recipe import parse_config
 from tutorloop.contracts.records import Term
@@ -277,3 +279,24 @@ def test_coverage_is_the_share_of_tokens_that_a_teacher_answered():
     assert report.metrics["teacher_coverage"] == pytest.approx(answered / sum(tokens))
     unasked = OneProcess(world.student(), (Term(name="clipped_policy_gradient"),)).learn(examples)
     assert "teacher_coverage" not in unasked.metrics
+
+
+def test_a_folder_keeps_what_a_rollback_needs_and_forgets_what_it_left(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+
+    async def write(aside):
+        (aside / "weights").write_bytes(b"w")
+
+    def standing():
+        return [int(path.name.removeprefix("step-")) for path in folder.all_checkpoints()]
+
+    folder.create(configured())
+    for step, stay in ((2, [2]), (4, [2, 4]), (6, [2, 4, 6]), (8, [4, 6, 8]), (9, [6, 8, 9])):
+        asyncio.run(folder.save_checkpoint(step, {"step": step}, write, 1, proven=step - 3))
+        assert standing() == stay
+    asyncio.run(folder.save_checkpoint(10, {"step": 10}, write, 1, proven=6))  # in trouble since then
+    assert standing() == [6, 8, 9, 10]
+    folder.remove_after(6)
+    assert standing() == [6]
+    asyncio.run(folder.save_checkpoint(11, {"step": 11}, write, 1))
+    assert standing() == [11]
