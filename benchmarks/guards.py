@@ -12,6 +12,7 @@ needs no new run. Runs are in one process, one at a time, each at seed 0.
 import argparse
 import io
 import json
+import math
 import os
 import shlex
 import shutil
@@ -110,14 +111,20 @@ def replay(name: str, row: dict[str, Any]) -> tuple[dict[str, int], dict[str, fl
         figures = {kind: own[step - 1] for kind, own in row["figures"].items() if own[step - 1] is not None}
         for rule in [rule for rule in RULES if rule.kind in figures]:
             if known := guards.limit(rule, config):
-                usual, limit, _ = known
-                ways.setdefault(rule.kind, []).append((figures[rule.kind] - usual) / (limit - usual))
+                ways.setdefault(rule.kind, []).append(_way(figures[rule.kind], *known[:2]))
         guards.judge(config, step, figures)
         for said in guards.said:
             alarms.setdefault(said.split()[1], step)
     rows = config.guards.patience
     lasting = {kind: [min(own[at : at + rows]) for at in range(len(own) - rows + 1)] for kind, own in ways.items()}
     return alarms, {kind: max(own) for kind, own in lasting.items() if own}
+
+
+def _way(value: float, usual: float, limit: float) -> float:
+    """0 at what is usual, 1 at the limit; by ratios where all are above 0."""
+    if min(value, usual, limit) > 0:
+        return math.log(value / usual) / math.log(limit / usual)
+    return (value - usual) / (limit - usual)
 
 
 def accuracy_at(row: dict[str, Any], step: int) -> tuple[int, float]:
@@ -144,8 +151,8 @@ def table(results: dict[str, Any]) -> str:
     kinds = [rule.kind for rule in RULES if any(rule.kind in runs[name]["figures"] for name in healthy)]
     lines += [
         "\n## Healthy runs\n",
-        "How far each figure went of the way from what is usual to its limit, in %, for as many steps in a row as trip "
-        "the guard: 100 would be an alarm, below 0 it only moved away from the limit. –: not measured.\n",
+        "How far each figure went of the way from what is usual to its limit, in % (of the ratio), for as many steps "
+        "in a row as trip the guard: 100 would be an alarm, below 0 it moved away from the limit. –: not measured.\n",
         f"| run | alarms | {' | '.join(kinds)} |",
         f"| --- | --- |{' ---: |' * len(kinds)}",
     ]

@@ -52,8 +52,11 @@ class Rule:
             (self.room, f"{sign} {self.room:g}"),
         )
         limit = middle + distance if self.above else middle - distance
-        where = f"the median of the first {len(start)} steps" if self.usual is None else "in any run"
-        return middle, limit, f"{middle:.4g}, {where}, {how}"
+        if self.usual is not None:
+            how = "in any run"
+        else:
+            how = f"{middle:.4g}, the median of the first {len(start)} steps, {how}"
+        return middle, limit, how
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,8 +293,7 @@ RULES = (
         above=False,
         times=1.5,
         room=0.2,
-        mends=False,
-        remedy="a teacher that answers: `failed` in metrics.jsonl says what it refused with",
+        remedy=f"a teacher that answers (`failed` in metrics.jsonl); where it is shown what the student solved, {RATE}",
     ),
     Rule(
         guard="staleness",
