@@ -93,7 +93,6 @@ def read(folder: Path) -> dict[str, Any]:
         "figures": {kind: [own.get(kind) for own in figures] for kind in kinds},
         "accuracy": {row["step"]: row["stats"]["avg_at_k"]["value"] for row in evals},
         "pass_rate": [row.get("pass_rate") for row in rows if row["kind"] == "step"],
-        "said": [text for text in summary["warnings"] if " guard: " in text],
         "rollbacks": summary.get("rollbacks", 0),
     }
 
@@ -212,7 +211,7 @@ def main() -> None:
     for count, name in enumerate(todo, 1):
         results["runs"][name] = row = train(name)
         file.write_text(json.dumps(results) + "\n", encoding="utf-8")
-        print(f"{count}/{len(todo)} {name}: {row['wall_seconds']} s, {len(row['said'])} alarms", flush=True)
+        print(f"{count}/{len(todo)} {name}: {row['wall_seconds']} s, alarms {replay(name, row)[0]}", flush=True)
     (given.results / TABLE_FILE).write_text(table(json.loads(file.read_text(encoding="utf-8"))), encoding="utf-8")
 
 

@@ -212,6 +212,12 @@ def _ended(row: StepRow) -> float | None:
     return None if row.truncated_share is None else 1 - row.truncated_share
 
 
+def _shift(row: StepRow) -> float | None:
+    """Of methods that sample with a round's first weights it is as small as of others, step by step."""
+    shift = row.learner.get("mismatch_k3")
+    return None if shift is None else shift / max(1.0, row.staleness_mean or 0.0)
+
+
 def _stale_share(row: StepRow, dropped: Mapping[str, int]) -> float | None:
     stale = dropped.get("stale", 0)
     return stale / (row.rollouts["taken"] + stale) if row.rollouts["taken"] + stale else None
@@ -309,8 +315,8 @@ RULES = (
     Rule(
         guard="staleness",
         kind="shift",
-        what="the KL of the policy that sampled from the one that trains (nats a token)",
-        read=lambda row, _: row.learner.get("mismatch_k3"),
+        what="the KL of the policy that sampled from the one that trains (nats a token, for each step between them)",
+        read=lambda row, _: _shift(row),
         above=True,
         room=0.05,
         usual=0.0,

@@ -51,7 +51,7 @@ def state_of(folder: Path) -> dict[str, Any]:
 
 
 def test_a_guard_stops_a_collapse_and_what_stands_is_from_before(models: Path, tmp_path: Path) -> None:
-    guards = {**GUARDS, "action": "stop"}
+    guards = {**GUARDS, "actions": {"reverse_kl": "stop"}}
     often = {"checkpoint": {"every": 1, "keep": 9}}
     config = recipe(models, tmp_path / "run", **LAB, **often, learner=RUNAWAY, guards=guards, steps=12)
     _, error = said_by(config, GuardTripped)
@@ -65,9 +65,9 @@ def test_a_guard_stops_a_collapse_and_what_stands_is_from_before(models: Path, t
     assert any(warning.startswith(error.found) for warning in summary["warnings"]) and "rollbacks" not in summary
     assert error.found.split(":")[0] in (tmp_path / "run" / "report.html").read_text()
 
-    slower = recipe(models, tmp_path / "run", **LAB, **often, learner={**RUNAWAY, "learning_rate": 1e-3}, steps=12)
+    slower = recipe(models, tmp_path / "run", **LAB, **often, learner={**RUNAWAY, "learning_rate": 1e-3}, steps=last)
     train(slower, None, resume=True)
-    assert [row["step"] for row in steps_of(tmp_path / "run")] == list(range(1, 13))
+    assert [row["step"] for row in steps_of(tmp_path / "run")] == list(range(1, last + 1))
 
 
 def test_without_any_checkpoint_a_stopped_run_leaves_one(models: Path, tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_without_any_checkpoint_a_stopped_run_leaves_one(models: Path, tmp_path:
 @pytest.mark.parametrize("every", [0, 1])
 def test_a_rollback_goes_on_at_a_lower_rate(models: Path, tmp_path: Path, every: int) -> None:
     """From the checkpoint before the trouble, or with none from the beginning."""
-    guards = {**GUARDS, "action": "rollback", "rate": 0.03}
+    guards = {**GUARDS, "actions": {"reverse_kl": "rollback"}, "rate": 0.03}
     often = {"checkpoint": {"every": every, "keep": 9}, "max_staleness": 1}
     config = recipe(models, tmp_path / "run", **LAB, **often, learner=RUNAWAY, guards=guards, steps=10)
     log, _ = said_by(config)
@@ -101,7 +101,7 @@ def test_a_rollback_goes_on_at_a_lower_rate(models: Path, tmp_path: Path, every:
 
 
 def test_the_bound_of_rollbacks_stops_a_run(models: Path, tmp_path: Path) -> None:
-    guards = {**GUARDS, "action": "rollback", "rate": 1.0, "rollbacks": 1}
+    guards = {**GUARDS, "actions": {"reverse_kl": "rollback"}, "rate": 1.0, "rollbacks": 1}
     config = recipe(models, tmp_path / "run", **LAB, learner=RUNAWAY, guards=guards, steps=12)
     log, error = said_by(config, GuardTripped)
     assert "guards.rollbacks=1 are used up" in error.found and "rollback 1 of at most 1" in log

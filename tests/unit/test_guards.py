@@ -60,7 +60,7 @@ def seen(rng, step, **figures):
         "topk_reverse_kl": known["reverse_kl"],
         "teacher_coverage": known["coverage"],
         "grad_norm": known["gradient"],
-        "mismatch_k3": known["shift"],
+        "mismatch_k3": known["shift"] * 4,
     }
     length = "length_up" if "length_up" in figures else "length_down"
     entropy = "entropy_up" if "entropy_up" in figures else "entropy_down"
@@ -69,6 +69,7 @@ def seen(rng, step, **figures):
         "response_length": known[length],
         "truncated_share": 1 - known["eos"],
         "sampler_entropy": known[entropy],
+        "staleness_mean": 4.0,
         "rollouts": {"taken": 100 - stale, "trained": 100 - stale},
     }
     return step_row(rng, step, **own), {"stale": stale} if stale else {}
