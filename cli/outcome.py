@@ -1,4 +1,6 @@
-"""How a command ends: 0 done, 2 the user's input, 1 anything else, 130 interrupted. One clear error, no traceback."""
+"""How a command ends: 0 done, 2 the user's input, 3 stopped by a guard, 1 anything else, 130 interrupted. One clear
+error, no traceback.
+"""
 
 import errno
 import functools
@@ -8,11 +10,11 @@ from typing import ParamSpec
 
 import typer
 
-from ..contracts.errors import InputError, TutorloopError
+from ..contracts.errors import GuardTripped, InputError, TutorloopError
 
 Arguments = ParamSpec("Arguments")
 
-INPUT, OTHER, INTERRUPTED = 2, 1, 130
+INPUT, GUARDED, OTHER, INTERRUPTED = 2, 3, 1, 130
 
 
 def ends_clearly(command: Callable[Arguments, bool]) -> Callable[Arguments, None]:
@@ -24,7 +26,7 @@ def ends_clearly(command: Callable[Arguments, bool]) -> Callable[Arguments, None
             code = 0 if command(*args, **kwargs) else INTERRUPTED
         except TutorloopError as error:
             sys.stderr.write(f"error: {_shown(error)}\n")
-            code = INPUT if isinstance(error, InputError) else OTHER
+            code = INPUT if isinstance(error, InputError) else GUARDED if isinstance(error, GuardTripped) else OTHER
         except KeyboardInterrupt:
             sys.stderr.write("interrupted\n")
             code = INTERRUPTED

@@ -27,20 +27,20 @@ class Checkpoints:
         self._aside = Path()  # where the last one was begun
         self._closing = False  # its files are there, and it is about to be whole
 
-    async def begin(self, state: dict[str, Any], take: Take, written: Await) -> None:
-        """Returns once what the checkpoint holds is taken. Raises StorageError, of the one before it too, and whatever
-        `take` raises."""
+    async def begin(self, state: dict[str, Any], take: Take, written: Await, proven: int | None = None) -> None:
+        """Returns once what the checkpoint holds is taken. `proven`: see RunFolder.end_checkpoint. Raises StorageError,
+        of the one before it too, and whatever `take` raises."""
         await self.finish()
         with self._room():
             self._aside = self.folder.begin_checkpoint(state["step"])
             await take(self._aside)
-        self._writing = asyncio.create_task(self._write(state, written))
+        self._writing = asyncio.create_task(self._write(state, written, proven))
 
-    async def _write(self, state: dict[str, Any], written: Await) -> None:
+    async def _write(self, state: dict[str, Any], written: Await, proven: int | None) -> None:
         with self._room():
             files = await written(self._aside)
             self._closing = True
-            await to_thread(self.folder.end_checkpoint, self._aside, state, files, self.keep)
+            await to_thread(self.folder.end_checkpoint, self._aside, state, files, self.keep, proven)
 
     @contextmanager
     def _room(self) -> Iterator[None]:

@@ -7,15 +7,22 @@ counted so far, because prompts and seeds are functions of the step. Shards go t
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ..contracts.config import Config
-from ..contracts.errors import BatchLost, LearnerError, RunFolderError, StorageError, TutorloopError
+from ..contracts.errors import (
+    BatchLost,
+    GuardTripped,
+    LearnerError,
+    NotFinite,
+    RunFolderError,
+    StorageError,
+    TutorloopError,
+)
 from ..contracts.records import StepReport
 from ..models.digests import Written
 from .checkpoints import Checkpoints
@@ -33,6 +40,7 @@ from .recording.progress import Progress
 from .recording.recorder import Recorder
 from .recording.run_folder import Checkpoint, RunFolder
 from .recording.samples import truncate_samples
+from .recording.stopwatch import Stopwatch
 from .resume_keys import settings_of
 from .skill_bank import SkillBank
 from .stages import EntropyCollapse
@@ -40,28 +48,6 @@ from .stages import EntropyCollapse
 T = TypeVar("T")
 LEARNER = "learner"  # its part of a checkpoint
 MOST_DEATHS = 2  # of the learner, of one step
-
-
-@dataclass(slots=True)
-class Stopwatch:
-    """Seconds by stage of one step."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-    start: float = field(default_factory=time.monotonic)
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = time.monotonic()
-        try:
-            yield
-        finally:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - start
-
-
-def standing(folder: RunFolder) -> str:
-    """What a run that ends now can be continued from, in words."""
-    found = folder.all_checkpoints()
-    return f"continue with --resume from {found[-1]}" if found else "no checkpoint stands"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -101,6 +87,7 @@ class Driver:
         """The stage. Returns whether it came to its end (False: interrupted). A checkpoint stands then."""
         self._saved = time.monotonic()
         self.counters.watch.begin(self.flow.pools)
+        self.counters.guards.begin(self.stage)
         while True:
             clock = Stopwatch()
             try:
@@ -124,6 +111,8 @@ class Driver:
         if due and not self.counters.evaluated(self.step):
             await self.evaluate(clock)
         self._start = self._start or await self._state()
+        if self._owed:  # what a rollback has changed is not forgotten by a death
+            await self.save(clock)
         while not self.ended:
             self.progress.phase("training")
             self.interrupt.check()
@@ -141,6 +130,8 @@ class Driver:
                 await self.publish(clock)
             finally:  # a step that was learnt is written down, whatever came after it
                 await self.record(shards, report, clock)
+            if self.counters.tripped and self.counters.tripped.action != "warn":
+                raise self.counters.tripped.error()
             clock = Stopwatch()
             if self._due(self.config.eval.every):
                 await self.evaluate(clock)
@@ -158,7 +149,7 @@ class Driver:
         await self.checkpoints.finish()
 
     async def _final(self, error: TutorloopError) -> TutorloopError | None:
-        """None once the learner goes on after its death, else what ends the stage: it may die again of its start."""
+        """None once the learner goes on from before, else what ends the stage: it may die again of its start."""
         while True:
             try:
                 return None if await self._revived(error) else error
@@ -168,25 +159,36 @@ class Driver:
                 error = again
 
     async def _revived(self, error: TutorloopError) -> bool:
-        """After the learner's death: start it again from the last checkpoint, or as the stage began, and go back there.
+        """After the learner's death, or where a guard rolls the run back: go back to the last checkpoint, or to where
+        the stage began, and take up the learner from there.
 
-        Nothing else starts again: shards that are ready stay. False where something else has failed, or the learner
-        dies of the same step for the third time.
+        Nothing else starts again. After a death shards that are ready stay; after a rollback, which also starts the
+        learner again where it must, they are of weights that the run will not have. False where something else has
+        failed, the learner dies of the same step for the third time, or there were as many rollbacks as may be.
         """
-        if not error.lost or not isinstance(error, LearnerError) or self._deaths[self.step] >= MOST_DEATHS:
+        guards, reached, proven = self.counters.guards, self.step, self._proven()
+        goes_back = guards.go_back(self.config, error, reached, self.flow.last_taken)
+        died = error.lost and isinstance(error, LearnerError) and self._deaths[self.step] < MOST_DEATHS
+        if not died and not goes_back:
             return False
-        self._deaths[self.step] += 1
-        self.progress.note(f"the learner is lost after step {self.step}: {error.short}")
-        self.progress.phase("starting the learner again")
-        checkpoint, state = self._last_checkpoint() or (None, self._start)
-        self.flow.rewind(state["step"] if state else self.step, keep=not isinstance(error.__cause__, BatchLost))
+        self._deaths[self.step] += died
+        self.progress.note(f"{'the learner is lost' if died else 'going back'} after step {reached}: {error.short}")
+        self.progress.phase("starting the learner again" if died else "going back")
+        checkpoint, state = self._last_checkpoint(proven if goes_back else reached) or (None, self._start)
+        self.flow.rewind(state["step"] if state else reached, keep=died and not isinstance(error.__cause__, BatchLost))
+        if goes_back:
+            self.flow.abandon("rolled_back")
         for pool in (self.flow.services.rollouts, *self.self_teachers):
             pool.withdraw()
         await self.recorder.collect(wait=True)
-        await self.checkpoints.drop()
-        self.learner.close()
-        self.learner = await self.start_learner()
-        await self.learner.ready()
+        if died:
+            await self.checkpoints.drop()
+        else:
+            await self.checkpoints.finish()
+        if died or not checkpoint or isinstance(error, NotFinite):  # else its weights and gradients are whole
+            self.learner.close()
+            self.learner = await self.start_learner()
+            await self.learner.ready()
         if state is None:
             return True  # nothing has been learnt or counted
         if checkpoint:
@@ -196,17 +198,26 @@ class Driver:
                 pool.renew()
             await self._load_state(state)
         self.counters.resume(state["tally"])
+        self.counters.guards.keep(guards)
         self.log.truncate_after(self.step)
         truncate_samples(self.folder.path, self.step)
+        if goes_back:
+            self.folder.remove_after(self.step)
+            self._owed = True
         self.progress.note(f"the learner goes on from step {self.step}")
         return True
 
-    def _last_checkpoint(self) -> Checkpoint | None:
-        """Of this stage, between two rounds."""
+    def _last_checkpoint(self, most: int) -> Checkpoint | None:
+        """Of this stage, between two rounds, with at most so many steps done."""
         steps = {int(path.name.removeprefix("step-")): path for path in self.folder.all_checkpoints()}
-        between = [step for step in steps if step >= self.flow.first and not self._in_a_round(step)]
+        between = [step for step in steps if self.flow.first <= step <= most and not self._in_a_round(step)]
         newest = self.folder.verified(steps[max(between)]) if between else None
         return newest if newest and newest[1]["stage"] == self.stage else None
+
+    def _proven(self) -> int:
+        """Of weights, the last that the guards have seen to be well."""
+        behind = self.config.max_staleness + self.flow.composition.round_steps - 1
+        return self.counters.guards.proven(self.config, self.step, behind)
 
     def _in_a_round(self, step: int) -> bool:
         """Whether the generators then hold older weights than the learner's, which no checkpoint has."""
@@ -234,19 +245,30 @@ class Driver:
 
     async def learn(self, shards: list[Shard]) -> StepReport:
         """One step on every trainable row, while the pools go on with what is in flight."""
-        rows = self.flow.trainable(self.step, shards)
-        return await self.learner.step(self.step - self.flow.first, self.step, shards, rows)
+        guards = self.counters.guards
+        if self.step in guards.skipped:
+            rows = self.flow.leave_out(shards, "not_finite")
+        else:
+            rows = self.flow.trainable(self.step, shards)
+        return await self.learner.step(self.step - self.flow.first, self.step, shards, rows, guards.rate)
 
     async def rescue(self, error: TutorloopError, clock: Stopwatch) -> None:
         """Before a failure ends the run: save the last finished step, where the learner can, and say what stands."""
-        if not isinstance(error, LearnerError | StorageError | RunFolderError) and self.step > self.flow.first:
+        well = self._last_checkpoint(self._proven()) if isinstance(error, GuardTripped) else None
+        cannot = isinstance(error, LearnerError | StorageError | RunFolderError)
+        if well:
+            self.folder.remove_after(well[1]["step"])  # a resume goes on from it
+        elif not cannot and self.step > self.flow.first:
             self.progress.phase("saving a checkpoint before the run ends")
             self.flow.stop()
             try:
                 await self._finish(clock)
             except TutorloopError as second:  # what has failed holds a part of the checkpoint
                 self.progress.note(f"no checkpoint of step {self.step}: {second.rule}")
-        error.remedy = "; ".join(part for part in (error.remedy, standing(self.folder)) if part)
+        stands = self.folder.standing
+        if isinstance(error, GuardTripped) and not well:
+            stands = "no checkpoint stands from before the trouble: begin again"
+        error.remedy = "; ".join(part for part in (error.remedy, stands) if part)
 
     async def watch(self, shards: list[Shard], report: StepReport) -> None:
         """Show a finished step to the skill bank and to the stage's trigger."""
@@ -314,8 +336,8 @@ class Driver:
         """A checkpoint of what is now; it is written while the run goes on. Raises what the one before failed with."""
         with clock("checkpoint"), self.counters.paused(self.flow):
             await self.recorder.collect(wait=True)  # a resumed run goes on from a file that is whole
-            shards = kept(self.flow.shards)
-            await self.checkpoints.begin(await self._state(), self._take, partial(self._written, shards))
+            shards, proven = kept(self.flow.shards), self._proven() if self.config.guards.act else None
+            await self.checkpoints.begin(await self._state(), self._take, partial(self._written, shards), proven)
             self._saved, self._owed = time.monotonic(), False
 
     async def _state(self) -> dict[str, Any]:

@@ -111,13 +111,15 @@ class LearnerGroup:
         """Once every rank has loaded. Raises what its constructor raised."""
         await self.in_time("ready", 1, [rank.ready() for rank in self.ranks])
 
-    async def step(self, step: int, version: int, shards: Sequence[Shard], rows: Lengths) -> StepReport:
-        """One step on every rank; each gets its own plan and the same references."""
+    async def step(
+        self, step: int, version: int, shards: Sequence[Shard], rows: Lengths, rate: float = 1.0
+    ) -> StepReport:
+        """One step on every rank, at `rate` times its learning rate; each gets its own plan and the same references."""
         plans = plan_updates(rows, len(self.ranks), self.config.tokens_per_batch, self.config.updates_per_step)
         scores, credits = ([b for shard in shards for b in shard.for_learner(kind)] for kind in ("scores", "credits"))
         batches = [*(shard.rollouts for shard in shards), *scores, *credits]
         counts = {"rollout_batches": len(shards), "score_batches": len(scores), "credit_batches": len(credits)}
-        common = {"step": step, "version": version, **counts}
+        common = {"step": step, "version": version, "rate": rate, **counts}
         steps = [
             rank.ask("step", StepPlan(updates=plan, **common), *batches)
             for rank, plan in zip(self.ranks, plans, strict=True)

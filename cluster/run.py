@@ -19,12 +19,13 @@ from rich.console import Console
 
 from ..contracts.arrow import encode
 from ..contracts.config import Config, Teacher
+from ..contracts.errors import GuardTripped
 from ..contracts.own_code import package_of
 from ..contracts.records import Prompt, Sampling
 from .checkpoints import Checkpoints
 from .control.live_run import LiveRun
 from .control.server import ControlServer
-from .driver import Driver, standing
+from .driver import Driver
 from .flow.evaluation import EvalPlan, ProblemSet, evaluate
 from .flow.flow import Flow, Services
 from .interrupt import Interrupt
@@ -175,7 +176,7 @@ def _saying_what_stands(folder: RunFolder, progress: Progress) -> Iterator[None]
     try:
         yield
     except KeyboardInterrupt:
-        progress.note(f"interrupted; {standing(folder)}")
+        progress.note(f"interrupted; {folder.standing}")
         raise
 
 
@@ -197,7 +198,11 @@ async def _stages(run: Run, compositions: list[Composition]) -> tuple[bool, dict
             assert run.live
             run.live.driver = driver
             with run.interrupt.saving():
-                finished = await driver.train()
+                try:
+                    finished = await driver.train()
+                except GuardTripped:
+                    await _write_down(run, driver, finished=False)
+                    raise
             if not finished or number == last:
                 return finished, await _write_down(run, driver, finished)
             await run.folder.put(_left_by(run.folder, number), "a stage's model", driver.learner.export)

@@ -2,7 +2,7 @@
 
 Every error says three things: the rule that was broken, the value that was found, and the remedy. They stay picklable,
 so an actor's error reaches the driver as itself. `InputError` and its children are the user's to mend (exit code 2);
-everything else is ours or the machine's (exit code 1).
+`GuardTripped` is what a run has come to (3); everything else is ours or the machine's (exit code 1).
 """
 
 from typing import Self
@@ -105,6 +105,12 @@ class Quarantined(TutorloopError, RuntimeError):
 
 class NotFinite(TutorloopError, ArithmeticError):
     """A loss, a gradient or a weight is infinite or no number: training stops before it spreads."""
+
+
+class GuardTripped(TutorloopError, RuntimeError):
+    """What is measured of a run says that it trains itself to pieces."""
+
+    rolls_back = False  # to a checkpoint from before, if it may
 
 
 class StorageError(TutorloopError, RuntimeError):

@@ -116,7 +116,7 @@ WRITTEN = {  # types of faults: how what is wanted is written
 
 def explain(fault: Any, known_keys: Callable[[Sequence[str]], Collection[str]], prefix: Sequence[str] = ()) -> str:
     """One of pydantic's faults in our words. `known_keys(place)`: of the section there; `prefix`: where all lies."""
-    place = [*prefix, *(str(part) for part in fault["loc"])]
+    place = [*prefix, *(str(part) for part in fault["loc"] if part != "[key]")]  # of a mapping: the key itself
     key = ".".join(place) or "recipe"
     if fault["type"] == "extra_forbidden":
         known = known_keys(place[:-1])

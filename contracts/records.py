@@ -324,6 +324,7 @@ class StepPlan:
     rollout_batches: int
     score_batches: int
     credit_batches: int = 0
+    rate: float = 1.0  # times the learning rate of the step
     updates: tuple[tuple[tuple[TrainRow, ...], ...], ...]  # updates → micro-batches → rows, as many on any rank
 
 

@@ -125,7 +125,7 @@ class LearnerWorker:
         if refused:
             what = "the sampler's logprobs, or an advantage, credit or weight, are not finite"
             raise not_finite(what, plan.version, self._of_all(unsound))
-        rate = learning_rate(plan.step, self.steps, self.config)
+        rate = plan.rate * learning_rate(plan.step, self.steps, self.config)
         found = self.old_policy_pass.run(updates, plan.version, self._over_ranks, self._from_ranks)
         counts, metrics, untrained = self._train(updates, found, plan.version, rate)
         if not self._weights_are_finite():
@@ -177,6 +177,8 @@ class LearnerWorker:
         metrics["skipped_updates"] = self.config.updates_per_step - moved
         if norms:
             metrics["grad_norm"] = sum(norms) / len(norms)
+        if counts["asked"]:
+            metrics["teacher_coverage"] = 1 - counts["refused"] / counts["asked"]
         if "importance_weight" in metrics:
             share = effective_share(metrics["importance_weight"], metrics.pop("weight_squared"))
             metrics["effective_sample_share"] = share
@@ -194,7 +196,7 @@ class LearnerWorker:
 
     def _count(self, examples: list[Example], selections: list[Selection]) -> Counter[str]:
         """Over all ranks: each term's tokens and sequences, the tokens of any term, what the student sampled of them,
-        and the rollouts that train, and those that do not by reason."""
+        those that a teacher was asked for and refused, and the rollouts that train, and those that do not by reason."""
         local: dict[str, int] = {}
         for term in self.terms:
             counts = [selection.tokens_and_sequences(term.key) for selection in selections]
@@ -203,6 +205,10 @@ class LearnerWorker:
         chosen = [pair for s in selections for pair in zip(s.examples, s.counts, strict=True)]
         local["trained"] = sum(count for _, count in chosen)
         local["sampled"] = sum(count for example, count in chosen if example.sampled)
+        taught = [(e, t) for t in self.terms if t.loss.signal != "none" for e in examples if e.asked_by(t)]
+        local["asked"] = sum(int(np.count_nonzero(e.rollout.loss_mask)) for e, _ in taught)
+        refused = [e for e, t in taught if e.lacks(t) == "teacher_refused"]
+        local["refused"] = sum(int(np.count_nonzero(e.rollout.loss_mask)) for e in refused)
         refusals = [self._refusal(example) for example in examples]
         local["rollouts"] = len(chosen)
         local["teacher_refused"] = refusals.count("teacher_refused")

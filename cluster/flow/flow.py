@@ -339,6 +339,18 @@ class Flow:
             self._drop(self.shards.pop(later), "learner_restarted")
         self.admitted = step
 
+    @property
+    def last_taken(self) -> int | None:
+        """The step whose shards the learner was given last."""
+        return self._taken[0] if self._taken else None
+
+    def leave_out(self, shards: Sequence[Shard], reason: str) -> list[tuple[int, TrainRow]]:
+        """In place of `trainable`: no row of these, all counted with one reason."""
+        for shard in shards:
+            shard.outcomes = [reason] * len(shard.requests)
+            self.dropped[reason] += len(shard.requests)
+        return []
+
     def _ready(self, step: int) -> bool:
         return all(shard.ready or shard.quarantined for shard in self.shards[step]) and bool(self.shards[step])
 

@@ -16,6 +16,7 @@ from ..methods.parts.composition import RolloutSummary
 from ..pools.busy import Watch
 from ..pools.pool import Pool
 from .alarms import Alarms
+from .guards import Guards, Tripped
 from .metrics import EvalRow, PoolRow, StepRow
 
 
@@ -39,6 +40,8 @@ class RunCounters:
     before: float = 0.0
     evals: list[EvalRow] = field(default_factory=list)
     alarms: Alarms = field(default_factory=Alarms)
+    guards: Guards = field(default_factory=Guards)
+    tripped: Tripped | None = None  # by the last step
     started: float = field(default_factory=time.monotonic)
     watch: Watch = field(default_factory=Watch)
     _seen: dict[Pool, tuple[int, Counter[str]]] = field(default_factory=dict)  # pool → its counters last time
@@ -59,7 +62,8 @@ class RunCounters:
         counters = {name: dict(getattr(self, name)) for name in COUNTERS}
         plain = {name: getattr(self, name) for name in PLAIN}
         evals = [asdict(row) for row in self.evals]
-        return {**counters, **plain, "before": self.wall_seconds, "evals": evals, "alarms": asdict(self.alarms)}
+        watchers = {"alarms": asdict(self.alarms), "guards": asdict(self.guards)}
+        return {**counters, **plain, "before": self.wall_seconds, "evals": evals, **watchers}
 
     def resume(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint's counts. Of 0.4.0's, busy time starts anew: it was counted otherwise."""
@@ -69,7 +73,7 @@ class RunCounters:
         for name in (*PLAIN, "before"):
             setattr(self, name, state[name])
         self.evals = [EvalRow(**row) for row in state["evals"]]
-        self.alarms = Alarms(**state.get("alarms", {}))
+        self.alarms, self.guards = Alarms(**state.get("alarms", {})), Guards(**state.get("guards", {}))
 
     @contextmanager
     def paused(self, flow: Flow) -> Iterator[None]:
@@ -128,7 +132,10 @@ class RunCounters:
         )
         self.response_faults.update(row.response_faults)
         self.score_cache.update(row.score_cache)
-        return replace(row, warnings=self.alarms.step(flow.config, row, shards, self.dropped - dropped))
+        of_step = self.dropped - dropped
+        alarms = self.alarms.step(flow.config, row, shards, of_step)
+        self.tripped = self.guards.observe(flow.config, row, of_step)
+        return replace(row, warnings=[*alarms, *self.guards.take_news()])
 
     def _pool_rows(self, flow: Flow, report: StepReport, tokens: dict[str, int]) -> dict[str, PoolRow]:
         """What each pool did since the step before, and the learner in this one."""
@@ -214,9 +221,11 @@ class RunCounters:
             },
             "response_faults": dict(self.response_faults),
             **({"score_cache": dict(self.score_cache)} if self.score_cache else {}),
-            "warnings": list(self.alarms.said.values()),
+            "warnings": [*self.alarms.said.values(), *self.guards.said.values(), *self.guards.rollbacks],
             "evals": [asdict(row) for row in self.evals],
         }
+        if self.guards.rollbacks:
+            summary["rollbacks"] = len(self.guards.rollbacks)
         if self.staleness_rows:
             summary["staleness"] = {"mean": self.staleness_sum / self.staleness_rows, "max": self.staleness_max}
         return summary

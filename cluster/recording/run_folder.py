@@ -5,6 +5,7 @@ before a run resumes from it.
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -180,9 +181,12 @@ class RunFolder:
         aside.mkdir(parents=True)
         return aside
 
-    def end_checkpoint(self, aside: Path, state: dict[str, Any], written: Written, keep: int) -> None:
-        """State, manifest and the rename; then only the newest `keep` stay. `written`: files by their paths in `aside`
-        whose writers have synced and digested them. Raises OSError, and leaves the checkpoints before it."""
+    def end_checkpoint(
+        self, aside: Path, state: dict[str, Any], written: Written, keep: int, proven: int | None = None
+    ) -> None:
+        """State, manifest and the rename; then the newest `keep` stay, and where `proven` is given also the newest of
+        at most so many steps and those after it. `written`: files by their paths in `aside` whose writers have synced and
+        digested them. Raises OSError, and leaves the checkpoints before it."""
         state_file, manifest_file = aside / STATE, aside / MANIFEST
         state_file.write_text(json.dumps({**state, "identity": self.identity}, indent=1), encoding="utf-8")
         files = {str(file.relative_to(aside)): file for file in sorted(aside.rglob("*")) if file.is_file()}
@@ -191,13 +195,29 @@ class RunFolder:
         _sync(manifest_file)
         final = self.checkpoints / f"step-{state['step']:06d}"
         _take_the_place(aside, final)
-        for old in self.all_checkpoints()[:-keep]:
-            shutil.rmtree(old)
+        found, needed = self.all_checkpoints(), math.inf
+        if proven is not None:
+            needed = max([step for step in map(_step_of, found) if step <= proven], default=-1)
+        for old in found[:-keep]:
+            if _step_of(old) < needed:
+                shutil.rmtree(old)
+
+    @property
+    def standing(self) -> str:
+        """What a run that ends now can be continued from, in words."""
+        found = self.all_checkpoints()
+        return f"continue with --resume from {found[-1]}" if found else "no checkpoint stands"
 
     def all_checkpoints(self) -> list[Path]:
         """Oldest first; none of them has been verified."""
         found = [path for path in self.checkpoints.glob("step-*") if path.name.removeprefix("step-").isdigit()]
-        return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+        return sorted(found, key=_step_of)
+
+    def remove_after(self, step: int) -> None:
+        """The checkpoints of what a run has gone back from."""
+        for path in self.all_checkpoints():
+            if _step_of(path) > step:
+                shutil.rmtree(path)
 
     def latest_checkpoint(self, tell: Callable[[str], None]) -> Checkpoint | None:
         """The newest checkpoint that is whole, and its state; None where there is none. Those after it that are not
@@ -238,6 +258,10 @@ class RunFolder:
                     found = f"{file}: its bytes changed"
                 raise CheckpointError("a checkpoint is as it was written", found, remedy)
         return path, json.loads((path / STATE).read_text(encoding="utf-8"))
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def _is_of_a_run(path: Path) -> bool:

@@ -125,7 +125,7 @@ class ScriptedLearner(LearnerGroup):
         self.world.trained = [row for row in self.world.before or self.world.trained if row[0] < step]
         self.world.finished_steps = self.world.steps_done = step
 
-    async def step(self, step, version, shards, rows):
+    async def step(self, step, version, shards, rows, rate=1.0):
         trained = []
         for length, row in rows:
             shard = shards[row.batch]
@@ -137,7 +137,7 @@ class ScriptedLearner(LearnerGroup):
             for batch in shard.for_learner("scores"):
                 if batch[1] != shard.requests:
                     raise Broken(f"{request.rollout_id} is trained with the scores of another shard")
-        report = await super().step(step, version, shards, rows)
+        report = await super().step(step, version, shards, rows, rate)
         self.world.trained += trained
         self.world.finished_steps += 1
         self.world.steps_done = version + 1
