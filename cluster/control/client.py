@@ -168,6 +168,7 @@ def of_files(folder: Path) -> dict[str, Any]:
         "learner_ranks": None,
         "learner_restarts": None,
         "notes": [],
+        "decisions": [],
         "figures": _figures(row, rows.get("eval", {})),
         "checkpoint": checkpoint and str(checkpoint),
         "go_on": _go_on(folder, state, holder, checkpoint),

@@ -67,6 +67,19 @@ def check_room(needs: Sequence[Need]) -> None:
             raise ResourceError("a replica fits on one machine", found, remedy)
 
 
+def grows() -> bool:
+    """Whether Ray has an autoscaler, to which a replica that waits is a wish for a machine."""
+    return False
+
+
+def free() -> dict[str, float]:
+    """CPUs and GPUs that nobody holds, of all machines; none is named where Ray gets machines for what waits."""
+    if grows():
+        return {}
+    nodes = state.available_resources_per_node().values()
+    return {name: sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU")}
+
+
 async def wait_for_actors(who: str, each: Mapping[str, float], actors: Sequence[Any], tell: Tell) -> None:
     """Return once every actor has its place; meanwhile say what it waits for, and who holds it."""
 
