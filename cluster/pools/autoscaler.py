@@ -49,7 +49,7 @@ class Autoscaler:
         self.decisions: deque[ScaleDecision] = deque(maxlen=KEPT)
         self.held: set[str] = set()  # pools that a person has scaled
         self._flow, self._free, self._note = flow, free, note
-        self._overlap = flow.config.max_staleness > 0
+        self._in_flight = flow.config.max_staleness + 1  # steps
         self._now = asyncio.get_running_loop().time
         self._rows: deque[StepRow] = deque(maxlen=MOST_STEPS)
         self._passing, self._short_since = 0, math.inf  # steps that are let pass; since when replicas are missing
@@ -68,8 +68,8 @@ class Autoscaler:
         waits = self._waits()
         if self._disturbed(row):
             self._rows.clear()
-            self._passing = self._flow.config.max_staleness + 1
-        elif self._passing:
+            self._passing = self._in_flight
+        if self._passing:
             self._passing -= not waits
         else:
             self._rows.append(row)
@@ -96,7 +96,7 @@ class Autoscaler:
         waits = [row.seconds.get("wait", 0.0) for row in self._rows]
         steps = self._flow.last - self._step
         alone = statistics.fmean(spent) - statistics.fmean(waits)
-        return Run(alone=alone, step_seconds=statistics.fmean(spent), overlap=self._overlap, steps=steps)
+        return Run(alone=alone, step_seconds=statistics.fmean(spent), in_flight=self._in_flight, steps=steps)
 
     def _loads(self) -> list[Load]:
         """Of the pools that may be scaled, and had something to do."""
@@ -131,7 +131,7 @@ class Autoscaler:
         """That the pool can be asked at once. A step is split for as many generators as there are."""
         config = self._flow.config
         generates = pool in self._flow.services.generators.values()
-        return (config.max_staleness + 1) * (config.prompts_per_step if generates else self._flow.calls_per_step)
+        return self._in_flight * (config.prompts_per_step if generates else self._flow.calls_per_step)
 
     def _works(self, name: str, replicas: int, seconds: float) -> dict[int, float]:
         """By replicas; what was measured with others before goes up and down with what is measured now."""

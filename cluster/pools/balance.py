@@ -1,11 +1,15 @@
 """Which numbers of replicas make a learner step shortest, and whether going there is worth it: pure functions.
 
-A stage that has `work` busy seconds a step takes work / n with n replicas. In an asynchronous run stages overlap and the
-slowest counts; in a synchronous one they follow one another, and their sum counts. What the run spends beside its pools
-(the learner's step, publishing) is a stage of one size.
+A stage that has `work` busy seconds a step takes work / n with n replicas. What the run spends beside its pools (the
+learner's step, publishing) is a stage of one size. With `in_flight` steps at once, one comes out every
 
-A measurement is noise, its future is unknown, and a replica that starts does nothing meanwhile. So a split is left for
-another only where the step gets shorter by more than the noise, and sooner or later by more than the way there costs.
+    max(the slowest stage, the sum of all stages / in_flight)   seconds:
+
+no stage is passed faster than it works, and no step faster than through all of them. In a synchronous run one step is in
+flight, and the sum counts; in an asynchronous one the slowest stage does, once the others are short enough.
+
+A measurement is noise, and a replica that starts does nothing meanwhile. So sizes are left for others only where a step
+gets shorter by more than the noise, and within a while by more than the way there costs.
 """
 
 import math
@@ -15,7 +19,7 @@ from dataclasses import dataclass
 MARGIN = 0.1  # share of a step: less is not worth the turmoil, nor told from a model's own error
 SIGMAS = 2.0  # of the measurements' standard error, beyond which a difference is one
 SLACK = 0.01  # share of a step: a replica that brings less is not wanted
-HEADROOM = 0.8  # of the slowest stage's time: one beyond it has no time for chance delays, and the slowest waits for it
+HEADROOM = 0.8  # of the time that the steps in flight may take through all stages: the rest is for chance delays
 HORIZON = 600.0  # seconds that what was measured is taken to hold for
 UNIT = 1e-4  # of a CPU or GPU: Ray counts in ten-thousandths
 
@@ -50,17 +54,24 @@ Sizes = dict[str, int]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
     """What else is known of a run: `alone` seconds of a step that no pool works in, `step_seconds` of a whole one, as
-    measured; `overlap`: it is asynchronous; `steps` that are left."""
+    measured; steps that may be `in_flight` at once, and `steps` that are left."""
 
     alone: float
     step_seconds: float
-    overlap: bool
+    in_flight: int
     steps: int
+
+    @property
+    def overlaps(self) -> bool:
+        return self.in_flight > 1
+
+    def stages(self, loads: Iterable[Load], sizes: Mapping[str, int]) -> list[float]:
+        return [self.alone, *(load.seconds(sizes[load.name]) for load in loads)]
 
     def model(self, loads: Iterable[Load], sizes: Mapping[str, int]) -> float:
         """Seconds of a step by the stages' times alone."""
-        stages = [self.alone, *(load.seconds(sizes[load.name]) for load in loads)]
-        return max(stages) if self.overlap else sum(stages)
+        stages = self.stages(loads, sizes)
+        return max(*stages, sum(stages) / self.in_flight)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,8 +88,8 @@ def cost_of(loads: Iterable[Load], sizes: Mapping[str, int], resource: str) -> f
 
 
 def best_sizes(loads: Sequence[Load], limits: Mapping[str, float], run: Run) -> Sizes | None:
-    """The sizes within `limits` (of CPU, GPU) at which a step is shortest; the least among those that are alike. None
-    where there are none.
+    """The sizes within `limits` (of CPU, GPU) at which the slowest stage is fastest, or in a synchronous run the sum of
+    all shortest; the cheapest among those that are alike. None where there are none.
 
     Exact: pool after pool, the shortest step for each amount that is taken.
     """
@@ -93,14 +104,14 @@ def best_sizes(loads: Sequence[Load], limits: Mapping[str, float], run: Run) -> 
 
     least = min(alike, key=lambda used: (share(used), reached[used]))
     sizes = dict(zip((load.name for load in loads), alike[least], strict=True))
-    return _with_headroom(loads, limits, run, sizes) if run.overlap else sizes
+    return _with_headroom(loads, limits, run, sizes) if run.overlaps else sizes
 
 
 def _reached(
     loads: Sequence[Load], limits: Mapping[str, float], run: Run
 ) -> dict[tuple[int, ...], tuple[float, tuple[int, ...]]]:
     """By what is taken of each limited resource, the shortest step and its sizes."""
-    combine: Callable[..., float] = max if run.overlap else lambda one, other: one + other
+    combine: Callable[..., float] = max if run.overlaps else lambda one, other: one + other
     most = [round(limit / UNIT) if math.isfinite(limit) else math.inf for limit in limits.values()]
     reached: dict[tuple[int, ...], tuple[float, tuple[int, ...]]] = {(0,) * len(limits): (run.alone, ())}
     for load in loads:
@@ -120,13 +131,15 @@ def _reached(
 
 
 def _with_headroom(loads: Sequence[Load], limits: Mapping[str, float], run: Run, sizes: Sizes) -> Sizes:
-    """Stages that are nearly the slowest get another replica of what is left, the slowest of them first."""
-    bound = HEADROOM * run.model(loads, sizes)
-    for load in sorted(loads, key=lambda own: -own.seconds(sizes[own.name])):
-        enough = [n for n in range(sizes[load.name], load.most + 1) if load.seconds(n) <= bound]
-        more = {**sizes, load.name: enough[0]} if enough else sizes
-        if all(cost_of(loads, more, resource) <= limit + UNIT / 2 for resource, limit in limits.items()):
-            sizes = more
+    """What is left goes where it shortens a step's way most, until the steps in flight keep the slowest stage busy."""
+    slowest = max(run.stages(loads, sizes))
+    while sum(run.stages(loads, sizes)) > HEADROOM * slowest * run.in_flight:
+        more = [{**sizes, load.name: sizes[load.name] + 1} for load in loads if sizes[load.name] < load.most]
+        there = [own for own in more if all(cost_of(loads, own, r) <= most + UNIT / 2 for r, most in limits.items())]
+        shortest = min(there, key=lambda own: sum(run.stages(loads, own)), default=sizes)
+        if sum(run.stages(loads, shortest)) > sum(run.stages(loads, sizes)) - SLACK * slowest:
+            break
+        sizes = shortest
     return sizes
 
 
@@ -144,7 +157,8 @@ def better_sizes(loads: Sequence[Load], limits: Mapping[str, float], run: Run) -
     if gained > run.step_seconds * max(MARGIN, SIGMAS * noise_of(loads, run)):
         return Move(sizes=best, step_seconds=expected) if gained * many > price_of(loads, run, best) else None
     fewer = {name: min(size, now[name]) for name, size in best.items()}
-    if fewer != now and run.model(loads, fewer) <= run.model(loads, now) * (1 + SLACK):
+    as_modelled = run.step_seconds <= run.model(loads, now) * (1 + MARGIN)  # else it waits for more than is known here
+    if fewer != now and as_modelled and run.model(loads, fewer) <= run.model(loads, now) * (1 + SLACK):
         return Move(sizes=fewer, step_seconds=expected_seconds(loads, run, fewer))
     return None
 
