@@ -65,10 +65,10 @@ class Autoscaler:
 
     def step(self, row: StepRow) -> None:
         """A step is done: look, and move replicas where that is worth it."""
-        waits = self._waits()
+        waits, begins = self._waits(), self._step < 0
         if self._disturbed(row):
             self._rows.clear()
-            self._passing = self._in_flight
+            self._passing = 1 if begins else self._in_flight  # at its beginning nothing is queued
         if self._passing:
             self._passing -= not waits
         else:

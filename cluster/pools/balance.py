@@ -152,15 +152,20 @@ def better_sizes(loads: Sequence[Load], limits: Mapping[str, float], run: Run) -
     expected = expected_seconds(loads, run, best)
     if any(cost_of(loads, now, resource) > limit + UNIT / 2 for resource, limit in limits.items()):
         return Move(sizes=best, step_seconds=expected, forced=True)
-    gained = run.step_seconds - expected
-    many = min(run.steps, HORIZON / expected) if expected else 0.0
+    gained, (wait, lost) = run.step_seconds - expected, way_to(loads, run, best)
     if gained > run.step_seconds * max(MARGIN, SIGMAS * noise_of(loads, run)):
-        return Move(sizes=best, step_seconds=expected) if gained * many > price_of(loads, run, best) else None
+        after = min(run.steps - wait / run.step_seconds, HORIZON / expected)  # steps that are shorter
+        return Move(sizes=best, step_seconds=expected) if gained * after > lost else None
     fewer = {name: min(size, now[name]) for name, size in best.items()}
-    as_modelled = run.step_seconds <= run.model(loads, now) * (1 + MARGIN)  # else it waits for more than is known here
-    if fewer != now and as_modelled and run.model(loads, fewer) <= run.model(loads, now) * (1 + SLACK):
-        return Move(sizes=fewer, step_seconds=expected_seconds(loads, run, fewer))
-    return None
+    return Move(sizes=fewer, step_seconds=run.step_seconds) if _idle(loads, run, now, fewer) else None
+
+
+def _idle(loads: Sequence[Load], run: Run, now: Sizes, fewer: Sizes) -> bool:
+    """Whether what `fewer` lets go brings nothing: the run goes as fast as what it spends beside its pools, and those
+    that get smaller stay well below that."""
+    left = [load.seconds(fewer[load.name]) for load in loads if fewer[load.name] < now[load.name]]
+    as_fast = run.overlaps and max(run.step_seconds, run.model(loads, fewer)) <= (1 + MARGIN) * run.alone
+    return bool(left) and as_fast and max(left) <= HEADROOM * run.alone
 
 
 def expected_seconds(loads: Sequence[Load], run: Run, sizes: Sizes) -> float:
@@ -175,10 +180,10 @@ def noise_of(loads: Iterable[Load], run: Run) -> float:
     return errors / run.step_seconds if run.step_seconds else 0.0
 
 
-def price_of(loads: Sequence[Load], run: Run, sizes: Sizes) -> float:
-    """Seconds that the way there takes from the run: those that go are gone, and those that come are not there yet."""
-    between = {load.name: min(load.now, sizes[load.name]) for load in loads}
-    slower = expected_seconds(loads, run, between)
+def way_to(loads: Sequence[Load], run: Run, sizes: Sizes) -> tuple[float, float]:
+    """Seconds until the new replicas are there, and those of them that the run loses: who goes is gone meanwhile."""
+    slower = expected_seconds(loads, run, {load.name: min(load.now, sizes[load.name]) for load in loads})
     starts = max((load.start_seconds for load in loads if sizes[load.name] > load.now), default=0.0)
     drains = max((load.drain_seconds for load in loads if sizes[load.name] < load.now), default=0.0)
-    return (starts + drains) * (1 - run.step_seconds / slower) if slower > run.step_seconds else 0.0
+    wait = starts + drains
+    return wait, wait * (1 - run.step_seconds / slower) if slower > run.step_seconds else 0.0
