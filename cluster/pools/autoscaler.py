@@ -33,8 +33,8 @@ BESIDE = ("total", "evaluate", "checkpoint")  # what a step's seconds hold that 
 
 
 class Autoscaler:
-    """Of one stage's `pools`, which share the budget. `free`: what the cluster has left of each resource; a resource that
-    it does not name has no end. Made inside the run's loop."""
+    """Of one stage's `pools`, which share the budget. `free`: what the cluster has left of each resource; one that it
+    does not name has no end. Made inside the run's loop."""
 
     def __init__(
         self,
@@ -195,7 +195,7 @@ def _why(loads: Sequence[Load], run: Run, move: Move) -> str:
 
 
 def autoscaler_of(config: Config, flow: Flow, backend: Backend, note: Tell) -> Autoscaler | None:
-    """That of a stage; None where the recipe asks for none, and in one process, where no replica is faster for another."""
+    """That of a stage; None where the recipe asks for none, and in one process, where replicas take turns."""
     if not config.autoscale.on:
         return None
     if backend.free() is None:

@@ -5,8 +5,8 @@ learner's step, publishing) is a stage of one size. With `in_flight` steps at on
 
     max(the slowest stage, the sum of all stages / in_flight)   seconds:
 
-no stage is passed faster than it works, and no step faster than through all of them. In a synchronous run one step is in
-flight, and the sum counts; in an asynchronous one the slowest stage does, once the others are short enough.
+no stage is passed faster than it works, and no step faster than through all of them. In a synchronous run one step is
+in flight, and the sum counts; in an asynchronous one the slowest stage does, once the others are short enough.
 
 A measurement is noise, and a replica that starts does nothing meanwhile. So sizes are left for others only where a step
 gets shorter by more than the noise, and within a while by more than the way there costs.
@@ -117,7 +117,9 @@ def _reached(
     for load in loads:
         each = [round(load.each.get(resource, 0.0) / UNIT) for resource in limits]
         further: dict[tuple[int, ...], tuple[float, tuple[int, ...]]] = {}
-        choices = [(size, load.seconds(size), [size * one for one in each]) for size in range(load.least, load.most + 1)]
+        choices = [
+            (size, load.seconds(size), [size * one for one in each]) for size in range(load.least, load.most + 1)
+        ]
         for used, (before, sizes) in reached.items():
             for size, seconds, takes in choices:
                 total = tuple(map(int.__add__, used, takes))
@@ -137,7 +139,7 @@ def _with_headroom(loads: Sequence[Load], limits: Mapping[str, float], run: Run,
         more = [{**sizes, load.name: sizes[load.name] + 1} for load in loads if sizes[load.name] < load.most]
         there = [own for own in more if all(cost_of(loads, own, r) <= most + UNIT / 2 for r, most in limits.items())]
         shortest = min(there, key=lambda own: sum(run.stages(loads, own)), default=sizes)
-        if sum(run.stages(loads, shortest)) > sum(run.stages(loads, sizes)) - SLACK * slowest:
+        if sum(run.stages(loads, shortest)) >= sum(run.stages(loads, sizes)) - SLACK * slowest:
             break
         sizes = shortest
     return sizes

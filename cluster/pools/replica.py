@@ -56,8 +56,8 @@ class Backend(Protocol):
         ...
 
     def free(self) -> Mapping[str, float] | None:
-        """CPUs and GPUs that are left for more replicas; what is not named has no end. None where there is no cluster to
-        grow on."""
+        """CPUs and GPUs that are left for more replicas; what is not named has no end. None where all are in one
+        process."""
         ...
 
     def put(self, value: Any) -> Any:

@@ -1,7 +1,7 @@
 """Runs in which it is known how long everything takes, to see what an autoscaler makes of them: virtual minutes.
 
-`Load` says what a rollout costs in each pool, and how much that varies; `run` drives the real driver, flow and pools with
-that for a while, and says when which step was done, and with which replicas.
+`Load` says what a rollout costs in each pool, and how much that varies; `run` drives the real driver, flow and pools
+with that for a while, and says when which step was done, and with which replicas.
 """
 
 import asyncio
@@ -110,6 +110,7 @@ async def _run(config, load, sizes, seconds, budget=0, room=math.inf, do=None, a
     driver = driver_of(config, METHODS["opd"](config), world, own, quiet, interrupt)
     driver.flow.split_for = max(config.rollout.replicas, sizes["rollout"])
     if budget:
+
         def free():
             return {"CPU": CPU * (room - sum(len(pool.members.here) for pool in own.values()))}
 

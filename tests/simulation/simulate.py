@@ -40,9 +40,9 @@ from tutorloop.cluster.pools.weight_broadcast import WeightBroadcast
 from tutorloop.cluster.recording.counters import RunCounters
 from tutorloop.contracts.config import REFERENCE
 from tutorloop.contracts.errors import TutorloopError
-from tutorloop.contracts.reliability import Autoscale
 from tutorloop.contracts.recipe import parse_config
 from tutorloop.contracts.records import Sampling
+from tutorloop.contracts.reliability import Autoscale
 
 ROWS = 17
 drivers.Stopwatch = VirtualStopwatch  # whose seconds are those of the other clocks
@@ -269,7 +269,9 @@ def driver_of(config, composition, world: World, pools: dict, quiet: "Quiet", in
     annotating = {name: pools[name] for name in ("a", "b", REFERENCE) if name in pools}
     rollouts = pools["rollout"]
     generators = {"student": rollouts, "dataset": rollouts, "teacher": pools.get("t", rollouts)}
-    services = Services(generators=generators, annotators=annotators(annotating, pools["verifier"], pools.get("skills")))
+    services = Services(
+        generators=generators, annotators=annotators(annotating, pools["verifier"], pools.get("skills"))
+    )
     teachers = [("a", "b")[row % 2] for row in range(ROWS)] if "b" in pools else ["a"] * ROWS
     flow = WatchedFlow(config, composition, services, PROMPTS, teachers, 0, quiet.note)
     flow.begun = []
