@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 from ray._private import state
+from ray.autoscaler.v2.sdk import get_cluster_status
 from ray.util.placement_group import PlacementGroup, placement_group_table
 
 from ...contracts.errors import ResourceError
@@ -68,8 +69,11 @@ def check_room(needs: Sequence[Need]) -> None:
 
 
 def grows() -> bool:
-    """Whether Ray has an autoscaler, to which a replica that waits is a wish for a machine."""
-    return False
+    """Whether Ray has an autoscaler, to which an actor that waits is a wish for a machine: then machines are of types
+    that somebody has named."""
+    status = get_cluster_status(ray.get_runtime_context().gcs_address)
+    nodes = [*status.active_nodes, *status.idle_nodes]
+    return any(node.ray_node_type_name != f"node_{node.node_id}" for node in nodes)
 
 
 def free() -> dict[str, float]:
