@@ -56,7 +56,11 @@ class Sleeper:
 
     def generate(self, prompts: object, requests: tuple, sampling: object) -> tuple[tuple, Receipt]:
         one = (1,) * len(requests)
-        lengths = {"lengths": (8,) * len(requests), "response_lengths": one, "finish_reasons": ("stop",) * len(requests)}
+        lengths = {
+            "lengths": (8,) * len(requests),
+            "response_lengths": one,
+            "finish_reasons": ("stop",) * len(requests),
+        }
         own = {"rows": len(requests), "seconds": self._sleep(requests), "weight_version": self.version}
         return requests, RolloutReceipt(**own, **lengths)
 
@@ -133,8 +137,8 @@ def main() -> None:
     lines = [
         "# What the autoscaler makes of a bad split",
         "",
-        f"`.venv/bin/python benchmarks/autoscale.py`, a real Ray cluster, {BUDGET} replicas that sleep: {work} seconds a",
-        f"step, the learner {LEARNER}; `max_staleness` {STALENESS}. Steps a minute.",
+        f"`.venv/bin/python benchmarks/autoscale.py`, a real Ray cluster, {BUDGET} replicas that sleep: {work} seconds",
+        f"a step, the learner {LEARNER}; `max_staleness` {STALENESS}. Steps a minute.",
         "",
         "| | steps a minute | of the best |",
         "|---|---|---|",

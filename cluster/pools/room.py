@@ -1,6 +1,7 @@
 """Room on the cluster: whether it has what the recipe asks for, and who holds it while a pool waits."""
 
 import asyncio
+import json
 import sys
 import time
 from collections import Counter
@@ -10,7 +11,9 @@ from typing import Any
 
 import ray
 from ray._private import state
+from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
 from ray.autoscaler.v2.sdk import get_cluster_status
+from ray.experimental.internal_kv import _internal_kv_get
 from ray.util.placement_group import PlacementGroup, placement_group_table
 
 from ...contracts.errors import ResourceError
@@ -69,11 +72,15 @@ def check_room(needs: Sequence[Need]) -> None:
 
 
 def grows() -> bool:
-    """Whether Ray has an autoscaler, to which an actor that waits is a wish for a machine: then machines are of types
-    that somebody has named."""
-    status = get_cluster_status(ray.get_runtime_context().gcs_address)
-    nodes = [*status.active_nodes, *status.idle_nodes]
-    return any(node.ray_node_type_name != f"node_{node.node_id}" for node in nodes)
+    """Whether Ray has an autoscaler, to which an actor that waits is a wish for a machine. Where it has none, Ray names
+    each machine's type after the machine: in its monitor's report, or, with its newer one, in the cluster's state."""
+    report = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or "{}").get("autoscaler_report")
+    if report:
+        types = {*(report["active_nodes"] or ()), *(report["idle_nodes"] or ())}
+    else:
+        status = get_cluster_status(ray.get_runtime_context().gcs_address)
+        types = {node.ray_node_type_name for node in (*status.active_nodes, *status.idle_nodes)}
+    return not any(name.startswith("node_") for name in types)
 
 
 def free() -> dict[str, float]:

@@ -7,6 +7,7 @@ import random
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "simulation"))
 from balancing import POOLS, recipe, run
 from balancing import Load as Latencies
 
+from tutorloop.cluster.control.live_run import LiveRun
 from tutorloop.cluster.methods import compose_stages
 from tutorloop.cluster.pools.balance import (
     HEADROOM,
@@ -128,16 +130,17 @@ ONE = dict.fromkeys(POOLS, 1)
 
 
 def test_a_pool_that_a_person_scales_is_left_alone():
-    def scale(driver, pools):
-        def by_hand():
-            driver.autoscaler.hold(["rollout"])
-            pools["rollout"].resize(2)
+    told = []
 
-        asyncio.get_running_loop().call_later(1.0, by_hand)
+    def scale(driver, pools):
+        live = LiveRun("opd", 9, SimpleNamespace(check_room=lambda needs: None), SimpleNamespace(note=told.append))
+        live.driver = driver
+        asyncio.get_running_loop().call_later(1.0, live._resize, {"rollout": 2})
 
     ran = run(recipe(1), Latencies(each=EACH, learner=0.3), ONE, 2 * SECONDS, budget=6, do=scale)
     sizes = ran.sizes[-1][1]
     assert sizes["rollout"] == 2 and sizes["a"] > 1 and sum(sizes.values()) <= 6
+    assert told == ["rollout: 1 → 2 replicas, as asked; the autoscaler leaves it alone from now on"]
 
 
 def test_a_pool_without_work_is_not_touched():
