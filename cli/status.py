@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 LAST_NOTES = 5
+LAST_DECISIONS = 3
 INDENT = 12  # of what stands behind a name
 WHOLE = ("checkpoint", "next")  # lines that are copied from
 COLUMNS = ("pool", "replica", "state", "version", "calls", "for", "where")
@@ -79,6 +80,9 @@ def _facts(known: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield name, text
     for alarm in known["alarms"][-LAST_NOTES:]:
         yield "alarm", f"{alarm['kind']} at step {alarm['step']}, {alarm['time']}: {alarm['text']}"
+    for own in known["decisions"][-LAST_DECISIONS:]:
+        expected = f"{own['step_seconds']:.3g} s a step, {own['expected_seconds']:.3g} s expected"
+        yield "autoscaler", f"{_clock(own['seconds'])} step {own['step']}: {own['what']}: {own['why']}; {expected}"
     for note in known["notes"][-LAST_NOTES:]:
         yield "note", note
 

@@ -10,6 +10,7 @@ from ..contracts.config import Config, Teacher
 from ..models.loading import context_length, eos_ids, load_config, load_tokenizer
 from .methods import compose_stages
 from .methods.parts.composition import Composition
+from .pools.autoscaler import budget_of, scaled_pools
 from .pools.services import judges
 from .preflight import Inputs, needs_of
 from .recording.notify import ways_of
@@ -62,6 +63,9 @@ def _lines(config: Config, compositions: Sequence[Composition], inputs: Inputs) 
     for need in needs:
         yield f"  {need.pool}", f"{need.replicas} × {_resources(need.each)}"
     yield "  in all", _resources({key: sum(n.replicas * n.each.get(key, 0) for n in needs) for key in ("CPU", "GPU")})
+    for resource, budget in budget_of(config.autoscale).items():
+        names = [need.pool for need in needs if need.pool in scaled_pools(config) and need.each.get(resource)]
+        yield "autoscale", f"{', '.join(names)}: up to {budget:g} {resource} together"
     every = f" and every {config.checkpoint.every} steps" if config.checkpoint.every else ""
     if ways := ways_of(config.notify):
         yield "alarms go to", " and ".join(f"the {way} of the recipe" for way in ways)

@@ -32,6 +32,7 @@ from .flow.kept_shards import Kept, kept, read_shards, write_shards
 from .flow.shard import Shard
 from .interrupt import Interrupt, Interrupted
 from .learner_group import LearnerGroup
+from .pools.autoscaler import Autoscaler
 from .pools.pool import UNPUBLISHED, Pool
 from .pools.weight_broadcast import WeightBroadcast
 from .recording.counters import RunCounters, pass_rate, sampler_entropy
@@ -65,6 +66,7 @@ class Driver:
     skills: SkillBank | None
     verifiers: Pool | None  # of evaluations
     broadcasts: WeightBroadcast | None  # to the rollout pool, in place of the object store
+    autoscaler: Autoscaler | None
     self_teachers: Sequence[Pool]
     averages: Sequence[Pool]
     problems: Sequence[ProblemSet]
@@ -393,3 +395,5 @@ class Driver:
         self.recorder.step(self.step, [*shards, *self.flow.stale], report.untrained)
         await self.recorder.collect()
         self.progress.step(row, self.recorder.newest)
+        if self.autoscaler:
+            self.autoscaler.step(row)

@@ -24,9 +24,10 @@ from .chat_checks import check_chat, check_template
 from .data import eval_data, fitting, load_prompts
 from .learner_group import need_of_learner
 from .methods.parts.composition import Composition
+from .pools.autoscaler import budget_of, scaled_pools
 from .pools.pool import need_of
-from .pools.room import Need
-from .pools.services import OWN_SERVICE, judges, judges_training, key_of, load_functions
+from .pools.room import SLACK, Need
+from .pools.services import OWN_SERVICE, judges, judges_training, key_of, load_functions, pool_of
 from .skill_bank import check_skills
 
 SHOWN = {"answer": "data.answer_field", "solution": "data.solution_field"}  # fields of templates that rows must have
@@ -50,6 +51,7 @@ def check_inputs(config: Config, compositions: Sequence[Composition]) -> Inputs:
     evaluation, verified = config.eval, config.verifier.kind != "none"
     if (evaluation.path or evaluation.ood_path) and not verified:
         raise ConfigError("an evaluation needs a verifier", "verifier.kind=none", "set eval.path= or choose a verifier")
+    _check_autoscale(config, compositions)
     local = {name: teacher for name, teacher in config.named_teachers.items() if not teacher.remote}
     scorers = {name: teacher.model for name, teacher in local.items()}
     if config.reference:
@@ -131,6 +133,22 @@ def _check_models(config: Config) -> None:
         generating += [(teacher.model, teacher.tensor_parallel) for teacher in local]
     for model, parts in dict.fromkeys(generating):
         ROLLOUT_ENGINES.check_model(rollout.engine, model, parts)
+
+
+def _check_autoscale(config: Config, compositions: Sequence[Composition]) -> None:
+    """The budget holds what the pools begin with. Raises ConfigError."""
+    needs = [need for need in needs_of(config, compositions) if need.pool in scaled_pools(config)]
+    for resource, budget in budget_of(config.autoscale).items():
+        key, taking = f"autoscale.{resource.lower()}s", [need for need in needs if need.each.get(resource)]
+        if not taking:
+            found = f"{key}={budget:g}; none of {', '.join(need.pool for need in needs)} takes a {resource}"
+            remedy = "give the budget in what the pools take"
+            raise ConfigError("autoscale bounds what its pools take", found, remedy)
+        if (total := sum(need.replicas * need.each[resource] for need in taking)) > budget + SLACK:
+            parts = " + ".join(f"{need.pool} {need.replicas} × {need.each[resource]:g}" for need in taking)
+            remedy = f"raise it, or lower replicas or num_{resource.lower()}s"
+            rule = "autoscale's budget holds the replicas that its pools begin with"
+            raise ConfigError(rule, f"{parts} = {total:g} {resource}; {key}={budget:g}", remedy)
 
 
 def _probe(teacher: Teacher, tokenizer: Any, compositions: Iterable[Composition]) -> ServerLimits:
@@ -227,7 +245,7 @@ def _with_teachers(config: Config, compositions: Iterable[Composition], prompts:
 def needs_of(config: Config, compositions: Sequence[Composition]) -> list[Need]:
     """What the pools and the learner ask the cluster for."""
     teachers = {name: teacher for name, teacher in config.named_teachers.items() if not teacher.shared}
-    names = {name: "teacher" if len(config.named_teachers) == 1 else f"teacher.{name}" for name in teachers}
+    names = {name: pool_of(name, config.named_teachers) for name in teachers}
     pools: dict[str, Pool | None] = {"rollout": config.rollout}
     pools |= {names[name]: teacher for name, teacher in teachers.items()}
     pools |= {REFERENCE: config.reference, "verifier": config.verifier if judges(config, compositions) else None}

@@ -32,6 +32,7 @@ from .interrupt import Interrupt
 from .learner_group import LearnerGroup
 from .methods import compose_stages, own_modules
 from .methods.parts.composition import Composition
+from .pools.autoscaler import autoscaler_of
 from .pools.calls import Pace
 from .pools.in_process import InProcessBackend
 from .pools.pool import Pool
@@ -262,6 +263,7 @@ async def _assemble(run: Run, number: int, composition: Composition, first: int,
         skills=skills,
         verifiers=run.verifiers,
         broadcasts=broadcasts,
+        autoscaler=autoscaler_of(config, flow, run.backend, run.progress.note),
         self_teachers=[teachers[name] for name in following],
         averages=[_averaging(run, teachers[name]) for name, follows in following.items() if follows == "ema"],
         problems=run.problems,

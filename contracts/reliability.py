@@ -53,7 +53,7 @@ class Notify(Section):
 
 
 class Autoscale(Section):
-    """Replicas of the rollout, teacher and verifier pools go where the run waits, within a budget; none: as given."""
+    """Replicas of rollout, teacher and verifier pools go to where the run waits, within a budget; none: as given."""
 
     cpus: float = Field(default=0.0, ge=0, description="CPUs that these pools may take together; 0: not by CPUs")
     gpus: float = Field(default=0.0, ge=0, description="GPUs that these pools may take together; 0: not by GPUs")

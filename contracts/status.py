@@ -47,6 +47,19 @@ class StepStatus:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ScaleDecision:
+    """What the autoscaler did after `step` steps: replicas before and after, and why; the seconds that a step took, and
+    those that it expects."""
+
+    step: int
+    seconds: float  # since the run began
+    what: str
+    why: str
+    step_seconds: float
+    expected_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunStatus:
     """A run as it stands. `step` of `steps` are done; `version`: of the weights that were published last."""
 
@@ -62,6 +75,7 @@ class RunStatus:
     learner_ranks: int = 1
     learner_restarts: int = 0
     notes: list[str] = field(default_factory=list)  # the last things that happened to replicas, newest last
+    decisions: list[ScaleDecision] = field(default_factory=list)  # the autoscaler's last ones, newest last
 
     def plain(self) -> dict[str, Any]:
         """As JSON has it."""

@@ -172,6 +172,7 @@ def of_files(folder: Path) -> dict[str, Any]:
         "learner_restarts": None,
         "notes": [],
         "alarms": kept(folder),
+        "decisions": [],
         "figures": _figures(row, rows.get("eval", {})),
         "checkpoint": checkpoint and str(checkpoint),
         "go_on": _go_on(folder, state, holder, checkpoint),

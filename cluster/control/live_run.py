@@ -49,6 +49,7 @@ class LiveRun:
             learner_ranks=len(driver.learner.ranks),
             learner_restarts=driver.restarts,
             notes=list(self.progress.notes),
+            decisions=list(driver.autoscaler.decisions) if driver.autoscaler else [],
         )
 
     def scale(self, wanted: Mapping[str, int]) -> dict[str, int]:
@@ -82,7 +83,9 @@ class LiveRun:
             needs = [replace(pool.need, replicas=wanted.get(name, pool.members.wanted)) for name, pool in pools.items()]
             self.backend.check_room([*needs, need_of_learner(self.driver.config)])
         before = {name: pools[name].members.wanted for name in wanted}
+        held = self.driver.autoscaler.hold(wanted) if self.driver.autoscaler else ()
         for name, replicas in wanted.items():
             pools[name].resize(replicas)
-            self.progress.note(f"{name}: {before[name]} → {replicas} replicas, as asked")
+            alone = "; the autoscaler leaves it alone from now on" if name in held else ""
+            self.progress.note(f"{name}: {before[name]} → {replicas} replicas, as asked{alone}")
         return before

@@ -71,6 +71,7 @@ class Flow:
         self.prompts, self.teacher_of_row = prompts, teacher_of_row
         self.order = PromptOrder(len(teacher_of_row), config.seed)
         self.first, self.last = first, first + config.steps
+        self.split_for = config.rollout.replicas  # generators that a step's calls are to keep busy
         self.admitted = first  # steps whose prompt groups have been asked for
         self.shards: dict[int, list[Shard]] = {}
         self.dropped: Counter[str] = Counter()
@@ -145,10 +146,15 @@ class Flow:
 
     def _parts(self, step: int) -> list[np.ndarray]:
         """The step's positions, split evenly over as many calls of generate as batch size and replicas ask for."""
+        groups = self.config.prompts_per_step
+        return np.array_split(np.arange(step * groups, (step + 1) * groups), self.calls_per_step)
+
+    @property
+    def calls_per_step(self) -> int:
+        """Calls of generate that a step is split into, and so shards, but for those that are asked for on top."""
         groups, samples = self.config.prompts_per_step, self.config.rollout.samples_per_prompt
         groups_per_call = max(1, self.config.rollout.batch_size // samples)
-        calls = max(-(-groups // groups_per_call), min(self.config.rollout.replicas, groups))
-        return np.array_split(np.arange(step * groups, (step + 1) * groups), calls)
+        return max(-(-groups // groups_per_call), min(self.split_for, groups))
 
     def _requests(self, step: int, position: int) -> list[SampleRequest]:
         row, group = self.order.row(position), str(position)

@@ -74,6 +74,9 @@ class InProcessBackend:
     def check_room(self, needs: Sequence[Need]) -> None:
         """All share this process."""
 
+    def free(self) -> None:
+        """There is no other."""
+
     def put(self, value: Any) -> Any:
         return value
 

@@ -65,6 +65,7 @@ class Members:
     ) -> None:
         self.name, self.settings, self.need, self.backend = name, settings, need, backend
         self.wanted = settings.replicas if settings.min_replicas else 0
+        self.awake = settings.replicas  # replicas that it wants, or will once it is asked for something again
         self.busy, self.failure, self.tell = BusyTime(), Failure(), say
         self.restarts = 0
         self.here: list[Member] = []
@@ -72,6 +73,7 @@ class Members:
         self.now = asyncio.get_running_loop().time
         self._numbers = count()
         self._replaced: deque[float] = deque()  # when, within the last minute
+        self._starts: deque[float] = deque(maxlen=LOOKED_AT)  # seconds that the last ones took to serve
         self._barren = 0  # that died before they had answered anything, in a row
         self._closed = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -86,6 +88,11 @@ class Members:
     def active(self) -> list[Member]:
         """Those that are to stay."""
         return [member for member in self.here if member.state != "draining"]
+
+    @property
+    def start_seconds(self) -> float:
+        """That a replica takes to serve: as the fastest of the last few did, since others may have waited for room."""
+        return min(self._starts, default=0.0)
 
     async def ready(self, tell: Tell) -> None:
         """Once all that were begun have started. Raises what the first one that cannot raised."""
@@ -107,6 +114,7 @@ class Members:
     def _serve(self, member: Member) -> None:
         if member not in self.here:
             return  # let go meanwhile
+        self._starts.append(self.now() - member.since)
         member.state, member.since = "serving", self.now()
         self.busy.joined(member.number)
         self._arrived(member)
@@ -177,7 +185,7 @@ class Members:
 
     def resize(self, wanted: int) -> None:
         """Go to `wanted` replicas: the missing ones are begun, of too many those with least to do are drained."""
-        self.wanted = wanted
+        self.wanted, self.awake = wanted, wanted or self.awake
         leaving = sorted(self.active, key=lambda member: (member.state == "serving", member.cost))
         for member in leaving[: max(0, len(leaving) - wanted)]:
             self.drain(member)

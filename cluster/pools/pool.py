@@ -96,7 +96,7 @@ class Pool:
         call = Call(method, arguments, cost, counted, loop.create_future(), loop.time())
         self._backlog.append(call)
         if not self.members.wanted:
-            self.members.resize(max(1, self.settings.replicas))
+            self.members.resize(self.members.awake)
         self._dispatch()
         return await self.failure.beside(call.answer)
 

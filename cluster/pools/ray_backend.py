@@ -20,7 +20,7 @@ from ...contracts.receipts import Receipt
 from .deaths import ActorState, first_line, obituary, tail_of
 from .ports import free_port
 from .replica import Replica
-from .room import Need, Tell, check_room, wait_for_actors, wait_for_groups
+from .room import Need, Tell, check_room, free, wait_for_actors, wait_for_groups
 
 names: dict[str, str] = {}  # actor id → what it is called: replica 1 of 2 of the rollout pool
 
@@ -74,6 +74,7 @@ class RayBackend:
 
     put = staticmethod(ray.put)
     check_room = staticmethod(check_room)
+    free = staticmethod(free)
 
     def run(self, function: Callable[..., Any], *args: Any) -> Awaitable[Any]:
         return _answer(_task(function).remote(*args), RolloutError, "task")

@@ -55,6 +55,11 @@ class Backend(Protocol):
         """Raises ResourceError where there is less than all these ask for."""
         ...
 
+    def free(self) -> Mapping[str, float] | None:
+        """CPUs and GPUs that are left for more replicas; what is not named has no end. None where all are in one
+        process."""
+        ...
+
     def put(self, value: Any) -> Any:
         """A reference to it."""
         ...

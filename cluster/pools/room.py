@@ -1,6 +1,7 @@
 """Room on the cluster: whether it has what the recipe asks for, and who holds it while a pool waits."""
 
 import asyncio
+import json
 import sys
 import time
 from collections import Counter
@@ -10,6 +11,9 @@ from typing import Any
 
 import ray
 from ray._private import state
+from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+from ray.autoscaler.v2.sdk import get_cluster_status
+from ray.experimental.internal_kv import _internal_kv_get
 from ray.util.placement_group import PlacementGroup, placement_group_table
 
 from ...contracts.errors import ResourceError
@@ -65,6 +69,26 @@ def check_room(needs: Sequence[Need]) -> None:
             found = f"{need.pool} asks for {_amounts(need.each)}; {where} has {_amounts(largest, need.each)}"
             remedy = "lower its num_cpus, num_gpus or tensor_parallel, or use larger machines"
             raise ResourceError("a replica fits on one machine", found, remedy)
+
+
+def grows() -> bool:
+    """Whether Ray has an autoscaler, to which an actor that waits is a wish for a machine. Where it has none, Ray names
+    each machine's type after the machine: in its monitor's report, or, with its newer one, in the cluster's state."""
+    report = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or "{}").get("autoscaler_report")
+    if report:
+        types = {*(report["active_nodes"] or ()), *(report["idle_nodes"] or ())}
+    else:
+        status = get_cluster_status(ray.get_runtime_context().gcs_address)
+        types = {node.ray_node_type_name for node in (*status.active_nodes, *status.idle_nodes)}
+    return not any(name.startswith("node_") for name in types)
+
+
+def free() -> dict[str, float]:
+    """CPUs and GPUs that nobody holds, of all machines; none is named where Ray gets machines for what waits."""
+    if grows():
+        return {}
+    nodes = state.available_resources_per_node().values()
+    return {name: sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU")}
 
 
 async def wait_for_actors(who: str, each: Mapping[str, float], actors: Sequence[Any], tell: Tell) -> None:

@@ -1,7 +1,7 @@
 """Starting a stage's pools: generators, teachers and reference, verifiers; and the heads that the learner needs."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from ...actors.worker import RolloutWorker
@@ -143,7 +143,7 @@ def stage_teachers(
     hidden = composition.scoring is not None and composition.scoring.signal == "hidden"
     teachers: dict[str, Pool] = {}
     for name, teacher in named.items():
-        pool_name = "teacher" if len(named) == 1 else f"teacher.{name}"
+        pool_name = pool_of(name, named)
         if teacher.shared:
             teachers[name] = rollouts
         elif teacher.remote:
@@ -159,6 +159,11 @@ def stage_teachers(
             REFERENCE, REFERENCE, config.reference, config, "transformers", own, backend
         )
     return teachers
+
+
+def pool_of(teacher: str, named: Collection[str]) -> str:
+    """The name of a teacher's pool, one of those that are named."""
+    return "teacher" if len(named) == 1 else f"teacher.{teacher}"
 
 
 def own_services(composition: Composition, backend: Backend) -> dict[str, Pool]:

@@ -185,8 +185,8 @@ class RunFolder:
         self, aside: Path, state: dict[str, Any], written: Written, keep: int, proven: int | None = None
     ) -> None:
         """State, manifest and the rename; then the newest `keep` stay, and where `proven` is given also the newest of
-        at most so many steps and those after it. `written`: files by their paths in `aside` whose writers have synced and
-        digested them. Raises OSError, and leaves the checkpoints before it."""
+        at most so many steps and those after it. `written`: files by their paths in `aside`, synced and digested by
+        their writers. Raises OSError, and leaves the checkpoints before it."""
         state_file, manifest_file = aside / STATE, aside / MANIFEST
         state_file.write_text(json.dumps({**state, "identity": self.identity}, indent=1), encoding="utf-8")
         files = {str(file.relative_to(aside)): file for file in sorted(aside.rglob("*")) if file.is_file()}

@@ -2,6 +2,9 @@
 
 import asyncio
 import selectors
+from contextlib import contextmanager
+
+from tutorloop.cluster.driver import Stopwatch
 
 
 class Stuck(AssertionError):
@@ -37,3 +40,16 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         if self.turns > self.most_turns:
             raise Stuck(f"{self.turns} turns of the loop, and no end")
         super()._run_once()
+
+
+class VirtualStopwatch(Stopwatch):
+    """The driver's seconds by stage, by the loop's clock."""
+
+    @contextmanager
+    def __call__(self, stage):
+        now = asyncio.get_running_loop().time
+        start = now()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + now() - start

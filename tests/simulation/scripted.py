@@ -12,6 +12,7 @@ from typing import Any
 
 from scripted_broadcast import HALF, Groups
 
+from tutorloop.cluster.pools.busy import BusyTime
 from tutorloop.cluster.pools.pool import Pool
 from tutorloop.contracts import config as sections
 from tutorloop.contracts.errors import (
@@ -57,12 +58,14 @@ class Fate:
     group_deaths: tuple = ()  # numbers of meetings and transfers, by member, in which a replica of the group dies
     hangs: bool = False  # the learner does not hear the first time that its group breaks
     hung: bool = False  # it has not
+    budget: float = 0.0  # CPUs that an autoscaler may give the pools, each replica of which takes 0.2; 0: none is there
 
     @property
     def learner_faults(self) -> int:
         return len(self.learner_deaths) + len(self.learner_hangs) + bool(self.learner_dies_at) + self.hung
 
-    def delay(self) -> float:
+    def delay(self, what: str = "", rollouts: int = 1) -> float:
+        """Seconds that it takes: a pool's call about so many rollouts, or a start, a load, the learner's call."""
         if self.spread == "none":
             return 0.0
         long = self.spread == "long" and self.rng.random() < 0.05
@@ -153,7 +156,11 @@ class ScriptedReplica:
             world.asked.update(request.rollout_id for request in arguments["requests"])
         answer = self._answer()
 
+        began = 0.0
+
         def begin():
+            nonlocal began
+            began = asyncio.get_running_loop().time()
             if self.follows and self.version != wanted:
                 raise Broken(f"{method} with weights {self.version} in place of {wanted}")
             if world.fate.poison and world.fate.poison in rollouts_of(arguments):
@@ -161,7 +168,7 @@ class ScriptedReplica:
             if number in world.fate.hanging_calls:
                 self.cut_off = True
                 return LATE
-            return world.fate.delay()
+            return world.fate.delay(self.pool, len(rollouts_of(arguments)))
 
         def end():
             if answer.done():
@@ -175,7 +182,9 @@ class ScriptedReplica:
             elif number == world.fate.failing_call:
                 answer.set_exception(ERRORS[method]("a service can fail", f"call {number}"))
             else:
-                answer.set_result(self._short(getattr(self, method)(**arguments)[1], number))
+                now = asyncio.get_running_loop().time()
+                took = replace(getattr(self, method)(**arguments)[1], seconds=now - began, ended=now)
+                answer.set_result(self._short(took, number))
 
         batch = getattr(self, method)(**arguments)[0]
         self._enqueue(begin, end)
@@ -203,7 +212,7 @@ class ScriptedReplica:
             self.version = manifest
             answer.set_result(0.1)
 
-        self._enqueue(self.world.fate.delay, end)
+        self._enqueue(partial(self.world.fate.delay, "load"), end)
         return answer
 
     async def _receive(self, manifest):
@@ -211,7 +220,7 @@ class ScriptedReplica:
         weights = await self.group.transfer(self)
         if weights != manifest:
             raise WeightsMismatch("a canary proves what was sent", f"{weights} in place of {manifest}")
-        await asyncio.sleep(self.world.fate.delay())
+        await asyncio.sleep(self.world.fate.delay("load"))
         self.version = weights
 
     def _in_turn(self, work):
@@ -338,7 +347,7 @@ class ScriptedBackend:
             return
         self.world.restarts += 1
         (replica,) = replicas
-        await asyncio.sleep(self.world.fate.delay())
+        await asyncio.sleep(self.world.fate.delay("start"))
         if self.world.fate.rng.random() < self.world.fate.stillborn:
             replica.die()
         if replica.dead:
@@ -365,10 +374,13 @@ class ScriptedPool(Pool):
         return super().send(version, members, method, *args)
 
 
-def scripted_pool(name: str, world: World, backend: ScriptedBackend, replicas: int, concurrent: int) -> Pool:
-    settings = sections.Pool(replicas=replicas, max_restarts_per_minute=1000, max_attempts=20)
+def scripted_pool(
+    name: str, world: World, backend: ScriptedBackend, replicas: int, concurrent: int, **own: Any
+) -> ScriptedPool:
+    settings = sections.Pool(replicas=replicas, max_restarts_per_minute=1000, max_attempts=20, **own)
     pool = ScriptedPool(name, object, settings, RolloutError, backend, concurrent_calls=concurrent)
     pool.world = world
+    pool.busy = pool.members.busy = BusyTime(now=asyncio.get_running_loop().time)
     return pool
 
 

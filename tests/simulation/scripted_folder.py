@@ -48,6 +48,8 @@ class Quiet:
 
     async def collect(self, wait=False): ...
 
+    standing = "scripted"
+
     def room_for(self, what):
         return nullcontext()
 

@@ -49,7 +49,7 @@ class ScriptedRank:
 
     async def _do(self, method, *args):
         sending = asyncio.ensure_future(self.group.transfer(self, self.at)) if method == "broadcast" else None
-        await self._works()
+        await self._works(method)
         if sending:
             return await sending
         if method in ("publish", "announce"):
@@ -67,11 +67,11 @@ class ScriptedRank:
             self.at = int(Path(args[0]).parent.name)
         return {"bucket_layout": (), "saved": {}}.get(method)
 
-    async def _works(self):
+    async def _works(self, method):
         """For a while; or it dies in the middle of it, or comes back ten days later."""
         self.world.learner_calls += 1
         number, fate = self.world.learner_calls, self.world.fate
-        await asyncio.sleep(LATE if number in fate.learner_hangs else fate.delay())
+        await asyncio.sleep(LATE if number in fate.learner_hangs else fate.delay(method))
         if number in fate.learner_deaths:
             self.die()
 

@@ -20,11 +20,12 @@ from functools import cache, partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from clock import VirtualLoop
+from clock import VirtualLoop, VirtualStopwatch
 from scripted import LATE, PROMPTS, Broken, Fate, ScriptedBackend, World, position_of, scripted_pool
 from scripted_folder import Quiet
 from scripted_learner import ScriptedLearner
 
+from tutorloop.cluster import driver as drivers
 from tutorloop.cluster.checkpoints import Checkpoints
 from tutorloop.cluster.driver import Driver
 from tutorloop.cluster.flow.evaluation import EvalPlan, ProblemSet
@@ -32,6 +33,8 @@ from tutorloop.cluster.flow.flow import Flow, Services
 from tutorloop.cluster.interrupt import Interrupt
 from tutorloop.cluster.methods import METHODS
 from tutorloop.cluster.pools import watch
+from tutorloop.cluster.pools.autoscaler import Autoscaler
+from tutorloop.cluster.pools.busy import Watch
 from tutorloop.cluster.pools.calls import Pace
 from tutorloop.cluster.pools.services import annotators
 from tutorloop.cluster.pools.weight_broadcast import WeightBroadcast
@@ -40,8 +43,10 @@ from tutorloop.contracts.config import REFERENCE
 from tutorloop.contracts.errors import TutorloopError
 from tutorloop.contracts.recipe import parse_config
 from tutorloop.contracts.records import Sampling
+from tutorloop.contracts.reliability import Autoscale
 
 ROWS = 17
+drivers.Stopwatch = VirtualStopwatch  # whose seconds are those of the other clocks
 watch.WATCH_SECONDS = 30.0  # of 5: looks would be half of all that happens
 TEACHERS = {"teachers": {"a": {"model": "s"}, "b": {"model": "s"}}}
 METHOD_OPTIONS = {  # methods that ask, annotate, follow up and publish in different ways
@@ -87,7 +92,7 @@ class WatchedFlow(Flow):
     cut = 0
 
     def restore(self, kept, changed=False):
-        self.begun += [shard for shards in kept.values() for shard in shards]
+        self.begun += [shard for shards in kept.values() for shard in shards if not shard.quarantined]
         super().restore(kept, changed)
 
     @property
@@ -162,6 +167,36 @@ def fate_of(rng: random.Random) -> Fate:
     return fate
 
 
+def scaled_by_itself(fate: Fate, rng: random.Random) -> None:
+    """In some runs the autoscaler moves replicas, at every step that it can see a reason."""
+    fate.budget = rng.choice([2.0, 2.4, 3.2]) if rng.random() < 0.3 else 0.0
+
+
+class JumpyAutoscaler(Autoscaler):
+    """Decides from a single step, and is watched: each move keeps to the budget and to what its pools need."""
+
+    def step(self, row):
+        self._rows.clear()
+        self._rows.append(row)
+        self._step = row.step
+        self._decide(row)
+
+    def _error(self, busy):
+        return 0.0
+
+    def _go(self, loads, run, move, row):
+        super()._go(loads, run, move, row)
+        wanted = {pool.name: pool.members.wanted for pool in self.pools}
+        if sum(0.2 * size for size in wanted.values()) > self.budget["CPU"] + 1e-9 or not all(wanted.values()):
+            raise Broken(f"{wanted} replicas of 0.2 CPU each, of {self.budget}")
+
+
+def jumpy_autoscaler(fate: Fate, flow: Flow, pools: list) -> Autoscaler | None:
+    if not fate.budget:
+        return None
+    return JumpyAutoscaler(Autoscale(cpus=fate.budget), flow, pools, lambda: {"CPU": 10.0}, lambda _: None)
+
+
 def sent_by_broadcast(fate: Fate, rng: random.Random) -> None:
     """Some runs send their weights that way; then somebody may die while they meet or send."""
     fate.broadcast = rng.random() < 0.4
@@ -182,68 +217,75 @@ async def _drive(recipe: tuple, fate: Fate, before: Outcome | None) -> Outcome:
     if before:
         world.go_on_from(before.world)
     backend = ScriptedBackend(world, {"rollout", "a"})
-    concurrent = fate.rng.choice([1, 4])
-    rollouts = scripted_pool("rollout", world, backend, config.rollout.replicas, concurrent)
-    others = {name: scripted_pool(name, world, backend, fate.rng.randint(1, 2), 1) for name in ("a", "b", REFERENCE)}
-    verifiers = scripted_pool("verifier", world, backend, 1, 4)
-    skills = scripted_pool("skills", world, backend, 1, 1)
-    generators = {"student": rollouts, "dataset": rollouts, "teacher": scripted_pool("t", world, backend, 1, 1)}
-    services = Services(generators=generators, annotators=annotators(others, verifiers, skills))
-    quiet = (
-        Quiet(steps=list(before.steps), checkpoints=before.quiet.checkpoints, kept=before.quiet.kept)
-        if before
-        else Quiet()
+    sizes = {"rollout": config.rollout.replicas, **{name: fate.rng.randint(1, 2) for name in ("a", "b", REFERENCE)}}
+    at_once = {"rollout": fate.rng.choice([1, 4]), "verifier": 4}
+    names = ("rollout", "a", "b", REFERENCE, "verifier", "skills", "t")
+    own = {name: scripted_pool(name, world, backend, sizes.get(name, 1), at_once.get(name, 1)) for name in names}
+    quiet, interrupt = Quiet(), Interrupt(lambda _: None)
+    if before:
+        quiet = Quiet(steps=list(before.steps), checkpoints=before.quiet.checkpoints, kept=before.quiet.kept)
+    driver = driver_of(config, composition, world, own, quiet, interrupt)
+    flow, pools = driver.flow, {pool.name: pool for pool in dict.fromkeys([*driver.flow.pools, own["verifier"]])}
+    driver.autoscaler = jumpy_autoscaler(fate, flow, [pools[name] for name in (*sizes, "verifier") if name in pools])
+    for pool in pools.values():
+        await pool.ready(quiet.note)
+    if before:
+        flow.begun = [shard for shard in before.flow.begun if shard not in before.flow.left]
+        place = Path("unused") / str(before.world.finished_steps)
+        driver.counters.resume(quiet.checkpoints[place]["tally"])
+        await driver.resume(place, quiet.checkpoints[place])
+    with interrupt.saving():
+        loop = asyncio.get_running_loop()
+        disturb(fate, world, pools, interrupt)
+        try:
+            finished, error = await driver.train(), None
+        except TutorloopError as failure:
+            finished, error = None, failure
+    outcome = Outcome(world, flow, driver.counters, quiet, finished, error, loop.time(), list(pools.values()))
+    outcome.unnoticed = unnoticed(outcome)
+    for pool in outcome.pools:
+        pool.members.watching.cancel()  # ten days of looking at them take too long
+    await asyncio.sleep(2 * LATE if fate.hanging_calls or fate.learner_hangs else 0)  # what comes late comes now
+    return outcome
+
+
+def driver_of(config, composition, world: World, pools: dict, quiet: "Quiet", interrupt: Interrupt) -> Driver:
+    """The real driver and flow, whose clocks are the loop's, with scripted pools."""
+    annotating = {name: pools[name] for name in ("a", "b", REFERENCE) if name in pools}
+    rollouts = pools["rollout"]
+    generators = {"student": rollouts, "dataset": rollouts, "teacher": pools.get("t", rollouts)}
+    services = Services(
+        generators=generators, annotators=annotators(annotating, pools["verifier"], pools.get("skills"))
     )
-    flow = WatchedFlow(
-        config, composition, services, PROMPTS, [("a", "b")[row % 2] for row in range(ROWS)], 0, quiet.note
-    )
-    flow.begun = [shard for shard in before.flow.begun if shard not in before.flow.left] if before else []
-    counters, interrupt, pace = RunCounters(), Interrupt(lambda _: None), Pace(config.learner.deadline_seconds)
+    teachers = [("a", "b")[row % 2] for row in range(ROWS)] if "b" in pools else ["a"] * ROWS
+    flow = WatchedFlow(config, composition, services, PROMPTS, teachers, 0, quiet.note)
+    flow.begun = []
+    pace = Pace(config.learner.deadline_seconds)
     pace.took("ready", 1, 1.0)  # the learner has started once
-    driver = Driver(
+    return Driver(
         config=config,
         stage=0,
         folder=quiet,
         flow=flow,
         learner=ScriptedLearner(config, world, pace),
         skills=None,
-        verifiers=verifiers,
-        broadcasts=WeightBroadcast(rollouts, 1) if fate.broadcast else None,
-        self_teachers=[others["a"]],
+        verifiers=pools["verifier"],
+        broadcasts=WeightBroadcast(rollouts, 1) if world.fate.broadcast else None,
+        autoscaler=None,
+        self_teachers=[pools["a"]],
         averages=[],
-        problems=[ProblemSet("in_distribution", PROMPTS, 2)],
+        problems=[ProblemSet("in_distribution", PROMPTS, 2)] if config.eval.path else [],
         plan=EvalPlan(samples=1, sampling=Sampling(max_new_tokens=4), batch_size=1, seed=0),
         trigger=None,
         log=quiet,
         progress=quiet,
         interrupt=interrupt,
-        counters=counters,
+        counters=RunCounters(watch=Watch(asyncio.get_running_loop().time)),
         recorder=quiet,
         checkpoints=Checkpoints(quiet, 2),
         step=0,
         start_learner=partial(ScriptedLearner.again, config, world, pace),
     )
-    for pool in dict.fromkeys([*flow.pools, verifiers]):
-        await pool.ready(quiet.note)
-    if before:
-        place = Path("unused") / str(before.world.finished_steps)
-        state = quiet.checkpoints[place]
-        counters.resume(state["tally"])
-        await driver.resume(place, state)
-    with interrupt.saving():
-        loop = asyncio.get_running_loop()
-        pools = {pool.name: pool for pool in [*flow.pools, verifiers]}
-        disturb(fate, world, pools, interrupt)
-        try:
-            finished, error = await driver.train(), None
-        except TutorloopError as failure:
-            finished, error = None, failure
-    outcome = Outcome(world, flow, counters, quiet, finished, error, loop.time(), list(pools.values()))
-    outcome.unnoticed = unnoticed(outcome)
-    for pool in outcome.pools:
-        pool.members.watching.cancel()  # ten days of looking at them take too long
-    await asyncio.sleep(2 * LATE if fate.hanging_calls or fate.learner_hangs else 0)  # what comes late comes now
-    return outcome
 
 
 def disturb(fate: Fate, world: World, pools: dict, interrupt: Interrupt) -> None:
@@ -296,7 +338,7 @@ def check(outcome: Outcome, recipe: tuple, fate: Fate) -> None:
     generated = sum(shard.generated.rows for shard in flow.begun if shard.generated)
     never = ("quarantined", "learner_restarted")  # generated, or asked for again
     dropped = sum(many for reason, many in outcome.counters.dropped.items() if reason not in never)
-    kept = sum(shard.generated.rows for shard in flow.left if shard.generated and not shard.quarantined)
+    kept = sum(shard.generated.rows for shard in flow.left if shard.generated and shard in flow.begun)
     if len(trained) + dropped + kept != generated:
         known = f"{len(trained)} trained, {dict(outcome.counters.dropped)} dropped, {kept} kept"
         raise Broken(f"{generated} rollouts: {known}")
@@ -331,6 +373,7 @@ def simulate(seed: int) -> None:
     rng = random.Random(seed)
     recipe, fate = recipe_of(rng), fate_of(rng)
     sent_by_broadcast(fate, random.Random(f"broadcast {seed}"))
+    scaled_by_itself(fate, random.Random(f"autoscale {seed}"))
     outcome = run_once(recipe, fate)
     check(outcome, recipe, fate)
     if outcome.finished is False:

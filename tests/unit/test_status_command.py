@@ -23,13 +23,13 @@ from tutorloop.cluster.control.server import ControlServer
 from tutorloop.cluster.recording.claim import Claim
 from tutorloop.contracts.errors import InputError, ResourceError
 from tutorloop.contracts.recipe import load_config
-from tutorloop.contracts.status import PoolStatus, ReplicaStatus, RunStatus, StepStatus
+from tutorloop.contracts.status import PoolStatus, ReplicaStatus, RunStatus, ScaleDecision, StepStatus
 
 HOSTILE = "[red]x[/] \x1b[31m\x07\u202e y"
 SHOWN = r"[red]x[/] \x1b[31m\x07\u202e y"
 KEYS = {
     *("state", "method", "phase", "step", "steps", "version", "seconds", "pools", "in_flight", "dropped"),
-    *("learner_ranks", "learner_restarts", "notes", "alarms", "figures", "checkpoint", "go_on"),
+    *("learner_ranks", "learner_restarts", "notes", "alarms", "decisions", "figures", "checkpoint", "go_on"),
 }
 
 
@@ -57,6 +57,17 @@ class Scripted:
             learner_ranks=4,
             learner_restarts=1,
             notes=[f"note {n}" for n in range(9)] + [f"two\n{HOSTILE}"],
+            decisions=[
+                ScaleDecision(
+                    step=n,
+                    seconds=60.0 * n,
+                    what="rollout 1 → 5",
+                    why="slow",
+                    step_seconds=8.0,
+                    expected_seconds=2.013,
+                )
+                for n in range(1, 6)
+            ],
         )
 
     def pool(self, name: str) -> PoolStatus:
@@ -139,6 +150,7 @@ def test_the_screen_says_how_a_run_stands(alive: Path, columns: int) -> None:
         "failures rollout: replicas replaced 2, calls made again 3",
         "failures learner: restarts 1",
         "dropped stale 12,345",
+        *(f"autoscaler {n}:00 step {n}: rollout 1 → 5: slow; 8 s a step, 2.01 s expected" for n in (3, 4, 5)),
         *(f"note note {n}" for n in range(5, 9)),
         rf"note two\n{SHOWN}",
     ]
