@@ -128,10 +128,11 @@ class Autoscaler:
         return statistics.stdev(busy) / math.sqrt(len(busy))
 
     def _calls(self, pool: Pool) -> int:
-        """That the pool can be asked at once. A step is split for as many generators as there are."""
-        config = self._flow.config
-        generates = pool in self._flow.services.generators.values()
-        return self._in_flight * (config.prompts_per_step if generates else self._flow.calls_per_step)
+        """That the pool can be asked at once. Of an asynchronous run a step is split for as many generators as there
+        are; of a synchronous one it is not, for its weights are the same to the last bit whatever the clock says."""
+        flow, generators = self._flow, self._flow.services.generators.values()
+        finest = self._in_flight > 1 and pool in generators
+        return self._in_flight * (flow.config.prompts_per_step if finest else flow.calls_per_step)
 
     def _works(self, name: str, replicas: int, seconds: float) -> dict[int, float]:
         """By replicas; what was measured with others before goes up and down with what is measured now."""
@@ -167,8 +168,9 @@ class Autoscaler:
         pools = {pool.name: pool for pool in self.pools}
         for load in sorted(loads, key=lambda own: move.sizes[own.name] - own.now):  # who goes makes room
             pools[load.name].resize(move.sizes[load.name])
-        generating = move.sizes.get(self._flow.services.rollouts.name, 0)
-        self._flow.split_for = max(self._flow.config.rollout.replicas, generating)
+        if self._in_flight > 1:
+            generators = self._flow.services.rollouts.members.awake
+            self._flow.split_for = max(self._flow.config.rollout.replicas, generators)
         changed = [load for load in loads if load.now != move.sizes[load.name]]
         decision = ScaleDecision(
             step=row.step,
@@ -184,7 +186,7 @@ class Autoscaler:
 
 
 def _why(loads: Sequence[Load], run: Run, move: Move) -> str:
-    stages = {load.name: load.seconds(load.now) for load in loads} | {"the rest": run.alone}
+    stages = {load.name: load.seconds(load.now) for load in loads} | {"the learner": run.alone}
     slowest, *others = sorted(stages, key=lambda name: -stages[name])
     if move.forced:
         return "the replicas exceed the budget"

@@ -155,6 +155,15 @@ def test_it_stays_within_the_room():
     assert sum(ran.sizes[-1][1].values()) == 5
 
 
+@pytest.mark.parametrize(("staleness", "rollouts"), [(0, 2), (1, 4)])
+def test_no_more_generators_than_calls(staleness, rollouts):
+    """A synchronous run's step stays cut as its recipe says; an asynchronous one's is cut finer for more generators."""
+    load = Latencies(each={**EACH, "a": 0.001}, learner=0.3)
+    ran = run(recipe(staleness, prompts=4, batch=4), load, ONE, SECONDS, budget=9)
+    most = max(sizes["rollout"] for _, sizes in ran.sizes)
+    assert most == 2 if staleness == 0 else most >= rollouts
+
+
 def test_a_replica_that_finds_no_place_is_not_waited_for():
     """Its pool stays as it is; the others go on being scaled."""
 
