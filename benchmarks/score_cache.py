@@ -183,9 +183,12 @@ def epochs() -> list[dict[str, Any]]:
 def table(results: dict[str, Any]) -> str:
     lines = ["# Kept teacher scores, measured", ""]
     lines += [
-        "2 hyperthreads of one core, no GPU, torch CPU build. `.venv/bin/python benchmarks/score_cache.py entries"
+        "2 hyperthreads of one core, no GPU, torch CPU build. `.venv/bin/python benchmarks/score_cache.py entries steps"
     ]
-    lines += ["epochs pairs`. What it all means: [docs/reliability.md](../../docs/reliability.md).", ""]
+    lines += [
+        "epochs`, with other work on the machine. What it all means: [docs/reliability.md](../../docs/reliability.md).",
+        "",
+    ]
     if own := results.get("entries"):
         lines += [
             "## An entry",
