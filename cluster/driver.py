@@ -26,6 +26,7 @@ from ..contracts.errors import (
 from ..contracts.records import StepReport
 from ..models.digests import Written
 from .checkpoints import Checkpoints
+from .entropy_collapse import EntropyCollapse
 from .flow.evaluation import EvalPlan, ProblemSet, evaluate
 from .flow.flow import Flow
 from .flow.kept_shards import Kept, kept, read_shards, write_shards
@@ -44,7 +45,6 @@ from .recording.samples import truncate_samples
 from .recording.stopwatch import Stopwatch
 from .resume_keys import settings_of
 from .skill_bank import SkillBank
-from .stages import EntropyCollapse
 
 T = TypeVar("T")
 LEARNER = "learner"  # its part of a checkpoint

@@ -25,7 +25,7 @@ from .pools.room import check_room, say
 from .pools.services import start_generators, start_verifiers
 from .preflight import context_of
 from .recording.metrics import EvalRow
-from .run import eval_plan
+from .stage import eval_plan
 
 
 def evaluate_model(config: Config, address: str | None) -> EvalRow:

@@ -7,7 +7,7 @@ import pytest
 from run_rows import fresh_rng
 from term_cases import golden
 
-from tutorloop.cluster.stages import EntropyCollapse
+from tutorloop.cluster.entropy_collapse import EntropyCollapse
 from tutorloop.contracts.config import Until
 
 INPUTS, EXPECTED = golden("rejection_ft")
