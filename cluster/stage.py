@@ -123,15 +123,9 @@ async def assemble(run: Run, number: int, composition: Composition, first: int, 
     own_pools = own_services(composition, run.backend)
     await _ready(own_pools, run, stack)
     services = annotators(teachers, run.verifiers, skills.pool if skills else None, own_pools)
-    flow = Flow(
-        config,
-        composition,
-        Services(generators=generators, annotators=services),
-        prompts=run.prompts,
-        teacher_of_row=[prompt.teacher for prompt in run.inputs.train],
-        first=first,
-        tell=run.progress.note,
-    )
+    teacher_of_row = [prompt.teacher for prompt in run.inputs.train]
+    places = Services(generators=generators, annotators=services)
+    flow = Flow(config, composition, places, run.prompts, teacher_of_row, first, run.progress.note)
     return Driver(
         config=config,
         stage=number,

@@ -24,11 +24,11 @@ from ...contracts.records import SampleRequest, TrainRow, seed_of
 from ...contracts.status import StepStatus
 from ..data import PromptOrder
 from ..methods.parts.annotations import PROMPTS, ROLLOUTS, ROWS, VERDICTS, Annotation
-from ..methods.parts.composition import Composition, SampleSpec, natural
+from ..methods.parts.composition import Composition, natural
 from ..pools.failure import Failure, first_of
 from ..pools.pool import Pool
 from ..pools.room import Tell, say
-from .shard import ALONE, MOST_BEGINNINGS, Shard, summaries_of
+from .shard import ALONE, MOST_BEGINNINGS, Shard, mark_of, request_of, summaries_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,11 +161,11 @@ class Flow:
         requests: list[SampleRequest] = []
         numbers: defaultdict[str, Iterator[int]] = defaultdict(count)
         for spec in self.composition.samples(step - self.first, position):
-            mark = _mark(spec.source)
+            mark = mark_of(spec.source)
             for sample in islice(numbers[mark], spec.samples):
                 name = (position, sample) if not mark else (position, mark, sample)
                 seed = seed_of(self.config.seed, "sample", *name)
-                requests.append(_request(f"{group}-{mark}{sample}", group, len(requests), row, seed, spec))
+                requests.append(request_of(f"{group}-{mark}{sample}", group, len(requests), row, seed, spec))
         return requests
 
     def _begin(self, step: int, requests: Iterable[SampleRequest], group: asyncio.TaskGroup, attempt: int = 1) -> None:
@@ -270,13 +270,13 @@ class Flow:
         requests = []
         for group, spec in self.composition.follow_up(shard.summaries(), shard.attempt):
             # Of the group alone, since shards may be cut otherwise where there are other replicas.
-            name = f"{group}+{shard.attempt}{_mark(shard.source)}.{next(numbers[group])}"
+            name = f"{group}+{shard.attempt}{mark_of(shard.source)}.{next(numbers[group])}"
             fresh = np.random.default_rng(seed_of(self.config.seed, "fresh", name)).integers(len(self.teacher_of_row))
             row = int(fresh) if spec.fresh else row_of[group]
             for sample in range(spec.samples):
                 rollout_id = f"{name}-{sample}"
                 seed = seed_of(self.config.seed, "sample", rollout_id)
-                requests.append(_request(rollout_id, name if spec.fresh else group, sample, row, seed, spec))
+                requests.append(request_of(rollout_id, name if spec.fresh else group, sample, row, seed, spec))
         self._begin(shard.step, requests, step, shard.attempt + 1)
 
     # ---- handing over ----
@@ -379,23 +379,6 @@ class Flow:
         for shards in self.shards.values():
             self._drop(shards, reason)
         self.shards.clear()
-
-
-def _mark(source: str) -> str:
-    """Of a source in the ids of what it answers."""
-    return "" if source == "student" else source[0]
-
-
-def _request(rollout_id: str, group: str, sample: int, row: int, seed: int, spec: SampleSpec) -> SampleRequest:
-    return SampleRequest(
-        rollout_id=rollout_id,
-        group_id=group,
-        sample_index=sample,
-        row=row,
-        seed=seed,
-        source=spec.source,
-        context=spec.context,
-    )
 
 
 async def _nothing() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from ...contracts.receipts import Receipt, RolloutReceipt, VerdictReceipt
 from ...contracts.records import SampleRequest
 from ..methods.parts.annotations import ROLLOUTS, SKILLS, VERDICTS, Annotation
-from ..methods.parts.composition import Credit, RolloutSummary
+from ..methods.parts.composition import Credit, RolloutSummary, SampleSpec
 
 ALONE = 0
 MOST_BEGINNINGS = 3  # of a shard whose batches are lost
@@ -112,3 +112,20 @@ class Shard:
 
 def summaries_of(shards: Sequence[Shard]) -> list[RolloutSummary]:
     return [one for shard in shards for one in shard.summaries()]
+
+
+def mark_of(source: str) -> str:
+    """Of a source in the ids of what it answers."""
+    return "" if source == "student" else source[0]
+
+
+def request_of(rollout_id: str, group: str, sample: int, row: int, seed: int, spec: SampleSpec) -> SampleRequest:
+    return SampleRequest(
+        rollout_id=rollout_id,
+        group_id=group,
+        sample_index=sample,
+        row=row,
+        seed=seed,
+        source=spec.source,
+        context=spec.context,
+    )

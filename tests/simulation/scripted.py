@@ -99,11 +99,8 @@ class World:
 
     def go_on_from(self, before: "World") -> None:
         """What was trained before the run was interrupted."""
-        self.trained, self.finished_steps, self.steps_done = (
-            list(before.trained),
-            before.finished_steps,
-            before.steps_done,
-        )
+        self.trained = list(before.trained)
+        self.finished_steps, self.steps_done = before.finished_steps, before.steps_done
 
     def kill_learner(self) -> None:
         self.rank.die()

@@ -16,12 +16,14 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 from clock import VirtualLoop, VirtualStopwatch
-from scripted import LATE, PROMPTS, Broken, Fate, ScriptedBackend, World, position_of, scripted_pool
+from drawn_recipes import recipe_of, setting
+from invariants import check, unnoticed
+from scripted import LATE, PROMPTS, Broken, Fate, ScriptedBackend, World, scripted_pool
 from scripted_folder import Quiet
 from scripted_learner import ScriptedLearner
 
@@ -31,7 +33,6 @@ from tutorloop.cluster.driver import Driver
 from tutorloop.cluster.flow.evaluation import EvalPlan, ProblemSet
 from tutorloop.cluster.flow.flow import Flow, Services
 from tutorloop.cluster.interrupt import Interrupt
-from tutorloop.cluster.methods import METHODS
 from tutorloop.cluster.pools import watch
 from tutorloop.cluster.pools.autoscaler import Autoscaler
 from tutorloop.cluster.pools.busy import Watch
@@ -41,48 +42,13 @@ from tutorloop.cluster.pools.weight_broadcast import WeightBroadcast
 from tutorloop.cluster.recording.counters import RunCounters
 from tutorloop.contracts.config import REFERENCE
 from tutorloop.contracts.errors import TutorloopError
-from tutorloop.contracts.recipe import parse_config
 from tutorloop.contracts.records import Sampling
 from tutorloop.contracts.reliability import Autoscale
 
 ROWS = 17
 drivers.Stopwatch = VirtualStopwatch  # whose seconds are those of the other clocks
 watch.WATCH_SECONDS = 30.0  # of 5: looks would be half of all that happens
-TEACHERS = {"teachers": {"a": {"model": "s"}, "b": {"model": "s"}}}
-METHOD_OPTIONS = {  # methods that ask, annotate, follow up and publish in different ways
-    "grpo": {},
-    "dapo": {"method_options": {"max_refills": 2}},
-    "star": {"method_options": {"round_steps": 2}},
-    "rest": {"method_options": {"round_steps": 3}},
-    "opd": TEACHERS,
-    "sdpo": {**TEACHERS, "method_options": {"grpo_weight": 0.5}},
-    "exopd": {**TEACHERS, "reference": {"model": "s"}},
-    "sg_opd": {**TEACHERS, "method_options": {"cold_start": 1.0, "cold_steps": 1.0}},
-    "sgsd": {"teachers": {"a": {"model": "s"}}, "method_options": {"pairs": 2}, "skills": {"path": "unused"}},
-    "sft": {},
-}
 KINDS_OF_CALL = ("generate", "score", "judge")
-
-
-@cache
-def setting(method: str, staleness: int, prompts: int, replicas: int, batch: int, steps: int, every: int):
-    """A recipe and its composition. There are a few thousand of them, and each takes some milliseconds to check."""
-    tree = {
-        "method": method,
-        "output_dir": "unused",
-        "steps": steps,
-        "prompts_per_step": prompts,
-        "max_staleness": staleness,
-        "seed": 5,
-        "student": {"model": "s"},
-        "data": {"path": "d"},
-        "rollout": {"samples_per_prompt": 2, "batch_size": batch, "replicas": replicas},
-        "eval": {"path": "e", "every": every},
-        "checkpoint": {"every": every},
-        **METHOD_OPTIONS[method],
-    }
-    config = parse_config(tree, [])
-    return config, METHODS[method](config)
 
 
 class WatchedFlow(Flow):
@@ -133,14 +99,6 @@ class Outcome:
     @property
     def steps(self):
         return self.quiet.steps
-
-
-def recipe_of(rng: random.Random):
-    """A recipe from a few thousand."""
-    method = rng.choice(list(METHOD_OPTIONS))
-    steps = rng.randint(3, 6)
-    parts = (rng.choice([0, 0, 1, 2]), rng.randint(1, 4), rng.randint(1, 3), rng.choice([2, 4]))
-    return method, *parts, steps, rng.choice([0, 2])
 
 
 def fate_of(rng: random.Random) -> Fate:
@@ -299,73 +257,6 @@ def disturb(fate: Fate, world: World, pools: dict, interrupt: Interrupt) -> None
         at_time(at, world.kill, many)
     for at, name, replicas in fate.resizes:
         at_time(at, pools[name].resize, replicas)
-
-
-def unnoticed(outcome: Outcome) -> int:
-    """Replicas that have died a while ago, and that their pools still count on."""
-    since = outcome.seconds - 2 * watch.WATCH_SECONDS
-    there = [member for pool in outcome.pools for member in pool.members.serving if not member.calls]
-    return sum(m.replica.dead and not m.loading and m.replica.died_at < since for m in there)
-
-
-def check(outcome: Outcome, recipe: tuple, fate: Fate) -> None:
-    """The invariants of one run. Raises Broken."""
-    config, composition = setting(*recipe)
-    world, flow = outcome.world, outcome.flow
-    if world.broken:
-        raise world.broken
-    dies_for_good = fate.learner_faults > 2 or (fate.learner_faults and fate.stop_at)
-    if outcome.error and not (fate.failing_call or fate.short_call or fate.failing_load or dies_for_good):
-        raise Broken(f"nothing failed, and yet: {outcome.error}")
-    if outcome.finished and world.finished_steps != config.steps:
-        raise Broken(f"{world.finished_steps} of {config.steps} steps, and the run says that it has finished")
-    if outcome.finished is False and not fate.stop_at:
-        raise Broken("the run ended before its steps, and nobody stopped it")
-    goes_back = outcome.error and dies_for_good  # it may have ended on the way to its checkpoint
-    if outcome.steps != list(range(1, world.finished_steps + 1)) and not goes_back:
-        raise Broken(f"{world.finished_steps} steps were learnt, and {outcome.steps} written down")
-    trained = [rollout for _, rollout, _, _ in world.trained]
-    if len(set(trained)) < len(trained):
-        raise Broken("a rollout is trained twice")
-    bound = config.max_staleness + composition.round_steps - 1
-    for step, rollout, version, _ in world.trained:
-        if position_of(rollout) // config.prompts_per_step != step:
-            raise Broken(f"{rollout} is trained in step {step}")
-        if version is not None and not 0 <= step - version <= bound:
-            raise Broken(f"{rollout} of weights {version} is trained in step {step}")
-    if outcome.error:
-        return  # what was in flight is counted where a checkpoint could be saved, and lost with the process where not
-    generated = sum(shard.generated.rows for shard in flow.begun if shard.generated)
-    never = ("quarantined", "learner_restarted")  # generated, or asked for again
-    dropped = sum(many for reason, many in outcome.counters.dropped.items() if reason not in never)
-    kept = sum(shard.generated.rows for shard in flow.left if shard.generated and shard in flow.begun)
-    if len(trained) + dropped + kept != generated:
-        known = f"{len(trained)} trained, {dict(outcome.counters.dropped)} dropped, {kept} kept"
-        raise Broken(f"{generated} rollouts: {known}")
-    if outcome.finished:
-        groups = {position_of(shard.requests[0].rollout_id) for shard in flow.begun if shard.step < config.steps}
-        if groups and max(groups) >= config.steps * config.prompts_per_step:
-            raise Broken("a prompt group past the run's end was asked for")
-        check_pools(outcome, fate)
-    saved = [state["step"] for state in outcome.quiet.checkpoints.values()]
-    if world.finished_steps not in saved:
-        raise Broken(f"checkpoints of {saved} after {world.finished_steps} steps")
-
-
-def check_pools(outcome: Outcome, fate: Fate) -> None:
-    """Of a run that has finished: nothing waits, and no answer was counted twice."""
-    if outcome.seconds > LATE / 2:
-        raise Broken(f"the run took {outcome.seconds:.0f} s: it waited for an answer that hung")
-    if outcome.unnoticed:
-        raise Broken(f"{outcome.unnoticed} replicas have died, and nobody has noticed")
-    for pool in outcome.pools:
-        calls = [*pool._backlog, *(call for member in pool.members.here for call in member.calls)]
-        if left := [call for call in calls if not call.answer.done()]:
-            raise Broken(f"{len(left)} calls are left in the {pool.name} pool")
-        # Some that were asked beside what failed.
-        unheard = fate.learner_faults or fate.lost_batches or outcome.flow.cut
-        if not unheard and pool.tokens != pool.answered:
-            raise Broken(f"the {pool.name} pool counted {pool.tokens} tokens, and answered with {pool.answered}")
 
 
 def simulate(seed: int) -> None:
