@@ -161,9 +161,10 @@ class LearnerGroup:
                 raise LearnerError(rule, f"saved: no answer in {limit:.0f} s", REMEDY).as_lost()
             if all(one.done() for one in asked):
                 found = [one.result() for one in asked]
-                if all(own is not None for own in found):
+                whole = [own for own in found if own is not None]
+                if len(whole) == len(found):
                     self._pace.took("saved", 1, waited)
-                    return {name: written for own in found for name, written in own.items()}
+                    return {name: written for own in whole for name, written in own.items()}
                 await asyncio.sleep(pause)
                 asked = self._ask_saved()
             pause = min(2 * pause, MOST_POLL_SECONDS)

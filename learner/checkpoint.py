@@ -83,7 +83,7 @@ def _places(engine: Any) -> Iterator[tuple[str, Any, Place]]:
             flat, start = optimizer.fp32_partitioned_groups_flat[group], rank * part
             yield name, p, Place(flat, at, start, max(0, min(part, p.ds_numel - start)), tuple(p.ds_shape))
         elif not hasattr(p, "_hp_mapping"):  # stage 0: every rank has it whole
-            yield name, p, Place(masters.get(id(p), p), 0, 0, p.numel(), tuple(p.shape))
+            yield name, p, Place(masters[id(p)] if masters else p, 0, 0, p.numel(), tuple(p.shape))
         elif own := p._hp_mapping:  # stages 1 and 2 cut all of them as if they were one
             flat, held = optimizer.single_partition_of_fp32_groups[own.param_group_index], own.hp_fragment_address
             yield name, p, Place(flat, held.start, own.lp_fragment_address.start, held.numel, tuple(p.shape))
