@@ -239,8 +239,8 @@ async def _drive(recipe: tuple, fate: Fate) -> Outcome:
     config, composition = setting(*recipe)
     world = World(fate, most_ahead=config.max_staleness, per_step=config.prompts_per_step)
     backend = ScriptedBackend(world, {"rollout", "a"})
-    sizes = {"rollout": config.rollout.replicas, **{name: fate.rng.randint(1, 2) for name in ("a", "b", REFERENCE)}}
     at_once = {"rollout": fate.rng.choice([1, 4]), "verifier": 4}
+    sizes = {"rollout": config.rollout.replicas, **{name: fate.rng.randint(1, 2) for name in ("a", "b", REFERENCE)}}
     names = ("rollout", "a", "b", REFERENCE, "verifier", "skills", "t")
     own = {name: scripted_pool(name, world, backend, sizes.get(name, 1), at_once.get(name, 1)) for name in names}
     quiet, interrupt = Quiet(), Interrupt(lambda _: None)
