@@ -23,6 +23,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 from clock import VirtualLoop, VirtualStopwatch
 from scripted import LATE, PROMPTS, Broken, Fate, ScriptedBackend, World, position_of, scripted_pool
+from scripted_autoscaler import jumpy_autoscaler, scaled_by_itself
+from scripted_broadcast import sent_by_broadcast
 from scripted_learner import ScriptedLearner
 
 from tutorloop.cluster import driver as drivers
@@ -32,7 +34,6 @@ from tutorloop.cluster.flow.flow import Flow, Services
 from tutorloop.cluster.interrupt import Interrupt
 from tutorloop.cluster.methods import METHODS
 from tutorloop.cluster.pools import watch
-from tutorloop.cluster.pools.autoscaler import Autoscaler
 from tutorloop.cluster.pools.busy import Watch
 from tutorloop.cluster.pools.calls import Pace
 from tutorloop.cluster.pools.services import annotators
@@ -42,7 +43,6 @@ from tutorloop.contracts.config import REFERENCE
 from tutorloop.contracts.errors import TutorloopError
 from tutorloop.contracts.recipe import parse_config
 from tutorloop.contracts.records import Sampling
-from tutorloop.contracts.reliability import Autoscale
 
 ROWS = 17
 drivers.Stopwatch = VirtualStopwatch  # whose seconds are those of the other clocks
@@ -189,44 +189,6 @@ def fate_of(rng: random.Random) -> Fate:
         pools = ["rollout", "a", "b", "verifier"]
         fate.resizes = [(rng.random() * 8, rng.choice(pools), rng.choice([1, 1, 2, 4])) for _ in range(6)]
     return fate
-
-
-def scaled_by_itself(fate: Fate, rng: random.Random) -> None:
-    """In some runs the autoscaler moves replicas, at every step that it can see a reason."""
-    fate.budget = rng.choice([2.0, 2.4, 3.2]) if rng.random() < 0.3 else 0.0
-
-
-class JumpyAutoscaler(Autoscaler):
-    """Decides from a single step, and is watched: each move keeps to the budget and to what its pools need."""
-
-    def step(self, row):
-        self._rows.clear()
-        self._rows.append(row)
-        self._step = row.step
-        self._decide(row)
-
-    def _error(self, busy):
-        return 0.0
-
-    def _go(self, loads, run, move, row):
-        super()._go(loads, run, move, row)
-        wanted = {pool.name: pool.members.wanted for pool in self.pools}
-        if sum(0.2 * size for size in wanted.values()) > self.budget["CPU"] + 1e-9 or not all(wanted.values()):
-            raise Broken(f"{wanted} replicas of 0.2 CPU each, of {self.budget}")
-
-
-def jumpy_autoscaler(fate: Fate, flow: Flow, pools: list) -> Autoscaler | None:
-    if not fate.budget:
-        return None
-    return JumpyAutoscaler(Autoscale(cpus=fate.budget), flow, pools, lambda: {"CPU": 10.0}, lambda _: None)
-
-
-def sent_by_broadcast(fate: Fate, rng: random.Random) -> None:
-    """Some runs send their weights that way; then somebody may die while they meet or send."""
-    fate.broadcast = rng.random() < 0.4
-    if fate.broadcast:
-        fate.group_deaths = tuple(rng.randint(1, 40) for _ in range(rng.randint(0, 2)))
-        fate.hangs = rng.random() < 0.2
 
 
 def run_once(recipe: tuple, fate: Fate) -> Outcome:
