@@ -20,9 +20,10 @@ sys.path.insert(0, str(ROOT / "tests" / "simulation"))
 import balancing  # noqa: E402
 from balancing import POOLS, Load, Ran, Timed, recipe  # noqa: E402
 from scripted import PROMPTS, World  # noqa: E402
-from simulate import METHODS, driver_of  # noqa: E402
+from simulate import driver_of  # noqa: E402
 
 from tutorloop.cluster.interrupt import Interrupt  # noqa: E402
+from tutorloop.cluster.methods import METHODS  # noqa: E402
 from tutorloop.cluster.pools.autoscaler import Autoscaler  # noqa: E402
 from tutorloop.cluster.pools.pool import Pool  # noqa: E402
 from tutorloop.cluster.pools.ray_backend import RayBackend  # noqa: E402

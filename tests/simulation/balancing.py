@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 
 from clock import VirtualLoop
 from scripted import Fate, ScriptedBackend, World, scripted_pool
-from simulate import METHODS, Quiet, driver_of
+from scripted_folder import Quiet
+from simulate import driver_of
 
 from tutorloop.cluster.interrupt import Interrupt
+from tutorloop.cluster.methods import METHODS
 from tutorloop.cluster.pools.autoscaler import Autoscaler
 from tutorloop.contracts.recipe import parse_config
 from tutorloop.contracts.reliability import Autoscale

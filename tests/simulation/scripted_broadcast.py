@@ -13,6 +13,14 @@ def broken(what):
     return BroadcastBroken("a scripted group is whole", what)
 
 
+def sent_by_broadcast(fate, rng) -> None:
+    """Some runs send their weights that way; then somebody may die while they meet or send."""
+    fate.broadcast = rng.random() < 0.4
+    if fate.broadcast:
+        fate.group_deaths = tuple(rng.randint(1, 40) for _ in range(rng.randint(0, 2)))
+        fate.hangs = rng.random() < 0.2
+
+
 class Groups:
     """Of one run, by the port at which each meets."""
 

@@ -24,6 +24,8 @@ from clock import VirtualLoop, VirtualStopwatch
 from drawn_recipes import recipe_of, setting
 from invariants import check, unnoticed
 from scripted import LATE, PROMPTS, Broken, Fate, ScriptedBackend, World, scripted_pool
+from scripted_autoscaler import jumpy_autoscaler, scaled_by_itself
+from scripted_broadcast import sent_by_broadcast
 from scripted_folder import Quiet
 from scripted_learner import ScriptedLearner
 
@@ -34,7 +36,6 @@ from tutorloop.cluster.flow.evaluation import EvalPlan, ProblemSet
 from tutorloop.cluster.flow.flow import Flow, Services
 from tutorloop.cluster.interrupt import Interrupt
 from tutorloop.cluster.pools import watch
-from tutorloop.cluster.pools.autoscaler import Autoscaler
 from tutorloop.cluster.pools.busy import Watch
 from tutorloop.cluster.pools.calls import Pace
 from tutorloop.cluster.pools.services import annotators
@@ -43,7 +44,6 @@ from tutorloop.cluster.recording.counters import RunCounters
 from tutorloop.contracts.config import REFERENCE
 from tutorloop.contracts.errors import TutorloopError
 from tutorloop.contracts.records import Sampling
-from tutorloop.contracts.reliability import Autoscale
 
 ROWS = 17
 drivers.Stopwatch = VirtualStopwatch  # whose seconds are those of the other clocks
@@ -125,44 +125,6 @@ def fate_of(rng: random.Random) -> Fate:
     return fate
 
 
-def scaled_by_itself(fate: Fate, rng: random.Random) -> None:
-    """In some runs the autoscaler moves replicas, at every step that it can see a reason."""
-    fate.budget = rng.choice([2.0, 2.4, 3.2]) if rng.random() < 0.3 else 0.0
-
-
-class JumpyAutoscaler(Autoscaler):
-    """Decides from a single step, and is watched: each move keeps to the budget and to what its pools need."""
-
-    def step(self, row):
-        self._rows.clear()
-        self._rows.append(row)
-        self._step = row.step
-        self._decide(row)
-
-    def _error(self, busy):
-        return 0.0
-
-    def _go(self, loads, run, move, row):
-        super()._go(loads, run, move, row)
-        wanted = {pool.name: pool.members.wanted for pool in self.pools}
-        if sum(0.2 * size for size in wanted.values()) > self.budget["CPU"] + 1e-9 or not all(wanted.values()):
-            raise Broken(f"{wanted} replicas of 0.2 CPU each, of {self.budget}")
-
-
-def jumpy_autoscaler(fate: Fate, flow: Flow, pools: list) -> Autoscaler | None:
-    if not fate.budget:
-        return None
-    return JumpyAutoscaler(Autoscale(cpus=fate.budget), flow, pools, lambda: {"CPU": 10.0}, lambda _: None)
-
-
-def sent_by_broadcast(fate: Fate, rng: random.Random) -> None:
-    """Some runs send their weights that way; then somebody may die while they meet or send."""
-    fate.broadcast = rng.random() < 0.4
-    if fate.broadcast:
-        fate.group_deaths = tuple(rng.randint(1, 40) for _ in range(rng.randint(0, 2)))
-        fate.hangs = rng.random() < 0.2
-
-
 def run_once(recipe: tuple, fate: Fate, before: Outcome | None = None) -> Outcome:
     """One stage of a run; or what is left of it, after one that was interrupted."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
@@ -175,8 +137,8 @@ async def _drive(recipe: tuple, fate: Fate, before: Outcome | None) -> Outcome:
     if before:
         world.go_on_from(before.world)
     backend = ScriptedBackend(world, {"rollout", "a"})
-    sizes = {"rollout": config.rollout.replicas, **{name: fate.rng.randint(1, 2) for name in ("a", "b", REFERENCE)}}
     at_once = {"rollout": fate.rng.choice([1, 4]), "verifier": 4}
+    sizes = {"rollout": config.rollout.replicas, **{name: fate.rng.randint(1, 2) for name in ("a", "b", REFERENCE)}}
     names = ("rollout", "a", "b", REFERENCE, "verifier", "skills", "t")
     own = {name: scripted_pool(name, world, backend, sizes.get(name, 1), at_once.get(name, 1)) for name in names}
     quiet, interrupt = Quiet(), Interrupt(lambda _: None)
