@@ -126,10 +126,11 @@ def _way(value: float, usual: float, limit: float) -> float:
     return (value - usual) / (limit - usual)
 
 
-def accuracy_at(row: dict[str, Any], step: int) -> tuple[int, float]:
-    """The first evaluation of weights as new as those of `step`, or newer."""
-    at = min((int(own) for own in row["accuracy"] if int(own) >= step), default=max(map(int, row["accuracy"])))
-    return at, row["accuracy"][str(at)]
+def _around(accuracy: dict[int, float], step: int) -> str:
+    """The evaluations before and after `step`, or the one there."""
+    last = max(own for own in accuracy if own <= step)
+    following = min((own for own in accuracy if own >= step), default=last)
+    return ", ".join(f"{100 * accuracy[own]:.1f} (step {own})" for own in dict.fromkeys([last, following]))
 
 
 def table(results: dict[str, Any]) -> str:
@@ -140,7 +141,7 @@ def table(results: dict[str, Any]) -> str:
         f"{results['machine']}; one process, seed 0 unless said otherwise, {STEPS} steps. `guards.warmup` "
         f"{settings.warmup}, `guards.patience` {settings.patience}. Figures collected by\n\n{commands}\n",
         "## Collapses\n",
-        "Accuracy, %: avg@2 of 128 problems, evaluated every 4 steps. `half`: the first evaluation at which it is "
+        "Accuracy, %: avg@2 of 128 problems, evaluated every few steps. `half`: the first evaluation at which it is "
         "below half of the best so far. `seen`: the pass rate of the rollouts in whose row the first alarm stands.\n",
         "| run | start | best | first alarm | of | seen | accuracy then | half at step | at the end | with rollbacks |",
         "| --- | ---: | ---: | ---: | --- | ---: | ---: | ---: | ---: | --- |",
@@ -176,8 +177,7 @@ def _collapse(name: str, runs: dict[str, Any]) -> str:
     kinds = ", ".join(kind for kind, step in alarms.items() if step == first)
     then = seen = "–"
     if first is not None:
-        at, value = accuracy_at(row, first)
-        then, seen = f"{100 * value:.1f} (step {at})", f"{100 * row['pass_rate'][first - 1]:.1f}"
+        then, seen = _around(accuracy, first), f"{100 * row['pass_rate'][first - 1]:.1f}"
     rescued = runs.get(name + ROLLED_BACK)
     end = max(accuracy)
     with_rollbacks = "–"

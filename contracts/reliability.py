@@ -17,7 +17,7 @@ class Guards(Section):
     action: Action = Field(default="warn", description="of each guard: say so, stop with a checkpoint, or roll back")
     actions: dict[GuardName, Action] = Field(default_factory=dict, description="of single guards, by their names")
     warmup: int = Field(default=10, ge=1, description="first steps, of whose figures the limits are made")
-    patience: int = Field(default=2, ge=1, description="steps in a row beyond its limit, for a guard to act")
+    patience: int = Field(default=3, ge=1, description="steps in a row beyond its limit, for a guard to act")
     rollbacks: int = Field(default=2, ge=0, description="most of them; the next one stops the run")
     rate: float = Field(default=0.5, gt=0, le=1, description="each rollback multiplies the learning rate by it")
 
