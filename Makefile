@@ -9,7 +9,7 @@ REAL := $(or $(TUTORLOOP_REAL_MODELS),$(HOME)/.cache/tutorloop/real)
 REAL_RUN ?= runs/smollm2_opd
 RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: setup vllm quickstart test test-all test-unit test-services test-simulation test-runs simulate test-ray test-vllm test-real test-real-once test-packaging lint types lab real real-models methods clean
+.PHONY: setup vllm quickstart test test-all test-unit test-services test-simulation test-runs test-chaos chaos simulate test-ray test-vllm test-real test-real-once test-packaging lint types lab real real-models methods clean
 
 setup: $(STAMP)
 
@@ -34,9 +34,9 @@ quickstart: setup
 	$(BIN)/tutorloop train recipes/quickstart.yaml output_dir=$(RUN)
 
 # Fast ones first. The sweeps, which show more of what a test of `make test` shows, are left to `make test-all`.
-test: setup lint test-unit test-services test-simulation test-runs types test-packaging test-real-once test-vllm test-ray
+test: setup lint test-unit test-services test-simulation test-runs types test-packaging test-real-once test-chaos test-vllm test-ray
 test-all: SWEEPS :=
-test-all: setup lint test-unit test-services test-simulation test-runs types test-packaging test-real test-vllm test-ray simulate
+test-all: setup lint test-unit test-services test-simulation test-runs types test-packaging test-real test-chaos test-vllm test-ray simulate
 
 SWEEPS := -m "not sweep"
 # Most of their time is one process's start. What shares an engine or Ray says so (xdist_group).
@@ -56,6 +56,13 @@ test-simulation: setup
 # Whole runs in one process, without Ray.
 test-runs: setup
 	$(BIN)/python -m pytest tests/runs -n 2 $(SWEEPS)
+
+# Runs whose driver is killed at random; `make chaos` does all that tests/chaos/chaos.py knows, an hour.
+test-chaos: setup
+	$(BIN)/python -m pytest tests/chaos
+
+chaos: setup
+	$(BIN)/python tests/chaos/chaos.py
 
 # Ten thousand seeds of it.
 simulate: setup

@@ -365,7 +365,7 @@ class LearnerWorker:
             raise found or CheckpointError("a learner's checkpoint is readable", f"{folder}: not by another rank")
 
     def _load_of_deepspeed(self, folder: str) -> None:
-        """Of a release before 0.7: DeepSpeed's own files, for the same ranks, stage and dtype."""
+        """Of release 0.5.0 and before: DeepSpeed's own files, for the same ranks, stage and dtype."""
         if self.engine.zero_optimization_stage() == 0 and any(Path(folder).glob("learner/*zero_pp_rank_*")):
             self.restart(sharded=True)  # release 0.5.0 sharded over one rank too
         try:

@@ -38,7 +38,7 @@ class Host(LearnerWorker):
         return self.saved()
 
     def save_as_before(self, folder):
-        """DeepSpeed's own files, as releases up to 0.6 wrote them."""
+        """DeepSpeed's own files, as release 0.5.0 wrote them."""
         self.engine.save_checkpoint(folder, tag="learner", exclude_frozen_parameters=True)
 
 
