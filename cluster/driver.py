@@ -211,9 +211,9 @@ class Driver:
 
     def _last_checkpoint(self, most: int) -> Checkpoint | None:
         """Of this stage, between two rounds, with at most so many steps done."""
-        steps = {int(path.name.removeprefix("step-")): path for path in self.folder.all_checkpoints()}
-        between = [step for step in steps if self.flow.first <= step <= most and not self._in_a_round(step)]
-        newest = self.folder.verified(steps[max(between)]) if between else None
+        newest = self.folder.latest_checkpoint(
+            self.progress.note, lambda step: self.flow.first <= step <= most and not self._in_a_round(step)
+        )
         return newest if newest and newest[1]["stage"] == self.stage else None
 
     def _proven(self) -> int:

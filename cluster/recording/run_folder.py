@@ -219,12 +219,14 @@ class RunFolder:
             if _step_of(path) > step:
                 shutil.rmtree(path)
 
-    def latest_checkpoint(self, tell: Callable[[str], None]) -> Checkpoint | None:
-        """The newest checkpoint that is whole, and its state; None where there is none. Those after it that are not
-        are told, and set aside: they would stand in the way of what is saved from there on. Raises CheckpointError
-        where none is whole."""
+    def latest_checkpoint(
+        self, tell: Callable[[str], None], wanted: Callable[[int], bool] = lambda step: True
+    ) -> Checkpoint | None:
+        """The newest checkpoint that is whole, of a step that is `wanted`, and its state; None where there is none.
+        Those after it that are not are told, and set aside: they would stand in the way of what is saved from there
+        on. Raises CheckpointError where none is whole."""
         broken: dict[Path, CheckpointError] = {}
-        for path in reversed(self.all_checkpoints()):
+        for path in [path for path in reversed(self.all_checkpoints()) if wanted(_step_of(path))]:
             try:
                 found = self.verified(path)
             except CheckpointError as error:

@@ -29,11 +29,10 @@ class Quiet:
     def eval(self, *_): ...
     def log_eval(self, *_): ...
     def check_claim(self): ...
-    def all_checkpoints(self):
-        return list(self.checkpoints)
-
-    def verified(self, path):
-        return path, self.checkpoints[path]
+    def latest_checkpoint(self, tell, wanted):
+        steps = [int(place.name) for place in self.checkpoints if wanted(int(place.name))]
+        place = Path("unused") / str(max(steps, default=0))
+        return (place, self.checkpoints[place]) if steps else None
 
     def truncate_after(self, step):
         self.steps = [own for own in self.steps if own <= step]
