@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,10 @@ def recipe(models: Path, folder: Path, **changes: Any) -> Config:
     return parse_config(tree)
 
 
-def train(config: Config, address: str | None, resume: bool = False) -> dict[str, Any]:
+def train(config: Config, address: str | None, resume: bool = False, allow: Sequence[str] = ()) -> dict[str, Any]:
     """On the cluster at `address`, or (None) in this process. The run's summary."""
-    assert run.train(config, resume, address, Console(file=io.StringIO(), width=100), local=address is None)
+    console = Console(file=io.StringIO(), width=100)
+    assert run.train(config, resume, address, console, local=address is None, allow=allow)
     return json.loads((Path(config.output_dir) / "summary.json").read_text())
 
 

@@ -8,8 +8,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from loop_cases import PROBLEMS, make_models, recipe, steps_of, train, weights_of
+from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -87,6 +89,22 @@ def test_two_ranks_resume_bit_for_bit(
     assert weights_of(cut) == weights_of(whole)
     assert (cut / "rollouts.jsonl").read_bytes() == (whole / "rollouts.jsonl").read_bytes()
     assert resumed["tokens"] == json.loads((whole / "summary.json").read_text())["tokens"]
+
+
+def test_one_rank_in_one_process_goes_on_where_two_were_on_ray(
+    models: Path, whole: Path, of_two_ranks: dict[str, Any], tmp_path: Path
+) -> None:
+    """Elsewhere, with another ZeRO stage: the same rollouts, and weights but for the last bits."""
+    cut = tmp_path / "elsewhere" / "run"
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "checkpoints" / "step-000004")
+    shutil.rmtree(cut / "final")
+    learner = {**of_two_ranks["learner"], "ranks": 1, "zero_stage": 0}
+    train(recipe(models, cut, **{**of_two_ranks, "learner": learner}), None, resume=True)
+    for own, other in zip(steps_of(cut), steps_of(whole), strict=True):
+        assert own["loss"] == pytest.approx(other["loss"], rel=1e-3, abs=1e-5)
+    found, wanted = (load_file(folder / "final" / "model.safetensors") for folder in (cut, whole))
+    assert all(np.allclose(found[name], wanted[name], rtol=1e-3, atol=1e-5) for name in wanted)
 
 
 def test_a_synchronous_run_is_that_of_one_process_bit_for_bit(models: Path, tmp_path: Path, address: str) -> None:

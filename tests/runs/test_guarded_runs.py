@@ -66,7 +66,7 @@ def test_a_guard_stops_a_collapse_and_what_stands_is_from_before(models: Path, t
     assert error.found.split(":")[0] in (tmp_path / "run" / "report.html").read_text()
 
     slower = recipe(models, tmp_path / "run", **LAB, **often, learner={**RUNAWAY, "learning_rate": 1e-3}, steps=last)
-    train(slower, None, resume=True)
+    train(slower, None, resume=True, allow=["learner.learning_rate"])
     assert [row["step"] for row in steps_of(tmp_path / "run")] == list(range(1, last + 1))
 
 

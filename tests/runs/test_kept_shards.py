@@ -25,7 +25,7 @@ from tutorloop.contracts.records import SampleRequest, TeacherScores
 ROOT = Path(__file__).parents[2]
 SMALL = ["eval.path=", "eval.ood_path=", "prompts_per_step=4", "rollout.batch_size=8", "learner.warmup_steps=0"]
 AHEAD = ["steps=6", "max_staleness=2", "checkpoint.every=2", "checkpoint.keep=9", "record=all"]
-CLOCKED = ("seconds", "wall_seconds", "pools", "tokens", "failed")
+CLOCKED = ("seconds", "wall_seconds", "pools", "tokens", "failed", "score_cache")
 
 
 def train(name: str, folder: Path, resume: bool = False) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
