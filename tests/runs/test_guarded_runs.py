@@ -70,6 +70,7 @@ def test_a_guard_stops_a_collapse_and_what_stands_is_from_before(models: Path, t
     assert [row["step"] for row in steps_of(tmp_path / "run")] == list(range(1, last + 1))
 
 
+@pytest.mark.sweep
 def test_without_any_checkpoint_a_stopped_run_leaves_one(models: Path, tmp_path: Path) -> None:
     guards = {**GUARDS, "actions": {"reverse_kl": "stop"}}
     config = recipe(models, tmp_path / "run", **LAB, learner=RUNAWAY, guards=guards, steps=12)
@@ -78,7 +79,7 @@ def test_without_any_checkpoint_a_stopped_run_leaves_one(models: Path, tmp_path:
     assert "no checkpoint stands from before the trouble" in error.remedy
 
 
-@pytest.mark.parametrize("every", [0, 1])
+@pytest.mark.parametrize("every", [pytest.param(0, marks=pytest.mark.sweep), 1])
 def test_a_rollback_goes_on_at_a_lower_rate(models: Path, tmp_path: Path, every: int) -> None:
     """From the checkpoint before the trouble, or with none from the beginning."""
     guards = {**GUARDS, "actions": {"reverse_kl": "rollback"}, "rate": 0.03}

@@ -36,7 +36,7 @@ def train(name: str, folder: Path, resume: bool = False) -> tuple[list[dict[str,
     return steps, {name: own.tobytes() for name, own in load_file(folder / "final" / "model.safetensors").items()}
 
 
-@pytest.mark.parametrize("name", ["opd_exact", "dapo"])
+@pytest.mark.parametrize("name", [pytest.param("opd_exact", marks=pytest.mark.sweep), "dapo"])
 def test_an_asynchronous_run_goes_on_as_if_it_had_never_stopped(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -59,7 +59,9 @@ def without_scored(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{**row, "tokens": {k: v for k, v in row["tokens"].items() if k != "scored"}} for row in rows]
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=[pytest.mark.sweep] if way == "plain" else []) for way in WAYS]
+)
 def test_a_run_that_died_is_continued_with_the_scores_that_it_has(
     way: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, all_is_worth_it: None
 ) -> None:
