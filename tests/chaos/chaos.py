@@ -134,9 +134,8 @@ def more_restarts() -> list[str]:
     return [f"{pool}.max_restarts_per_minute=100" for pool in ("rollout", "teacher", "verifier")]
 
 
-def driver(folder: Path, rng: random.Random, many: int = 20) -> str:
+def driver(folder: Path, rng: random.Random, many: int = 20, steps: int = 12) -> str:
     """SIGKILL of the driver at a random moment, start and end included; then the same command with --resume auto."""
-    steps = 12
     alone = Job(folder / f"alone-{steps}-local", steps, "--local", "checkpoint.every=3")
     begun = time.monotonic()
     alone.ends()

@@ -64,12 +64,19 @@ async def at_once(function, *args):
     return function(*args)
 
 
+real_write, real_read = drivers.write_shards, drivers.read_shards  # of other runs of this process
+
+
 async def remember(folder, own, backend):
     """In place of files: what a checkpoint holds of the shards in flight."""
+    if not isinstance(backend, Quiet):
+        return await real_write(folder, own, backend)
     backend.kept[folder] = (json.loads(json.dumps(own[0])), dict(own[1]))
 
 
 def remembered(folder, backend):
+    if not isinstance(backend, Quiet):
+        return real_read(folder, backend)
     known, batches = backend.kept[folder]
     found = {}
     for one in known:
