@@ -1,6 +1,8 @@
 """Ranks of the learner as Ray actors, built, trained and read by tests."""
 
 import socket
+import time
+from pathlib import Path
 
 import ray
 import torch
@@ -9,6 +11,7 @@ from parity_reference import OPTIONS, STEPS, TERMS, TRUNCATED
 from tutorloop.contracts.arrow import encode
 from tutorloop.contracts.config import Learner
 from tutorloop.contracts.records import Rollout, StepPlan, TeacherScores, TrainRow, WeightManifest
+from tutorloop.learner import checkpoint
 from tutorloop.learner.packing import plan_updates
 from tutorloop.learner.worker import LearnerWorker
 from tutorloop.models.weights import fingerprint, read_bucket
@@ -36,6 +39,18 @@ class Host(LearnerWorker):
         self.save(folder)
         self.writer.end()
         return self.saved()
+
+    def save_held(self, folder, gate):
+        """Its files are not written before the file `gate` is there."""
+        real = checkpoint.write_fragments
+
+        def write(file, own):
+            while str(file).startswith(folder) and not Path(gate).exists():
+                time.sleep(0.01)
+            return real(file, own)
+
+        checkpoint.write_fragments = write
+        self.save(folder)
 
     def save_as_before(self, folder):
         """DeepSpeed's own files, as release 0.5.0 wrote them."""

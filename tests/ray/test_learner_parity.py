@@ -1,5 +1,7 @@
 """The learner against a plain PyTorch loop (parity_reference.py): DeepSpeed on Ray, ZeRO 0-3, one and two ranks."""
 
+import time
+
 import learner_hosts
 import numpy as np
 import pytest
@@ -256,10 +258,12 @@ def test_a_step_beside_the_writing_changes_nothing_that_is_written(hosts, models
     build(hosts[2], models, zero_stage=1)
     train(hosts[2], data, range(2))
     call(hosts[2], "save_whole", str(tmp_path / "alone"))
-    call(hosts[2], "save", str(tmp_path / "beside"))
+    call(hosts[2], "save_held", str(tmp_path / "beside"), str(tmp_path / "gate"))
     train(hosts[2], data, range(2, 4))
+    assert call(hosts[2], "saved") == [None, None]
+    (tmp_path / "gate").touch()
     while None in call(hosts[2], "saved"):
-        pass
+        time.sleep(0.05)
     alone, beside = (everything_in(tmp_path / name, models)[0] for name in ("alone", "beside"))
     assert all(torch.equal(alone[key], beside[key]) for key in alone)
 
