@@ -3,10 +3,8 @@
 import asyncio
 import errno
 import os
-import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -209,18 +207,6 @@ def test_a_killed_writers_rest_is_cleared_and_a_saved_step_is_replaced_whole(tmp
     assert found is not None and found[1]["again"]
     names = ["step-000003.bak", "step-1000000", "step-999999"]
     assert sorted(path.name for path in folder.checkpoints.iterdir()) == names
-
-
-@pytest.fixture
-def full_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 1 MiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tutorloop-test", str(place)]
-    if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("only an administrator mounts a disk")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
 
 
 def test_a_full_disk_keeps_what_stands_and_says_so(full_disk: Path) -> None:

@@ -5,10 +5,7 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from score_cases import assert_same, entries, keep_all, one_of, place_at, score_all, worker_of
@@ -23,18 +20,6 @@ from tutorloop.teacher_service.score_cache import FROZEN, LASTING, PASSING, Scor
 @pytest.fixture(autouse=True)
 def all_is_worth_it(monkeypatch):
     keep_all(monkeypatch)
-
-
-@pytest.fixture
-def full_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 1 MiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tutorloop-test", str(place)]
-    if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("only an administrator mounts a disk")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
 
 
 def goes_on_without(run, random, why):
