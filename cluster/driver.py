@@ -337,7 +337,6 @@ class Driver:
     async def save(self, clock: Stopwatch) -> None:
         """A checkpoint of what is now; it is written while the run goes on. Raises what the one before failed with."""
         with clock("checkpoint"), self.counters.paused(self.flow):
-            await self.recorder.collect(wait=True)  # a resumed run goes on from a file that is whole
             shards, proven = kept(self.flow.shards), self._proven() if self.config.guards.act else None
             await self.checkpoints.begin(await self._state(), self._take, partial(self._written, shards), proven)
             self._saved, self._owed = time.monotonic(), False
@@ -361,6 +360,7 @@ class Driver:
             await pool.first("save_average", str(folder / f"{pool.name}.safetensors"))
 
     async def _written(self, shards: Kept, folder: Path) -> Written:
+        await self.recorder.collect(wait=True)  # a resumed run goes on from a file that is whole
         await write_shards(folder, shards, self.recorder.backend)
         return {f"{LEARNER}/{name}": written for name, written in (await self.learner.saved()).items()}
 

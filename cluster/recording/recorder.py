@@ -31,6 +31,7 @@ class Recorder:
     def __init__(self, folder: Path, record: Literal["none", "some", "all"], prompts: Any, backend: Backend) -> None:
         self._path, self._record, self._prompts, self.backend = folder / ROLLOUTS_FILE, record, prompts, backend
         self._waiting: deque[asyncio.Future[str]] = deque()  # lines, in the order in which they are written
+        self._collecting = asyncio.Lock()
         self.newest: dict[str, Any] | None = None
         self.lost = 0
 
@@ -66,16 +67,24 @@ class Recorder:
         self._waiting.extend(lines)
 
     async def collect(self, wait: bool = False) -> None:
-        """Write down what is there; with `wait` everything that was asked for."""
-        while self._waiting and (wait or self._waiting[0].done()):
-            try:
-                text = await asyncio.wait_for(self._waiting.popleft(), LONGEST_WAIT)
-            except (TutorloopError, TimeoutError):  # a run does not end because a batch could not be shown
-                self.lost += 1
-                continue
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(text)
-            self.newest = newest_sample(text) or self.newest
+        """Write down what is there; with `wait` all that has been asked for by now. Cancelled it loses none."""
+        if self._collecting.locked() and not wait:
+            return  # by who waits for it
+        due = len(self._waiting)
+        async with self._collecting:
+            while self._waiting and ((wait and due > 0) or self._waiting[0].done()):
+                try:
+                    text = await asyncio.wait_for(asyncio.shield(self._waiting[0]), LONGEST_WAIT)
+                except (TutorloopError, TimeoutError):  # a run does not end because a batch could not be shown
+                    text = None
+                self._waiting.popleft()
+                due -= 1
+                if text is None:
+                    self.lost += 1
+                    continue
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.write(text)
+                self.newest = newest_sample(text) or self.newest
 
 
 def _fate(step: int, shard: Shard, row: int, untrained: Mapping[str, str]) -> dict[str, Any]:

@@ -127,9 +127,18 @@ def undisturbed(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 class Killed:
     """Calls of a class's `method`, of which those whose numbers are in `fatal` are killed while they run: the actor's
-    processes stop before the call is sent to them, and are killed once it has been."""
+    processes stop before the call is sent to them, and are killed once it has been. `after`: a file that is there
+    first."""
 
-    def __init__(self, patch: pytest.MonkeyPatch, owner: type, method: str, actor: str, fatal: set[int]) -> None:
+    def __init__(
+        self,
+        patch: pytest.MonkeyPatch,
+        owner: type,
+        method: str,
+        actor: str,
+        fatal: set[int],
+        after: Path | None = None,
+    ) -> None:
         real, self.calls, self.killed = getattr(owner, method), 0, 0
 
         def stop() -> list[psutil.Process]:
@@ -145,6 +154,8 @@ class Killed:
                 asyncio.get_running_loop().call_later(0.3, process.kill)
 
         async def call(own: Any, *args: Any, **options: Any) -> Any:
+            while after and self.calls + 1 in fatal and not after.exists():
+                await asyncio.sleep(0.01)
             later(stop())
             return await real(own, *args, **options)
 
@@ -168,7 +179,7 @@ def test_kills_of_every_kind_and_in_each_call_change_nothing(
     deeds = {step: lambda actor=actor: kill(actor) for step, actor in enumerate(actors, 5)}
     deaths = [
         Killed(monkeypatch, LearnerGroup, "publish", "LearnerWorker", {3}),
-        Killed(monkeypatch, LearnerGroup, "step", "LearnerWorker", {5}),
+        Killed(monkeypatch, LearnerGroup, "step", "LearnerWorker", {5}, folder / "checkpoints" / "step-000002"),
         Killed(monkeypatch, LearnerGroup, "save", "LearnerWorker", {2}),
         Killed(monkeypatch, Pool, "_load", "RolloutWorker", {7}),
     ]
