@@ -24,7 +24,7 @@ class Checkpoints:
     def __init__(self, folder: RunFolder, keep: int) -> None:
         self.folder, self.keep = folder, keep
         self._writing: asyncio.Task[None] | None = None
-        self._aside = Path()  # where the last one was begun
+        self._aside: Path | None = None  # where the last one was begun, and is not yet at its end
         self._closing = False  # its files are there, and it is about to be whole
 
     async def begin(self, state: dict[str, Any], take: Take, written: Await, proven: int | None = None) -> None:
@@ -32,15 +32,16 @@ class Checkpoints:
         of the one before it too, and whatever `take` raises."""
         await self.finish()
         with self._room():
-            self._aside = self.folder.begin_checkpoint(state["step"])
-            await take(self._aside)
-        self._writing = asyncio.create_task(self._write(state, written, proven))
+            self._aside = aside = self.folder.begin_checkpoint(state["step"])
+            await take(aside)
+        self._writing = asyncio.create_task(self._write(aside, state, written, proven))
 
-    async def _write(self, state: dict[str, Any], written: Await, proven: int | None) -> None:
+    async def _write(self, aside: Path, state: dict[str, Any], written: Await, proven: int | None) -> None:
         with self._room():
-            files = await written(self._aside)
+            files = await written(aside)
             self._closing = True
-            await to_thread(self.folder.end_checkpoint, self._aside, state, files, self.keep, proven)
+            await to_thread(self.folder.end_checkpoint, aside, state, files, self.keep, proven)
+            self._aside = None
 
     @contextmanager
     def _room(self) -> Iterator[None]:
@@ -49,7 +50,7 @@ class Checkpoints:
             with self.folder.room_for("a checkpoint"):
                 yield
         except BaseException:
-            shutil.rmtree(self._aside, ignore_errors=True)
+            self._remove()
             raise
         finally:
             self._closing = False
@@ -72,4 +73,10 @@ class Checkpoints:
             if not self._closing:
                 writing.cancel()
             await asyncio.wait({writing})
-            shutil.rmtree(self._aside, ignore_errors=True)  # of one that had not even begun
+            self._remove()  # of one that had not even begun
+
+    def _remove(self) -> None:
+        """What was begun and is not whole. Where nothing could be begun there is nothing to remove."""
+        aside, self._aside = self._aside, None
+        if aside:
+            shutil.rmtree(aside, ignore_errors=True)

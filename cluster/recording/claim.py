@@ -27,6 +27,7 @@ DEAD_SECONDS = 60.0  # a claim of another machine that nobody has touched for so
 LONG_SECONDS = 86400.0  # nor has one whose file is so old: no two machines' clocks differ by that
 NAME = "claim-"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,7 +22,7 @@ from ...contracts.recipe import parse_config
 from ...models.digests import Written, digest_of
 from ..identity import Identity, local_models
 from ..resume_keys import Change, changes
-from .claim import FULL, Claim, holder_of, is_claim
+from .claim import FULL, UNWRITABLE, Claim, holder_of, is_claim
 
 Write = Callable[[Path], Awaitable[None]]  # fills a folder
 Checkpoint = tuple[Path, dict[str, Any]]  # its folder and its state
@@ -141,20 +141,23 @@ class RunFolder:
 
     @contextmanager
     def room_for(self, what: str) -> Iterator[None]:
-        """A block that writes into the folder, here or in an actor: one that fails for want of room says so. Raises
-        StorageError, and what else the block raises."""
+        """A block that writes into the folder, here or in an actor: one that fails for want of room, or of leave to
+        write, says so. Raises StorageError, and what else the block raises."""
         try:
             yield
         except (InputError, StorageError):
             raise
         except (OSError, TutorloopError) as error:
-            free = shutil.disk_usage(self.path).free
-            if free >= FULL_BYTES and not any(os.strerror(number) in str(error) for number in FULL):
-                raise
-            reason = error.strerror if isinstance(error, OSError) else str(error).split("\n", maxsplit=1)[0]
-            found = f"{reason} ({free / 2**20:.1f} MiB free on the disk of {self.path})"
-            remedy = "make room, then continue with --resume from the newest checkpoint"
-            raise StorageError(f"{what} needs room on the disk", found, remedy) from error
+            free, text = shutil.disk_usage(self.path).free, str(error)
+            reason = error.strerror if isinstance(error, OSError) else text.split("\n", maxsplit=1)[0]
+            if str(self.path) in text and any(os.strerror(number) in text for number in UNWRITABLE):
+                remedy = "see that it can be written to, then continue with --resume from the newest checkpoint"
+                raise StorageError(f"{what} is written into {self.path}", text, remedy) from error
+            if free < FULL_BYTES or any(os.strerror(number) in text for number in FULL):
+                found = f"{reason} ({free / 2**20:.1f} MiB free on the disk of {self.path})"
+                remedy = "make room, then continue with --resume from the newest checkpoint"
+                raise StorageError(f"{what} needs room on the disk", found, remedy) from error
+            raise
 
     async def put(self, final: Path, what: str, write: Write) -> None:
         """A folder that is whole or not there: `write` fills it beside its place. Raises StorageError, and then the one

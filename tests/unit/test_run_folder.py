@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import os
+import subprocess
 import sys
 import threading
 from contextlib import ExitStack
@@ -196,6 +197,36 @@ def test_a_failed_write_leaves_the_older_checkpoint(tmp_path: Path) -> None:
         save(folder, {"step": 2}, fails, keep=1)
     found = newest(folder)
     assert found is not None and found[1]["step"] == 1
+
+
+def test_a_checkpoint_that_cannot_be_begun_removes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even where the run was started: that folder was removed once."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "work").write_text("a year's")
+    monkeypatch.chdir(tmp_path / "here")
+    folder = saved(tmp_path)
+    folder.checkpoints.write_text("a file in its place")
+    checkpoints = Checkpoints(folder, 2)
+
+    async def test() -> None:
+        for _ in range(2):
+            with pytest.raises(OSError, match="checkpoints"):
+                await checkpoints.begin({"step": 1}, write_learner, nothing_more)
+            await checkpoints.drop()
+
+    asyncio.run(test())
+    assert Path("work").read_text() == "a year's" and folder.checkpoints.is_file()
+
+
+def test_a_folder_that_turns_read_only_says_so_and_keeps_what_stands(full_disk: Path) -> None:
+    folder = saved(full_disk, 1, 2)
+    subprocess.run(["mount", "-o", "remount,ro", str(full_disk)], check=True)
+    with pytest.raises(StorageError, match="a checkpoint is written into"):
+        save(folder, {"step": 3})
+    with pytest.raises(StorageError, match="Read-only"):
+        folder.write("summary.json", "{}")
+    found = newest(folder)
+    assert found and found[1]["step"] == 2
 
 
 def test_a_killed_writers_rest_is_cleared_and_a_saved_step_is_replaced_whole(tmp_path: Path) -> None:
