@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,7 +136,8 @@ class RunFolder:
                 aside.write_text(text, encoding="utf-8")
                 aside.replace(self.path / name)
         except BaseException:
-            aside.unlink(missing_ok=True)
+            with suppress(OSError):
+                aside.unlink(missing_ok=True)
             raise
 
     @contextmanager
