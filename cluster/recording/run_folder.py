@@ -152,11 +152,11 @@ class RunFolder:
             free, text = shutil.disk_usage(self.path).free, str(error)
             reason = error.strerror if isinstance(error, OSError) else text.split("\n", maxsplit=1)[0]
             if str(self.path) in text and any(os.strerror(number) in text for number in UNWRITABLE):
-                remedy = "see that it can be written to, then continue with --resume from the newest checkpoint"
+                remedy = "see that it can be written to, then give the command again with --resume auto"
                 raise StorageError(f"{what} is written into {self.path}", text, remedy) from error
             if free < FULL_BYTES or any(os.strerror(number) in text for number in FULL):
                 found = f"{reason} ({free / 2**20:.1f} MiB free on the disk of {self.path})"
-                remedy = "make room, then continue with --resume from the newest checkpoint"
+                remedy = "make room, then give the command again with --resume auto"
                 raise StorageError(f"{what} needs room on the disk", found, remedy) from error
             raise
 

@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,7 +14,9 @@ from pathlib import Path
 import numpy as np
 from jobs import Job, actors_of, left_alone
 
+RAY = str(Path(sys.executable).with_name("ray"))
 STEPS = 40
+DAY = 86_400  # seconds
 STORE = 80 * 2**20  # bytes of an object store; Ray takes no smaller one
 IN_A_SMALL_ROOM = 'mount -t tmpfs -o size={mib}m tutorloop-test /dev/shm && exec "$@"'
 
@@ -31,7 +34,7 @@ def cluster(**head: object) -> Iterator[str]:
 
 def spilled(address: str) -> str:
     """What Ray says of its spilled objects."""
-    asked = subprocess.run(["ray", "memory", "--stats-only", "--address", address], capture_output=True, text=True)
+    asked = subprocess.run([RAY, "memory", "--stats-only", "--address", address], capture_output=True, text=True)
     return next((line for line in asked.stdout.splitlines() if line.startswith("Spilled")), asked.stdout + asked.stderr)
 
 
@@ -116,22 +119,57 @@ def read_only(folder: Path, rng: random.Random) -> str:
     return f"after step {reached}: “{said}”; then, with --resume auto, the undisturbed weights"
 
 
+CLOCK = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <sys/time.h>
+#include <time.h>
+static long long *shift;
+__attribute__((constructor)) static void begin(void) {
+  const char *name = getenv("CLOCK_SHIFT");
+  int file = name ? open(name, O_RDONLY | O_CLOEXEC) : -1;
+  void *there = file < 0 ? MAP_FAILED : mmap(0, sizeof *shift, PROT_READ, MAP_SHARED, file, 0);
+  shift = there == MAP_FAILED ? 0 : there;
+}
+int clock_gettime(clockid_t id, struct timespec *out) {
+  static int (*real)(clockid_t, struct timespec *);
+  if (!real) real = dlsym(RTLD_NEXT, "clock_gettime");
+  int failed = real(id, out);
+  if (!failed && shift && (id == CLOCK_REALTIME || id == CLOCK_REALTIME_COARSE)) out->tv_sec += *shift;
+  return failed;
+}
+int gettimeofday(struct timeval *restrict out, void *restrict zone) {
+  struct timespec now;
+  int failed = clock_gettime(CLOCK_REALTIME, &now);
+  out->tv_sec = now.tv_sec, out->tv_usec = now.tv_nsec / 1000;
+  return failed;
+}
+time_t time(time_t *out) {
+  struct timespec now;
+  clock_gettime(CLOCK_REALTIME, &now);
+  if (out) *out = now.tv_sec;
+  return now.tv_sec;
+}
+"""  # libfaketime, which would do, breaks Python's sleep
+
+
 def clock(folder: Path, rng: random.Random) -> str:
-    """The wall clock of all processes jumps by up to a day, forwards and backwards, every few seconds."""
-    library = next(Path("/usr/lib").rglob("libfaketime.so.1"), None)
-    assert library, "it needs libfaketime (Debian: apt-get install faketime)"
-    alone, now = left_alone(folder, STEPS), folder / "now"
-    now.write_text("+0")
-    env = {
-        "LD_PRELOAD": str(library),
-        "FAKETIME_TIMESTAMP_FILE": str(now),
-        "FAKETIME_NO_CACHE": "1",
-        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-    }
+    """The wall clock of all processes, Ray's own among them, jumps by up to a day, to and fro, every few seconds."""
+    alone, now, library = left_alone(folder, STEPS), folder / "now", folder / "clock.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, "-xc", "-"], input=CLOCK, text=True, check=True)
+    env = {"LD_PRELOAD": str(library), "CLOCK_SHIFT": str(now)}
+    now.write_bytes(DAY.to_bytes(8, sys.byteorder))
+    shown = subprocess.run(["date", "+%s"], env={**os.environ, **env}, capture_output=True, text=True, check=True)
+    assert int(shown.stdout) > time.time() + DAY - 60, "the clock does not jump"
+    now.write_bytes(bytes(8))
     job, jumps = Job(folder / "jumping", STEPS, env=env), 0
     job.until(2)
     while job.process.poll() is None:
-        now.write_text(f"{rng.choice([-86400, -3600, -61, 61, 3600, 86400]):+d}")
+        with now.open("r+b") as file:
+            file.write(rng.choice([-DAY, -3600, -61, 0, 61, 3600, DAY]).to_bytes(8, sys.byteorder, signed=True))
         jumps += 1
         time.sleep(rng.uniform(1, 5))
     job.ends()
