@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from .sections import Section
 
 Action = Literal["off", "warn", "stop", "rollback"]
-GuardName = Literal["eos", "length", "entropy", "overlap", "reverse_kl", "coverage", "staleness", "gradient"]
+GuardName = Literal["eos", "length", "entropy", "overlap", "reverse_kl", "coverage", "staleness", "update", "gradient"]
 
 
 class Guards(Section):

@@ -36,6 +36,7 @@ from .micro_batch import Selection, collate
 from .objective import Objective, Sums, divisor_of
 from .old_policy import OldPolicyPass, PassResult
 from .parameters import announce_weights, broadcast_weights, bucket_layout, export_model, publish_weights
+from .policy_shift import policy_shift
 from .terms import bind_terms
 from .watch import Watch, not_finite, unsound_rows
 
@@ -134,6 +135,9 @@ class LearnerWorker:
         dropped = {reason: counts[reason] for reason in REASONS if counts[reason]}
         of_ranks = self._from_ranks(untrained) if dropped else []
         metrics |= {"missing_scores": without_scores, "learning_rate": rate}
+        if counts["trained"] and counts["sampled"]:
+            shift, tokens = self._over_ranks(policy_shift(self.engine, own, self.device))
+            metrics["policy_shift"] = shift / max(1.0, tokens)
         if any(term.credit for term in self.terms):
             metrics["missing_credit"] = without_credit
         return StepReport(
@@ -286,7 +290,7 @@ class LearnerWorker:
     def _weights_are_finite(self) -> bool:
         return not self._over_ranks([float(not weights_are_finite(self.engine))])[0]
 
-    def _over_ranks(self, values: list[float]) -> list[float]:
+    def _over_ranks(self, values: Sequence[float]) -> list[float]:
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(total)
         return total.tolist()

@@ -3,7 +3,8 @@
 A limit is made of the stage's first `guards.warmup` steps: the median of a figure, and from there the farthest of a
 share of it, some spreads of those steps (median absolute deviations), and a distance that no healthy run needs. Only
 the gradient's norm, which falls as a run goes on, is compared with its own last steps. A guard trips once
-`guards.patience` steps in a row were beyond a limit. What then happens is `guards.action`: a warning, the run's end, or
+`guards.patience` steps in a row were beyond a limit, and at once where a single step has left the policy that it began
+with. What then happens is `guards.action`: a warning, the run's end, or
 a rollback (`Driver._revived`). A figure that was not measured says nothing.
 """
 
@@ -27,7 +28,8 @@ RATE = "a lower learner.learning_rate or a longer learner.warmup_steps"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
     """How far a figure may go. `times`: above or below its start by so many times; `room`: in the figure's own unit.
-    `usual`: where a figure begins by its nature, so that no first steps need be seen. `mends`: a rollback may help."""
+    `usual`: where a figure begins by its nature, so that no first steps need be seen. `at_once`: one step is enough.
+    `mends`: a rollback may help."""
 
     guard: GuardName
     kind: str
@@ -37,6 +39,7 @@ class Rule:
     times: float = 1.0
     room: float = 0.0
     usual: float | None = None
+    at_once: bool = False
     mends: bool = True
     remedy: str = RATE
 
@@ -115,9 +118,9 @@ class Guards:
             self.beyond.pop(rule.kind, None)
             if not within:
                 self.beyond[rule.kind] = [since, steps := steps + 1]
-            if rule.guard == "gradient" and within:
+            if rule.kind == "gradient" and within:
                 self.norms = [*self.norms, value][-WINDOW:]
-            if not within and steps >= settings.patience:
+            if not within and steps >= (1 if rule.at_once else settings.patience):
                 side = "above" if rule.above else "below"
                 times = f"{steps} steps in a row" if steps > 1 else "a step"
                 text = f"{rule.what} is {value:.4g} in step {step}, {times} {side} its limit {limit:.4g} ({how})"
@@ -132,14 +135,14 @@ class Guards:
         usual = self._usual(rule)
         if len(usual) < config.guards.warmup:
             return None
-        if rule.guard != "gradient":
+        if rule.kind != "gradient":
             return rule.limit(usual)
         middle, clip = median(usual), config.learner.max_grad_norm
         how = f"{EXPLODED:g} times {middle:.4g}, the median of the last {len(usual)} usual steps"
         return middle, *max((EXPLODED * middle, how), (clip, f"learner.max_grad_norm; {middle:.4g} is usual"))
 
     def _usual(self, rule: Rule) -> list[float]:
-        return self.norms if rule.guard == "gradient" else self.starts.setdefault(rule.kind, [])
+        return self.norms if rule.kind == "gradient" else self.starts.setdefault(rule.kind, [])
 
     def _say(self, kind: str, text: str) -> None:
         key = f"{self.stage} {kind}"
@@ -216,6 +219,12 @@ def _shift(row: StepRow) -> float | None:
     """Of methods that sample with a round's first weights it is as small as of others, step by step."""
     shift = row.learner.get("mismatch_k3")
     return None if shift is None else shift / max(1.0, row.staleness_mean or 0.0)
+
+
+def _moved(row: StepRow) -> float | None:
+    """Of one step, where the sampler was older than what the step began with."""
+    moved = row.learner.get("policy_shift")
+    return None if moved is None else moved / (1.0 + (row.staleness_mean or 0.0))
 
 
 def _stale_share(row: StepRow, dropped: Mapping[str, int]) -> float | None:
@@ -321,6 +330,16 @@ RULES = (
         room=0.05,
         usual=0.0,
         remedy=f"{RATE}, or a smaller max_staleness",
+    ),
+    Rule(
+        guard="update",
+        kind="update",
+        what="the KL of the policy that sampled from the one after the step (nats a token)",
+        read=lambda row, _: _moved(row),
+        above=True,
+        room=0.2,
+        usual=0.0,
+        at_once=True,
     ),
     Rule(
         guard="gradient",

@@ -150,7 +150,7 @@ class RunFolder:
             raise
         except (OSError, TutorloopError) as error:
             free, text = shutil.disk_usage(self.path).free, str(error)
-            reason = error.strerror if isinstance(error, OSError) else text.split("\n", maxsplit=1)[0]
+            reason = next((why for why in map(os.strerror, FULL) if why in text), text.split("\n", maxsplit=1)[0])
             if str(self.path) in text and any(os.strerror(number) in text for number in UNWRITABLE):
                 remedy = "see that it can be written to, then give the command again with --resume auto"
                 raise StorageError(f"{what} is written into {self.path}", text, remedy) from error

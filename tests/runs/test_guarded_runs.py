@@ -110,7 +110,7 @@ def test_the_bound_of_rollbacks_stops_a_run(models: Path, tmp_path: Path) -> Non
 
 
 def test_what_is_not_finite_leaves_its_batch_out_then_lowers_the_rate(models: Path, tmp_path: Path) -> None:
-    guards = {"action": "rollback", "rate": 1e-22}
+    guards = {"action": "rollback", "actions": {"update": "off"}, "rate": 1e-22}
     config = recipe(models, tmp_path / "run", learner={"learning_rate": 1e20}, guards=guards, steps=4)
     log, _ = said_by(config)
     rows = steps_of(tmp_path / "run")

@@ -30,6 +30,7 @@ START = {  # what a healthy run may look like, by kind
     "coverage": 0.95,
     "staleness": 0.0,
     "shift": 0.002,
+    "update": 0.004,
     "gradient": 0.7,
 }
 
@@ -60,6 +61,7 @@ def seen(rng, step, **figures):
         "teacher_coverage": known["coverage"],
         "grad_norm": known["gradient"],
         "mismatch_k3": known["shift"] * 4,
+        "policy_shift": known["update"] * 5,
     }
     length = "length_up" if "length_up" in figures else "length_down"
     entropy = "entropy_up" if "entropy_up" in figures else "entropy_down"
@@ -111,6 +113,7 @@ def test_trouble_trips_after_patience_steps_in_a_row_and_is_said_once(kind):
     rng = fresh_rng()
     warmup, patience = int(rng.integers(4, 8)), int(rng.integers(2, 5))
     config, guards = configured(warmup=warmup, patience=patience), Guards()
+    patience = 1 if RULE[kind].at_once else patience
     bad = [{kind: beyond(kind, rng)} for _ in range(patience)]
     assert not any(watched(config, guards, rng, [{}] * warmup + bad[1:] + [{}] + bad[1:] + [{}]))
     assert not guards.take_news()
@@ -119,7 +122,8 @@ def test_trouble_trips_after_patience_steps_in_a_row_and_is_said_once(kind):
     assert [bool(one) for one in tripped] == [False] * (patience - 1) + [True] * (patience + 1)
     (said,) = guards.take_news()
     assert said.startswith(f"{RULE[kind].guard} guard: ") and RULE[kind].remedy in said
-    assert f"is {value:.4g} in step {69 + patience}, {patience} steps in a row" in said
+    row = f"{patience} steps in a row" if patience > 1 else "a step"
+    assert f"is {value:.4g} in step {69 + patience}, {row}" in said
     side = "above" if RULE[kind].above else "below"
     assert f"{side} its limit" in said and ("the median of the" in said) == (RULE[kind].usual is None)
     assert tripped[-1].action == "warn" and guards.said == {f"0 {kind}": said}

@@ -1,0 +1,34 @@
+"""How far a step has moved the policy, seen before anybody samples from it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..models.logits import token_logprobs
+from .corrections import mismatch
+from .examples import Example
+
+ONE_OF = 32  # rollouts: a forward pass of so few costs a hundredth of a step
+TOKENS = 64  # of each response
+
+
+@torch.no_grad()
+def policy_shift(engine: Any, examples: Sequence[Example], device: str) -> tuple[float, int]:
+    """Over some of the tokens that the student sampled, the sum of the k3 estimates of KL(μ‖π) in nats, μ the sampler
+    and π the policy as it is now; and how many tokens. Every rank must call it."""
+    chosen = [example.rollout for example in examples if example.sampled][::ONE_OF]
+    ids = [rollout.token_ids[: rollout.prompt_length + TOKENS] for rollout in chosen] or [np.zeros(2, np.int32)]
+    lengths = np.array([len(part) for part in ids])
+    masks = [rollout.loss_mask[:TOKENS] for rollout in chosen] or [np.ones(1, bool)]
+    starts = np.cumsum(lengths) - [len(mask) for mask in masks]  # of the responses, packed
+    at = np.concatenate([start + np.flatnonzero(mask) for start, mask in zip(starts, masks, strict=True)])
+    packed = torch.from_numpy(np.concatenate(ids)).to(device, torch.int64)
+    targets, rows = packed[torch.from_numpy(at).to(device)], torch.from_numpy(at - 1).to(device)
+    now = engine(packed, torch.from_numpy(lengths).to(device), rows, lambda h, head: token_logprobs(h, head, targets))
+    if not chosen:
+        return 0.0, 0
+    sampled = np.concatenate([rollout.logprobs[:TOKENS][mask] for rollout, mask in zip(chosen, masks, strict=True)])
+    _, k3 = mismatch(now.float(), torch.from_numpy(sampled).to(device, torch.float32))
+    return float(k3.sum()), len(at)
