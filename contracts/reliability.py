@@ -8,7 +8,9 @@ from pydantic import Field, model_validator
 from .sections import Section
 
 Action = Literal["off", "warn", "stop", "rollback"]
-GuardName = Literal["eos", "length", "entropy", "overlap", "reverse_kl", "coverage", "staleness", "update", "gradient"]
+GuardName = Literal[
+    "pass_rate", "eos", "length", "entropy", "overlap", "reverse_kl", "coverage", "staleness", "update", "gradient"
+]
 
 
 class Guards(Section):

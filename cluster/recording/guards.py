@@ -240,6 +240,15 @@ def figures_of(row: StepRow, dropped: Mapping[str, int]) -> dict[str, float]:
 
 RULES = (
     Rule(
+        guard="pass_rate",
+        kind="pass_rate",
+        what="the pass rate of the rollouts",
+        read=lambda row, _: _sampled(row.pass_rate, row),
+        above=False,
+        times=1.4,
+        room=0.1,
+    ),
+    Rule(
         guard="eos",
         kind="eos",
         what="the share of responses that end by themselves",

@@ -137,6 +137,7 @@ PARTS: dict[str, Callable[[Path, random.Random], str]] = {
     "resizes": resizes,
     "stopped": stopped,
     "together": together,
+    "nodes": surroundings.nodes,
     "pressure": surroundings.pressure,
     "shared_memory": surroundings.shared_memory,
     "full_disk": surroundings.full_disk,

@@ -12,7 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import psutil
+import ray
 from jobs import Job, actors_of, left_alone
+from ray.cluster_utils import Cluster
 
 RAY = str(Path(sys.executable).with_name("ray"))
 STEPS = 40
@@ -22,12 +25,10 @@ IN_A_SMALL_ROOM = 'mount -t tmpfs -o size={mib}m tutorloop-test /dev/shm && exec
 
 
 @contextmanager
-def cluster(**head: object) -> Iterator[str]:
-    from ray.cluster_utils import Cluster
-
+def cluster(**head: object) -> Iterator[Cluster]:
     one = Cluster(initialize_head=True, head_node_args={"include_dashboard": False, **head})
     try:
-        yield str(one.address)
+        yield one
     finally:
         one.shutdown()
 
@@ -40,10 +41,9 @@ def spilled(address: str) -> str:
 
 def pressure(folder: Path, rng: random.Random) -> str:
     """The object store holds 80 MiB, and somebody else fills it again and again: Ray spills to disk."""
-    import ray
-
     alone = left_alone(folder, STEPS)
-    with cluster(num_cpus=4, object_store_memory=STORE) as address:
+    with cluster(num_cpus=4, object_store_memory=STORE) as one:
+        address = str(one.address)
         ray.init(address, log_to_driver=False)
         over, kept = threading.Event(), []
 
@@ -180,8 +180,8 @@ def clock(folder: Path, rng: random.Random) -> str:
 def two_runs(folder: Path, rng: random.Random) -> str:
     """Two runs on one cluster, of whose learners and teachers one each is killed: both end as if alone."""
     alone = left_alone(folder, STEPS)
-    with cluster(num_cpus=8) as address:
-        jobs = [Job(folder / name, STEPS, "--address", address) for name in ("one", "other")]
+    with cluster(num_cpus=8) as one:
+        jobs = [Job(folder / name, STEPS, "--address", str(one.address)) for name in ("one", "other")]
         for name in ("LearnerWorker", "TeacherWorker"):
             for job in jobs:
                 job.until(len(job.rows) + 3)
@@ -190,3 +190,39 @@ def two_runs(folder: Path, rng: random.Random) -> str:
             job.ends()
     assert all(job.weights == alone for job in jobs)
     return "both have the undisturbed weights"
+
+
+def nodes(folder: Path, rng: random.Random) -> str:
+    """A node with half of the replicas is killed, and later another one joins."""
+    alone = left_alone(folder, STEPS)
+    small = [f"{pool}.num_cpus=0.5" for pool in ("rollout", "teacher", "learner")]
+    with cluster(num_cpus=2) as both:
+        other = both.add_node(num_cpus=1)
+        wide = ["rollout.replicas=2", "teacher.replicas=2", "verifier.num_cpus=0.3", *small]
+        job = Job(folder / "moved", STEPS, "--address", str(both.address), *wide)
+        job.until(rng.randint(4, 9))
+        lost = [_kind(process) for process in _actors_on(other)]
+        assert lost, "nothing runs on the node"
+        both.remove_node(other, allow_graceful=False)
+        gone, reached = time.monotonic(), len(job.rows)
+        job.until(reached + 2)  # the first may have been learnt already
+        pause = time.monotonic() - gone
+        another = both.add_node(num_cpus=1)
+        came = time.monotonic()
+        job.wait(lambda: sorted(map(_kind, _actors_on(another))) == sorted(lost))
+        taken = time.monotonic() - came
+        job.ends()
+    assert job.weights == alone
+    return (
+        f"{' and '.join(sorted(lost))} lost; two steps within {pause:.0f} s of the death; both run on the new node "
+        f"{taken:.0f} s after it came; the undisturbed weights"
+    )
+
+
+def _actors_on(node: object) -> list[psutil.Process]:
+    (raylet,) = node.all_processes["raylet"]  # pyright: ignore[reportAttributeAccessIssue]
+    return actors_of(raylet.process.pid)
+
+
+def _kind(process: psutil.Process) -> str:
+    return process.cmdline()[0].removeprefix("ray::").partition(".")[0]

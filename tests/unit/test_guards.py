@@ -20,6 +20,7 @@ from tutorloop.contracts.records import Term
 
 RULE = {rule.kind: rule for rule in RULES}
 START = {  # what a healthy run may look like, by kind
+    "pass_rate": 0.6,
     "eos": 0.9,
     "length_up": 300.0,
     "length_down": 300.0,
@@ -69,6 +70,7 @@ def seen(rng, step, **figures):
         "learner": learner,
         "response_length": known[length],
         "truncated_share": 1 - known["eos"],
+        "pass_rate": known["pass_rate"],
         "sampler_entropy": known[entropy],
         "staleness_mean": 4.0,
         "rollouts": {"taken": 100 - stale, "trained": 100 - stale},
