@@ -7,7 +7,7 @@ never in memory at once; under the other stages each rank has them whole.
 import copy
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ CANARY_LOGITS = 2**29  # bytes of float32 [C, V]: some engines hold the whole ca
 CANARY_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}  # nats, at least
 # Or so many times what rounding moves: vLLM's kernels on CPUs were five times as far from float64 as transformers'.
 CANARY_ROUNDINGS = {"fp32": 8.0, "bf16": 2.0}
+MEASURED_EVERY = 8  # publications
 
 # Fields of a student's config.json that say nothing of an export: its files, its code (which never ran), its old dtype.
 NOT_EXPORTED = ("transformers_weights", "auto_map", "torch_dtype")
@@ -104,17 +105,34 @@ def broadcast_weights(engine: Any, group: BroadcastGroup | None) -> None:
         raise failed
 
 
-def announce_weights(engine: Any, version: int, dtype: str, longest: int = 0) -> WeightManifest:
+class Rounding:
+    """How far rounding moves a model's canary, nats: measured at one publication of MEASURED_EVERY, for weights change
+    little between two, and what is allowed is several times as much."""
+
+    def __init__(self) -> None:
+        self._value, self._publications = 0.0, 0
+
+    def of(self, measure: Callable[[], float]) -> float:
+        if self._publications % MEASURED_EVERY == 0:
+            self._value = measure()
+        self._publications += 1
+        return self._value
+
+
+def announce_weights(
+    engine: Any, version: int, dtype: str, longest: int = 0, rounding: Rounding | None = None
+) -> WeightManifest:
     """The manifest of weights that are to be broadcast: the canary proves them alone. All ranks take part."""
-    return WeightManifest(version=version, buckets=0, fingerprint="", **_canary(engine, dtype, longest))
+    canary = _canary(engine, dtype, longest, rounding or Rounding())
+    return WeightManifest(version=version, buckets=0, fingerprint="", **canary)
 
 
 def publish_weights(
-    engine: Any, version: int, rank: int, dtype: str, longest: int = 0
+    engine: Any, version: int, rank: int, dtype: str, longest: int = 0, rounding: Rounding | None = None
 ) -> Iterator[WeightBucket | WeightManifest]:
     """Rank 0 yields buckets and then their manifest; the others take part and yield nothing. `longest`: of the run's
-    sequences, in tokens."""
-    canary = _canary(engine, dtype, longest)
+    sequences, in tokens. `rounding`: what the publications of one model share."""
+    canary = _canary(engine, dtype, longest, rounding or Rounding())
     writer = BucketWriter(version)
     for name, parameter in whole_parameters(engine, trained_only=True):
         if rank == 0:
@@ -131,7 +149,7 @@ def canary_tokens(longest: int, vocab: int) -> int:
 
 
 @torch.no_grad()
-def _canary(engine: Any, dtype: str, longest: int) -> dict[str, Any]:
+def _canary(engine: Any, dtype: str, longest: int, rounding: Rounding) -> dict[str, Any]:
     """Of a manifest: a fixed prompt, spread over the vocabulary, the log-probability of each of its next tokens, and
     how far another engine's may be from it.
 
@@ -152,12 +170,15 @@ def _canary(engine: Any, dtype: str, longest: int) -> dict[str, Any]:
         return logprobs.float().cpu().numpy()
 
     logprobs = read()
-    with _rounded_otherwise(engine.module):
-        rounding = float(canary_gaps(read(), logprobs).max())
+
+    def moved() -> float:
+        with _rounded_otherwise(engine.module):
+            return float(canary_gaps(read(), logprobs).max())
+
     return {
         "canary_ids": ids.int().cpu().numpy(),
         "canary_logprobs": logprobs,
-        "tolerance": max(CANARY_TOLERANCE[dtype], CANARY_ROUNDINGS[dtype] * rounding),
+        "tolerance": max(CANARY_TOLERANCE[dtype], CANARY_ROUNDINGS[dtype] * rounding.of(moved)),
     }
 
 

@@ -18,7 +18,8 @@ TOKENS = 64  # of each response
 def policy_shift(engine: Any, examples: Sequence[Example], device: str) -> tuple[float, int]:
     """Over some of the tokens that the student sampled, the sum of the k3 estimates of KL(μ‖π) in nats, μ the sampler
     and π the policy as it is now; and how many tokens. Every rank must call it."""
-    chosen = [example.rollout for example in examples if example.sampled][::ONE_OF]
+    own = [example.rollout for example in examples if example.sampled]
+    chosen = sorted(own, key=lambda rollout: rollout.rollout_id)[::ONE_OF]  # however they are packed
     ids = [rollout.token_ids[: rollout.prompt_length + TOKENS] for rollout in chosen] or [np.zeros(2, np.int32)]
     lengths = np.array([len(part) for part in ids])
     masks = [rollout.loss_mask[:TOKENS] for rollout in chosen] or [np.ones(1, bool)]

@@ -35,8 +35,8 @@ from .loss_head import ChunkedLoss, PackedStudent
 from .micro_batch import Selection, collate
 from .objective import Objective, Sums, divisor_of
 from .old_policy import OldPolicyPass, PassResult
-from .parameters import announce_weights, broadcast_weights, bucket_layout, export_model, publish_weights
-from .policy_shift import policy_shift
+from .parameters import Rounding, announce_weights, broadcast_weights, bucket_layout, export_model, publish_weights
+from .policy_shift import ONE_OF, policy_shift
 from .terms import bind_terms
 from .watch import Watch, not_finite, unsound_rows
 
@@ -105,7 +105,7 @@ class LearnerWorker:
         self.engine: Any = build_engine(PackedStudent(model), self.config, model.config.hidden_size, sharded)
         if not self._weights_are_finite():
             raise ModelError("a model's weights are finite numbers", self.student, "use another copy of the model")
-        self.whole = True
+        self.whole, self.rounding = True, Rounding()
         updates = self.config.updates_per_step
         self.old_policy_pass = OldPolicyPass(self.engine, self.terms, self.correction, updates, self.device)
 
@@ -135,7 +135,7 @@ class LearnerWorker:
         dropped = {reason: counts[reason] for reason in REASONS if counts[reason]}
         of_ranks = self._from_ranks(untrained) if dropped else []
         metrics |= {"missing_scores": without_scores, "learning_rate": rate}
-        if counts["trained"] and counts["sampled"]:
+        if counts["sampled"] and plan.step % max(1, ONE_OF * self.world_size // counts["rollouts"]) == 0:
             shift, tokens = self._over_ranks(policy_shift(self.engine, own, self.device))
             metrics["policy_shift"] = shift / max(1.0, tokens)
         if any(term.credit for term in self.terms):
@@ -306,7 +306,7 @@ class LearnerWorker:
     def publish(self, version: int) -> Iterator[WeightBucket | WeightManifest]:
         """Rank 0 yields the weights' buckets and then their manifest; the other ranks take part and yield nothing.
         Raises NotFinite in place of a manifest."""
-        for part in publish_weights(self.engine, version, self.rank, self.config.dtype, self.longest):
+        for part in publish_weights(self.engine, version, self.rank, self.config.dtype, self.longest, self.rounding):
             yield self._proved(part) if isinstance(part, WeightManifest) else part
 
     def _proved(self, manifest: WeightManifest) -> WeightManifest:
@@ -326,7 +326,7 @@ class LearnerWorker:
 
     def announce(self, version: int) -> WeightManifest:
         """The manifest of the weights as they are, for `broadcast`; every rank takes part. Raises NotFinite."""
-        return self._proved(announce_weights(self.engine, version, self.config.dtype, self.longest))
+        return self._proved(announce_weights(self.engine, version, self.config.dtype, self.longest, self.rounding))
 
     def broadcast(self) -> None:
         """Send the weights to all replicas of the group, which must be receiving; every rank takes part. Raises
@@ -356,7 +356,7 @@ class LearnerWorker:
             self._restore(folder)
         if not self._weights_are_finite():
             raise CheckpointError("a checkpoint's weights are finite numbers", folder, "resume an older one")
-        self.whole = True
+        self.whole, self.rounding = True, Rounding()
 
     def _restore(self, folder: str) -> None:
         """Raises on every rank what one of them found."""

@@ -13,6 +13,7 @@ from tutorloop.contracts.config import REFERENCE, Learner
 from tutorloop.contracts.records import Correction, Rollout, StepPlan, TeacherScores, TokenCredit, TrainRow
 from tutorloop.learner.examples import Example
 from tutorloop.learner.old_policy import OldPolicyPass
+from tutorloop.learner.parameters import Rounding
 from tutorloop.learner.terms import bind_terms
 from tutorloop.learner.worker import LearnerWorker
 
@@ -86,6 +87,7 @@ class OneProcess(LearnerWorker):
         self.rank, self.world_size, self.device = 0, 1, "cpu"
         self.config, self.steps = Learner(learning_rate=RATE, updates_per_step=updates), 1
         self.engine = Engine(student, before)
+        self.rounding = Rounding()
         self.old_policy_pass = OldPolicyPass(self.engine, self.terms, self.correction, updates, "cpu")
 
     def _over_ranks(self, values):

@@ -16,7 +16,14 @@ from tutorloop.contracts.arrow import decode, encode
 from tutorloop.contracts.errors import ModelError, WeightsMismatch
 from tutorloop.contracts.records import Prompt, Rollout, SampleRequest, Sampling, ScoreRequest, TeacherScores
 from tutorloop.learner.head_proof import prove_heads
-from tutorloop.learner.parameters import CANARY_LOGITS, CANARY_MOST, CANARY_TOKENS, CANARY_TOLERANCE, canary_tokens
+from tutorloop.learner.parameters import (
+    CANARY_LOGITS,
+    CANARY_MOST,
+    CANARY_TOKENS,
+    CANARY_TOLERANCE,
+    MEASURED_EVERY,
+    canary_tokens,
+)
 from tutorloop.models.checkpoint import check_weights, load_lm_head
 from tutorloop.models.loading import (
     DTYPES,
@@ -141,6 +148,9 @@ def test_a_canarys_tolerance_is_what_rounding_moves_in_this_model(tmp_path):
         error = canary_gaps(truth.numpy(), first.canary_logprobs).max()
         assert error < first.tolerance <= max(CANARY_TOLERANCE["fp32"], 100 * error)
         assert again.tolerance == first.tolerance
+        learner.engine.module.model.get_output_embeddings().weight.data.mul_(50)  # between two publications
+        later = [list(learner.publish(1))[-1].tolerance for _ in range(MEASURED_EVERY)]
+        assert later[:-2] == [first.tolerance] * (MEASURED_EVERY - 2) and later[-1] == later[-2] > 5 * first.tolerance
         tolerances.append(first.tolerance)
     assert tolerances[1] > 5 * tolerances[0]
 

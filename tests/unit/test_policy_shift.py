@@ -22,7 +22,8 @@ def test_it_is_the_k3_estimate_over_the_first_tokens_of_some_rollouts(trial):
     rng = fresh_rng()
     examples = [drawn(rng, i, rng.choice(["student", "student", "dataset"])) for i in range(int(rng.integers(1, 150)))]
     student = Bigram(rng.normal(size=(VOCAB, VOCAB)))
-    chosen = [example.rollout for example in examples if example.sampled][::ONE_OF]
+    own = sorted((e.rollout.rollout_id, e.rollout) for e in examples if e.sampled)
+    chosen = [rollout for _, rollout in own][::ONE_OF]
     total, count = 0.0, 0
     for rollout in chosen:
         ratios = np.exp(own_logprobs(student, rollout) - rollout.logprobs)
