@@ -1,25 +1,30 @@
 """How far a step has moved the policy, seen before anybody samples from it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from ..contracts.records import Rollout
 from ..models.logits import token_logprobs
 from .corrections import mismatch
-from .examples import Example
 
 ONE_OF = 32  # rollouts: a forward pass of so few costs a hundredth of a step
 TOKENS = 64  # of each response
 
 
+def watched(names: Iterable[str], step: int) -> set[str]:
+    """Of the rollouts that the student sampled for a step, those that are read again. Where a step has few, one of them
+    every so many steps. However ranks hold them: `names` are those of all."""
+    ordered = sorted(names)
+    return set() if not ordered or step % max(1, ONE_OF // len(ordered)) else set(ordered[::ONE_OF])
+
+
 @torch.no_grad()
-def policy_shift(engine: Any, examples: Sequence[Example], device: str) -> tuple[float, int]:
-    """Over some of the tokens that the student sampled, the sum of the k3 estimates of KL(μ‖π) in nats, μ the sampler
-    and π the policy as it is now; and how many tokens. Every rank must call it."""
-    own = [example.rollout for example in examples if example.sampled]
-    chosen = sorted(own, key=lambda rollout: rollout.rollout_id)[::ONE_OF]  # however they are packed
+def policy_shift(engine: Any, chosen: Sequence[Rollout], device: str) -> tuple[float, int]:
+    """Over the first tokens of some sampled responses, the sum of the k3 estimates of KL(μ‖π) in nats, μ the sampler
+    and π the policy as it is now; and how many tokens. Every rank must call it, with rollouts or with none."""
     ids = [rollout.token_ids[: rollout.prompt_length + TOKENS] for rollout in chosen] or [np.zeros(2, np.int32)]
     lengths = np.array([len(part) for part in ids])
     masks = [rollout.loss_mask[:TOKENS] for rollout in chosen] or [np.ones(1, bool)]
@@ -32,4 +37,4 @@ def policy_shift(engine: Any, examples: Sequence[Example], device: str) -> tuple
         return 0.0, 0
     sampled = np.concatenate([rollout.logprobs[:TOKENS][mask] for rollout, mask in zip(chosen, masks, strict=True)])
     _, k3 = mismatch(now.float(), torch.from_numpy(sampled).to(device, torch.float32))
-    return float(k3.sum()), len(at)
+    return float(k3.double().sum()), len(at)

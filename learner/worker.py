@@ -36,7 +36,7 @@ from .micro_batch import Selection, collate
 from .objective import Objective, Sums, divisor_of
 from .old_policy import OldPolicyPass, PassResult
 from .parameters import Rounding, announce_weights, broadcast_weights, bucket_layout, export_model, publish_weights
-from .policy_shift import ONE_OF, policy_shift
+from .policy_shift import policy_shift, watched
 from .terms import bind_terms
 from .watch import Watch, not_finite, unsound_rows
 
@@ -135,9 +135,7 @@ class LearnerWorker:
         dropped = {reason: counts[reason] for reason in REASONS if counts[reason]}
         of_ranks = self._from_ranks(untrained) if dropped else []
         metrics |= {"missing_scores": without_scores, "learning_rate": rate}
-        if counts["sampled"] and plan.step % max(1, ONE_OF * self.world_size // counts["rollouts"]) == 0:
-            shift, tokens = self._over_ranks(policy_shift(self.engine, own, self.device))
-            metrics["policy_shift"] = shift / max(1.0, tokens)
+        metrics |= self._policy_shift(own, plan.step) if counts["trained"] else {}
         if any(term.credit for term in self.terms):
             metrics["missing_credit"] = without_credit
         return StepReport(
@@ -150,6 +148,15 @@ class LearnerWorker:
             polarities=found.polarities,
             untrained={name: reason for of_rank in of_ranks for name, reason in of_rank.items()},
         )
+
+    def _policy_shift(self, examples: Sequence[Example], step: int) -> dict[str, float]:
+        sampled = [example.rollout for example in examples if example.sampled]
+        names = watched(self._of_all([rollout.rollout_id for rollout in sampled]), step)
+        if not names:
+            return {}
+        own = [rollout for rollout in sampled if rollout.rollout_id in names]
+        shift, tokens = self._over_ranks(policy_shift(self.engine, own, self.device))
+        return {"policy_shift": shift / tokens} if tokens else {}
 
     def _lacks(self, example: Example) -> set[str]:
         """What the terms that ask for it say of it: what they lack, "" where they can train on it."""
