@@ -27,6 +27,7 @@ from jobs import ACTORS, PATIENCE, ROLLOUTS, TUTORLOOP, Job, left_alone
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
+STEPS = surroundings.STEPS
 
 
 # ---- what is done ----------------------------------------------------------------------------------------------------
@@ -36,7 +37,7 @@ def kills(folder: Path, rng: random.Random, many: int = 50) -> str:
     """SIGKILL of a process drawn from all actors of one run, `many` times, at random times. Who takes three replicas or
     learners down is left out, or ends the run, by design: so the run is let go a step on after each."""
     steps = 6 * many
-    alone = left_alone(folder, steps)
+    alone = left_alone(steps)
     job, killed, past = Job(folder / "killed", steps, *more_restarts()), Counter[str](), 1
     while killed.total() < many and job.process.poll() is None:
         job.until(past + 1)
@@ -102,10 +103,10 @@ def resizes(folder: Path, rng: random.Random, many: int = 20) -> str:
 
 def stopped(folder: Path, rng: random.Random, seconds: float = 60.0) -> str:
     """SIGSTOP of one process of each kind for a while."""
-    alone = left_alone(folder, 60)
-    job = Job(folder / "stopped", 60)
+    alone = left_alone(STEPS)
+    job = Job(folder / "stopped", STEPS)
     for number, name in enumerate(ACTORS):
-        job.until(5 + 12 * number)
+        job.until(5 + 9 * number)
         victim = rng.choice(job.actors(name))
         victim.suspend()
         time.sleep(seconds)
@@ -117,8 +118,8 @@ def stopped(folder: Path, rng: random.Random, seconds: float = 60.0) -> str:
 
 def together(folder: Path, rng: random.Random) -> str:
     """Two commands on one run folder: the second is refused, and the first ends as if alone."""
-    alone = left_alone(folder, 60)
-    job = Job(folder / "first", 60)
+    alone = left_alone(STEPS)
+    job = Job(folder / "first", STEPS)
     job.until(2)
     for more in ([], ["--resume"], ["--resume", "auto"]):
         second = subprocess.run([*job.command, *more], capture_output=True, text=True)
@@ -130,17 +131,17 @@ def together(folder: Path, rng: random.Random) -> str:
 
 PARTS: dict[str, Callable[[Path, random.Random], str]] = {
     "kills": kills,
-    "driver": driver,
-    "resizes": resizes,
-    "stopped": stopped,
-    "together": together,
     "nodes": surroundings.nodes,
-    "pressure": surroundings.pressure,
-    "shared_memory": surroundings.shared_memory,
     "full_disk": surroundings.full_disk,
     "read_only": surroundings.read_only,
     "clock": surroundings.clock,
+    "pressure": surroundings.pressure,
+    "shared_memory": surroundings.shared_memory,
     "two_runs": surroundings.two_runs,
+    "together": together,
+    "stopped": stopped,
+    "driver": driver,
+    "resizes": resizes,
 }
 
 

@@ -7,7 +7,9 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
@@ -108,7 +110,10 @@ def actors_of(pid: int, name: str = "") -> list[psutil.Process]:
     return found
 
 
-def left_alone(folder: Path, steps: int, *overrides: str) -> dict[str, bytes]:
-    job = Job(folder / f"alone-{steps}", steps, *overrides)
-    job.ends()
-    return job.weights
+@cache
+def left_alone(steps: int) -> dict[str, bytes]:
+    """The weights of a run that nobody disturbs."""
+    with TemporaryDirectory(prefix="chaos-alone-") as folder:
+        job = Job(Path(folder) / "alone", steps)
+        job.ends()
+        return job.weights

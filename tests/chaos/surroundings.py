@@ -41,7 +41,7 @@ def spilled(address: str) -> str:
 
 def pressure(folder: Path, rng: random.Random) -> str:
     """The object store holds 80 MiB, and somebody else fills it again and again: Ray spills to disk."""
-    alone = left_alone(folder, STEPS)
+    alone = left_alone(STEPS)
     with cluster(num_cpus=4, object_store_memory=STORE) as one:
         address = str(one.address)
         ray.init(address, log_to_driver=False)
@@ -71,7 +71,7 @@ def pressure(folder: Path, rng: random.Random) -> str:
 
 def shared_memory(folder: Path, rng: random.Random) -> str:
     """`/dev/shm` has 48 MiB, then 1 MiB."""
-    alone, found = left_alone(folder, STEPS), []
+    alone, found = left_alone(STEPS), []
     for mib in (48, 1):
         room = ["unshare", "--mount", "sh", "-c", IN_A_SMALL_ROOM.format(mib=mib), "sh"]
         job = Job(folder / f"room-{mib}", STEPS, within=room)
@@ -83,7 +83,7 @@ def shared_memory(folder: Path, rng: random.Random) -> str:
 
 def full_disk(folder: Path, rng: random.Random) -> str:
     """The run folder's disk is full from a random moment on, and has room again later."""
-    alone = left_alone(folder, STEPS)
+    alone = left_alone(STEPS)
     place = folder / "disk"
     place.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400m", "tutorloop-test", str(place)], check=True)
@@ -104,7 +104,7 @@ def full_disk(folder: Path, rng: random.Random) -> str:
 
 def read_only(folder: Path, rng: random.Random) -> str:
     """Nothing can be made in the run's folder any more, from a random moment on; later it can."""
-    alone = left_alone(folder, STEPS)
+    alone = left_alone(STEPS)
     job = Job(folder / "readable", STEPS)
     job.until(rng.randint(2, STEPS - 10))
     places = [str(place) for place in (job.folder / "checkpoints", job.folder) if place.is_dir()]
@@ -158,7 +158,7 @@ time_t time(time_t *out) {
 
 def clock(folder: Path, rng: random.Random) -> str:
     """The wall clock of all processes, Ray's own among them, jumps by up to a day, to and fro, every few seconds."""
-    alone, now, library = left_alone(folder, STEPS), folder / "now", folder / "clock.so"
+    alone, now, library = left_alone(STEPS), folder / "now", folder / "clock.so"
     subprocess.run(["cc", "-shared", "-fPIC", "-o", library, "-xc", "-"], input=CLOCK, text=True, check=True)
     env = {"LD_PRELOAD": str(library), "CLOCK_SHIFT": str(now)}
     now.write_bytes(DAY.to_bytes(8, sys.byteorder))
@@ -179,7 +179,7 @@ def clock(folder: Path, rng: random.Random) -> str:
 
 def two_runs(folder: Path, rng: random.Random) -> str:
     """Two runs on one cluster, of whose learners and teachers one each is killed: both end as if alone."""
-    alone = left_alone(folder, STEPS)
+    alone = left_alone(STEPS)
     with cluster(num_cpus=8) as one:
         jobs = [Job(folder / name, STEPS, "--address", str(one.address)) for name in ("one", "other")]
         for name in ("LearnerWorker", "TeacherWorker"):
@@ -194,7 +194,7 @@ def two_runs(folder: Path, rng: random.Random) -> str:
 
 def nodes(folder: Path, rng: random.Random) -> str:
     """A node with half of the replicas is killed, and later another one joins."""
-    alone = left_alone(folder, STEPS)
+    alone = left_alone(STEPS)
     small = [f"{pool}.num_cpus=0.5" for pool in ("rollout", "teacher", "learner")]
     with cluster(num_cpus=2) as both:
         other = both.add_node(num_cpus=1)
