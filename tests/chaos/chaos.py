@@ -34,8 +34,10 @@ STEPS = surroundings.STEPS
 
 
 def kills(folder: Path, rng: random.Random, many: int = 50) -> str:
-    """SIGKILL of a process drawn from all actors of one run, `many` times, at random times. Who takes three replicas or
-    learners down is left out, or ends the run, by design: so the run is let go a step on after each."""
+    """SIGKILL of a process drawn from all actors of one run, `many` times, at random times.
+
+    What takes four replicas down is left out, and a step that takes three learners down ends the run, by design: so the
+    run is let go a step on after each."""
     steps = 6 * many
     alone = left_alone(steps)
     job, killed, past = Job(folder / "killed", steps, *more_restarts()), Counter[str](), 1
