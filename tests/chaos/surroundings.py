@@ -2,13 +2,12 @@
 
 import os
 import random
-import shutil
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -91,7 +90,9 @@ def full_disk(folder: Path, rng: random.Random) -> str:
         job = Job(place, STEPS)
         job.until(rng.randint(2, STEPS - 10))
         filler = place / "somebody_elses"
-        filler.write_bytes(bytes(shutil.disk_usage(place).free - rng.randint(0, 2**20)))
+        with suppress(OSError), filler.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(2**16))
         said, reached = job.fails(), len(job.rows)
         filler.unlink()
         job.again()
