@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import ray
 from ray._private import services, worker
 
+from ...contracts.errors import ResourceError, TutorloopError
 from ..interrupt import unbroken
 from .address import find, prove
 from .deaths import first_line
@@ -54,10 +55,14 @@ def cluster(address: str | None, tell: Callable[[str], None] = say) -> Iterator[
                 if groups:
                     stack.enter_context(ended_with_us(groups))
                     stack.callback(_leave)  # before nobody watches any more
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            if not running:
-                raise
-            running.refuse(first_line(str(error)))
+        except TutorloopError:
+            raise
+        except Exception as error:  # Ray raises bare ones too
+            found = first_line(str(error))
+            if running:
+                running.refuse(found)
+            remedy = f"its logs in {options['_temp_dir']}/session_latest/logs say more; on a busy machine try again"
+            raise ResourceError("Ray starts on this machine", found, remedy) from error
         yield
 
 

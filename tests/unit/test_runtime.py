@@ -129,6 +129,19 @@ def test_an_http_server_is_not_ray(http_server: int, monkeypatch: pytest.MonkeyP
         pass
 
 
+def test_what_ray_cannot_start_with_is_an_error_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    def starts(**options: object) -> None:
+        raise Exception("The current node timed out during startup. This could happen because\nit is busy")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray.init", starts)
+    with (
+        pytest.raises(ResourceError, match=r"Ray starts on this machine\n.*timed out.*\n.*session_latest"),
+        cluster(None),
+    ):
+        pass
+
+
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
