@@ -129,7 +129,7 @@ class CheckpointWriter:
             self._write(own, folder)
             return
         snapshot = [fragment.copy() for fragment in own]
-        self._thread = threading.Thread(target=self._write, args=(snapshot, folder), daemon=True)
+        self._thread = threading.Thread(target=self._write_beside, args=(snapshot, folder), daemon=True)
         self._thread.start()
 
     def written(self) -> Written | None:
@@ -144,6 +144,11 @@ class CheckpointWriter:
         """Once nothing is written any more."""
         if self._thread:
             self._thread.join()
+
+    def _write_beside(self, own: list[Fragment], folder: Path) -> None:
+        """With what the steps leave of the processors."""
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        self._write(own, folder)
 
     def _write(self, own: list[Fragment], folder: Path) -> None:
         """Lets go of each file's fragments when it is written."""

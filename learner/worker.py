@@ -52,7 +52,7 @@ class LearnerWorker:
 
     whole = True  # the weights are those of a step's end, and finite
     version = 0  # of the weights, where a step has made them
-    proof: tuple[torch.Tensor, ...] = ()  # token ids and lengths of a micro-batch that the weights must read
+    proof: tuple[torch.Tensor, ...] = ()  # token ids and lengths of what the weights must read
     unproven: frozenset[str] = frozenset()  # teachers whose head has not been compared with what they say
     longest = 0
 
@@ -266,7 +266,8 @@ class LearnerWorker:
             )
             # DeepSpeed averages gradients over ranks; the loss is a sum over them.
             self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
-        self.proof = watch.read[0]
+        token_ids, lengths = watch.read[0]
+        self.proof = (token_ids[: int(lengths[0])], lengths[:1])
         return watch
 
     def _moves(self, watch: Watch, selections: list[Selection], place: tuple[int, int, int]) -> bool:
