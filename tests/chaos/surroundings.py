@@ -195,11 +195,11 @@ def two_runs(folder: Path, rng: random.Random) -> str:
 
 def nodes(folder: Path, rng: random.Random) -> str:
     """A node with half of the replicas is killed, and later another one joins."""
-    alone = left_alone(STEPS)
     small = [f"{pool}.num_cpus=0.5" for pool in ("rollout", "teacher", "learner")]
+    wide = ["rollout.replicas=2", "teacher.replicas=2", "verifier.num_cpus=0.3", *small]
+    alone = left_alone(STEPS, *wide)
     with cluster(num_cpus=2) as both:
         other = both.add_node(num_cpus=1)
-        wide = ["rollout.replicas=2", "teacher.replicas=2", "verifier.num_cpus=0.3", *small]
         job = Job(folder / "moved", STEPS, "--address", str(both.address), *wide)
         job.until(rng.randint(4, 9))
         lost = [_kind(process) for process in _actors_on(other)]
