@@ -111,9 +111,9 @@ def actors_of(pid: int, name: str = "") -> list[psutil.Process]:
 
 
 @cache
-def left_alone(steps: int, *overrides: str) -> dict[str, bytes]:
-    """The weights of a run that nobody disturbs. Replicas and their CPUs decide last bits, and so its tokens in time."""
+def left_alone(steps: int) -> dict[str, bytes]:
+    """The weights of a run that nobody disturbs."""
     with TemporaryDirectory(prefix="chaos-alone-") as folder:
-        job = Job(Path(folder) / "alone", steps, *overrides)
+        job = Job(Path(folder) / "alone", steps)
         job.ends()
         return job.weights
