@@ -6,23 +6,15 @@ counted so far, because prompts and seeds are functions of the step. Shards go t
 
 import asyncio
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ..contracts.config import Config
-from ..contracts.errors import (
-    BatchLost,
-    GuardTripped,
-    LearnerError,
-    NotFinite,
-    RunFolderError,
-    StorageError,
-    TutorloopError,
-)
+from ..contracts.errors import TutorloopError
 from ..contracts.records import StepReport
 from ..models.digests import Written
 from .checkpoints import Checkpoints
@@ -40,15 +32,14 @@ from .recording.counters import RunCounters, pass_rate, sampler_entropy
 from .recording.metrics import MetricsLog
 from .recording.progress import Progress
 from .recording.recorder import Recorder
-from .recording.run_folder import Checkpoint, RunFolder
-from .recording.samples import truncate_samples
+from .recording.run_folder import RunFolder
 from .recording.stopwatch import Stopwatch
+from .recovery import Recovery
 from .resume_keys import settings_of
 from .skill_bank import SkillBank
 
 T = TypeVar("T")
 LEARNER = "learner"  # its part of a checkpoint
-MOST_DEATHS = 2  # of the learner, of one step
 
 
 @dataclass(slots=True, kw_only=True)
@@ -80,10 +71,12 @@ class Driver:
     checkpoints: Checkpoints
     step: int
     start_learner: Callable[[], Awaitable[LearnerGroup]]  # again, once it has died
-    _start: dict[str, Any] | None = None  # the state in which the stage began
-    _deaths: Counter[int] = field(default_factory=Counter)  # of the learner, by the steps that were done
-    _owed: bool = False  # a checkpoint, at the end of the round
+    recovery: Recovery = field(init=False)
+    owed: bool = False  # a checkpoint, at the end of the round
     _saved: float = 0.0  # when the last checkpoint was, by the monotonic clock; first, when training started
+
+    def __post_init__(self) -> None:
+        self.recovery = Recovery(self)
 
     async def train(self) -> bool:
         """The stage. Returns whether it came to its end (False: interrupted). A checkpoint stands then."""
@@ -98,13 +91,17 @@ class Driver:
             except Interrupted:
                 self.progress.note(f"interrupted after step {self.step}")
                 self.flow.stop()
-                await self._finish(clock)
+                await self.finish(clock)
                 return False
             except TutorloopError as error:
-                if not (final := await self._final(error)):
+                if not (final := await self.recovery.final(error)):
                     continue
-                await self.rescue(final, clock)
+                await self.recovery.rescue(final, clock)
                 raise final from final.__cause__
+            except Exception:  # a fault in the code, of which the checkpoint that is being written knows nothing
+                with suppress(TutorloopError):
+                    await self.checkpoints.finish()
+                raise
 
     async def _train(self, clock: Stopwatch) -> None:
         """The loop."""
@@ -112,8 +109,8 @@ class Driver:
         due = self.step == self.flow.first or self._due(self.config.eval.every)
         if due and not self.counters.evaluated(self.step):
             await self.evaluate(clock)
-        self._start = self._start or await self._state()
-        if self._owed:  # what a rollback has changed is not forgotten by a death
+        self.recovery.start = self.recovery.start or await self._state()
+        if self.owed:  # what a rollback has changed is not forgotten by a death
             await self.save(clock)
         while not self.ended:
             self.progress.phase("training")
@@ -142,93 +139,22 @@ class Driver:
         self.flow.abandon("stage_ended")
         if not self.counters.evaluated(self.step):
             await self.evaluate(clock)
-        await self._finish(clock)
+        await self.finish(clock)
 
-    async def _finish(self, clock: Stopwatch) -> None:
+    async def finish(self, clock: Stopwatch) -> None:
         """A checkpoint of all that was counted."""
         self.counters.count(self.flow)
         await self.save(clock)
         await self.checkpoints.finish()
 
-    async def _final(self, error: TutorloopError) -> TutorloopError | None:
-        """None once the learner goes on from before, else what ends the stage: it may die again of its start."""
-        while True:
-            try:
-                return None if await self._revived(error) else error
-            except LearnerError as again:
-                if not again.lost:
-                    raise
-                error = again
-
-    async def _revived(self, error: TutorloopError) -> bool:
-        """After the learner's death, or where a guard rolls the run back: go back to the last checkpoint, or to where
-        the stage began, and take up the learner from there.
-
-        Nothing else starts again. After a death shards that are ready stay; after a rollback, which also starts the
-        learner again where it must, they are of weights that the run will not have. False where something else has
-        failed, the learner dies of the same step for the third time, or there were as many rollbacks as may be.
-        """
-        guards, reached, proven = self.counters.guards, self.step, self._proven()
-        goes_back = guards.go_back(self.config, error, reached, self.flow.last_taken)
-        died = error.lost and isinstance(error, LearnerError) and self._deaths[self.step] < MOST_DEATHS
-        if not died and not goes_back:
-            return False
-        self._deaths[self.step] += died
-        self.progress.note(f"{'the learner is lost' if died else 'going back'} after step {reached}: {error.short}")
-        self.progress.phase("starting the learner again" if died else "going back")
-        checkpoint, state = self._last_checkpoint(proven if goes_back else reached) or (None, self._start)
-        self.flow.rewind(state["step"] if state else reached, keep=died and not isinstance(error.__cause__, BatchLost))
-        if goes_back:
-            self.flow.abandon("rolled_back")
-        for pool in (self.flow.services.rollouts, *self.self_teachers):
-            pool.withdraw()
-        await self.recorder.collect(wait=True)
-        if died:
-            await self.checkpoints.drop()
-        else:
-            await self.checkpoints.finish()
-        if died or not checkpoint or isinstance(error, NotFinite):  # else its weights and gradients are whole
-            self.learner.close()
-            self.learner = await self.start_learner()
-            await self.learner.ready()
-        if state is None:
-            return True  # nothing has been learnt or counted
-        if checkpoint:
-            await self.load(checkpoint, state)
-        else:
-            for pool in self.averages:
-                pool.renew()
-            await self._load_state(state)
-        self.counters.resume(state["tally"])
-        self.counters.guards.keep(guards)
-        self.log.truncate_after(self.step)
-        truncate_samples(self.folder.path, self.step)
-        if goes_back:
-            self.folder.remove_after(self.step)
-            self._owed = True
-        self.progress.note(f"the learner goes on from step {self.step}")
-        return True
-
-    def _last_checkpoint(self, most: int) -> Checkpoint | None:
-        """Of this stage, between two rounds, with at most so many steps done."""
-        newest = self.folder.latest_checkpoint(
-            self.progress.note, lambda step: self.flow.first <= step <= most and not self._in_a_round(step)
-        )
-        return newest if newest and newest[1]["stage"] == self.stage else None
-
-    def _proven(self) -> int:
-        """Of weights, the last that the guards have seen to be well."""
-        behind = self.config.max_staleness + self.flow.composition.round_steps - 1
-        return self.counters.guards.proven(self.config, self.step, behind)
-
-    def _in_a_round(self, step: int) -> bool:
+    def in_a_round(self, step: int) -> bool:
         """Whether the generators then hold older weights than the learner's, which no checkpoint has."""
         return (step - self.flow.first) % self.flow.composition.round_steps > 0
 
     @property
     def restarts(self) -> int:
         """Of the learner."""
-        return self._deaths.total()
+        return self.recovery.deaths.total()
 
     @property
     def ended(self) -> bool:
@@ -242,8 +168,8 @@ class Driver:
         """Whether a checkpoint is due: by its steps, or since a death now would lose more than `checkpoint.minutes`, on
         which nothing that trains depends. In a round it waits for its end."""
         long = not self.ended and time.monotonic() - self._saved >= 60 * self.config.checkpoint.minutes
-        self._owed = self._owed or long or self._due(self.config.checkpoint.every)
-        return self._owed and not self._in_a_round(self.step)
+        self.owed = self.owed or long or self._due(self.config.checkpoint.every)
+        return self.owed and not self.in_a_round(self.step)
 
     async def learn(self, shards: list[Shard]) -> StepReport:
         """One step on every trainable row, while the pools go on with what is in flight."""
@@ -253,24 +179,6 @@ class Driver:
         else:
             rows = self.flow.trainable(self.step, shards)
         return await self.learner.step(self.step - self.flow.first, self.step, shards, rows, guards.rate)
-
-    async def rescue(self, error: TutorloopError, clock: Stopwatch) -> None:
-        """Before a failure ends the run: save the last finished step, where the learner can, and say what stands."""
-        well = self._last_checkpoint(self._proven()) if isinstance(error, GuardTripped) else None
-        cannot = isinstance(error, LearnerError | StorageError | RunFolderError)
-        if well:
-            self.folder.remove_after(well[1]["step"])  # a resume goes on from it
-        elif not cannot and self.step > self.flow.first:
-            self.progress.phase("saving a checkpoint before the run ends")
-            self.flow.stop()
-            try:
-                await self._finish(clock)
-            except TutorloopError as second:  # what has failed holds a part of the checkpoint
-                self.progress.note(f"no checkpoint of step {self.step}: {second.rule}")
-        stands = self.folder.standing
-        if isinstance(error, GuardTripped) and not well:
-            stands = "no checkpoint stands from before the trouble: begin again"
-        error.remedy = "; ".join(part for part in (error.remedy, stands) if part)
 
     async def watch(self, shards: list[Shard], report: StepReport) -> None:
         """Show a finished step to the skill bank and to the stage's trigger."""
@@ -293,7 +201,7 @@ class Driver:
         takers = [*([] if self.broadcasts else [rollouts]), *self.self_teachers]
         given = "student" not in composition.generators
         unread = done > 0 and given and not self.self_teachers
-        in_a_round = self._in_a_round(self.step)
+        in_a_round = self.in_a_round(self.step)
         # After its start, a resume or a death of the learner nobody holds weights of this stage.
         holds = rollouts.version not in (None, UNPUBLISHED)
         if not self.ended and holds and (in_a_round or (unread and not self._due(self.config.eval.every))):
@@ -337,9 +245,9 @@ class Driver:
     async def save(self, clock: Stopwatch) -> None:
         """A checkpoint of what is now; it is written while the run goes on. Raises what the one before failed with."""
         with clock("checkpoint"), self.counters.paused(self.flow):
-            shards, proven = kept(self.flow.shards), self._proven() if self.config.guards.act else None
+            shards, proven = kept(self.flow.shards), self.recovery.proven() if self.config.guards.act else None
             await self.checkpoints.begin(await self._state(), self._take, partial(self._written, shards), proven)
-            self._saved, self._owed = time.monotonic(), False
+            self._saved, self.owed = time.monotonic(), False
 
     async def _state(self) -> dict[str, Any]:
         """What a checkpoint holds beside weights, optimizer and shards."""
@@ -378,9 +286,9 @@ class Driver:
         await self.learner.load(checkpoint / LEARNER)
         for pool in self.averages:
             await pool.ask("load_average", str(checkpoint / f"{pool.name}.safetensors"))
-        await self._load_state(state)
+        await self.load_state(state)
 
-    async def _load_state(self, state: dict[str, Any]) -> None:
+    async def load_state(self, state: dict[str, Any]) -> None:
         if self.trigger:
             self.trigger.resume(state["trigger"])
         if self.skills:

@@ -12,6 +12,7 @@ from .corrections import mismatch
 
 ONE_OF = 32  # rollouts: a forward pass of so few costs a hundredth of a step
 TOKENS = 64  # of each response
+FEWEST = 32  # tokens of all: the estimate from fewer is noise, and a single step of it may stop a run
 
 
 def watched(names: Iterable[str], step: int) -> set[str]:

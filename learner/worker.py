@@ -36,7 +36,7 @@ from .micro_batch import Selection, collate
 from .objective import Objective, Sums, divisor_of
 from .old_policy import OldPolicyPass, PassResult
 from .parameters import Rounding, announce_weights, broadcast_weights, bucket_layout, export_model, publish_weights
-from .policy_shift import policy_shift, watched
+from .policy_shift import FEWEST, policy_shift, watched
 from .terms import bind_terms
 from .watch import Watch, not_finite, unsound_rows
 
@@ -156,7 +156,7 @@ class LearnerWorker:
             return {}
         own = [rollout for rollout in sampled if rollout.rollout_id in names]
         shift, tokens = self._over_ranks(policy_shift(self.engine, own, self.device))
-        return {"policy_shift": shift / tokens} if tokens else {}
+        return {"policy_shift": shift / tokens} if tokens >= FEWEST else {}
 
     def _lacks(self, example: Example) -> set[str]:
         """What the terms that ask for it say of it: what they lack, "" where they can train on it."""

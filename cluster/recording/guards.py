@@ -4,8 +4,8 @@ A limit is made of the stage's first `guards.warmup` steps: the median of a figu
 share of it, some spreads of those steps (median absolute deviations), and a distance that no healthy run needs. Only
 the gradient's norm, which falls as a run goes on, is compared with its own last steps. A guard trips once
 `guards.patience` steps in a row were beyond a limit, and at once where a single step has left the policy that it began
-with. What then happens is `guards.action`: a warning, the run's end, or
-a rollback (`Driver._revived`). A figure that was not measured says nothing.
+with. What then happens is `guards.action`: a warning, the run's end, or a rollback (`Recovery.go_back`). A figure that
+was not measured says nothing.
 """
 
 import math

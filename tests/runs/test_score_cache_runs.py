@@ -19,6 +19,7 @@ from tutorloop.cluster import run
 from tutorloop.cluster.driver import Driver
 from tutorloop.contracts.config import Config
 from tutorloop.contracts.recipe import load_config
+from tutorloop.learner.checkpoint import CheckpointWriter, Fragment
 from tutorloop.teacher_service.score_cache import CachePlace
 
 ROOT = Path(__file__).parents[2]
@@ -76,8 +77,14 @@ def test_a_run_that_died_is_continued_with_the_scores_that_it_has(
             raise RuntimeError("killed")
         return await learn(driver, shards)
 
+    def on_a_slow_disk(writer: CheckpointWriter, own: list[Fragment], folder: Path) -> None:
+        time.sleep(0.5)
+        write(writer, own, folder)
+
+    write = CheckpointWriter._write
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
         patch.setattr(Driver, "learn", dies)
+        patch.setattr(CheckpointWriter, "_write", on_a_slow_disk)
         train(config, None)
     resumed = train(config, None, resume=True)
     assert without_scored(steps_of(tmp_path / "cut")) == without_scored(steps_of(tmp_path / "whole"))

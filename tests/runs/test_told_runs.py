@@ -73,6 +73,7 @@ def test_people_hear_of_a_run(models: Path, tmp_path: Path, hook: list[dict]) ->
     assert known["state"] == "ended"
     assert [alarm["text"] for alarm in known["alarms"]] == [row["text"] for row in rows]
     assert "not told" not in said.getvalue()
+    assert not any("policy_shift" in row["learner"] for row in steps_of(folder)), "of so few tokens it is noise"
 
     longer = recipe(models, folder, steps=6, **{**keys, "learner": {"learning_rate": 1e19, "max_grad_norm": 1e10}})
     with pytest.raises(TutorloopError) as failed:

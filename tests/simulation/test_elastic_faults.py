@@ -13,6 +13,7 @@ from tutorloop.cluster.pools.calls import Pace
 from tutorloop.cluster.pools.members import Members
 from tutorloop.cluster.pools.pool import Pool
 from tutorloop.cluster.pools.weight_broadcast import WeightBroadcast
+from tutorloop.cluster.recovery import Recovery
 from tutorloop.contracts.errors import BroadcastBroken
 
 SEEDS = 1500
@@ -81,15 +82,15 @@ def going_back_keeps_what_is_too_early(monkeypatch):
 
 def going_back_counts_twice(monkeypatch):
     """After the learner's death what had been counted before stays counted."""
-    real = Driver._revived
+    real = Recovery.go_back
 
-    async def revived(driver, error):
-        before = dict(driver.counters.dropped)
-        done = await real(driver, error)
-        driver.counters.dropped.update(before)
+    async def go_back(recovery, error):
+        before = dict(recovery.driver.counters.dropped)
+        done = await real(recovery, error)
+        recovery.driver.counters.dropped.update(before)
         return done
 
-    monkeypatch.setattr(Driver, "_revived", revived)
+    monkeypatch.setattr(Recovery, "go_back", go_back)
 
 
 def half_taken_weights_count(monkeypatch):
@@ -117,20 +118,20 @@ def a_publication_has_no_deadline(monkeypatch):
 def a_hung_learner_ends_the_run(monkeypatch):
     """What is late is an error as any other."""
 
-    async def final(driver, error):
-        return error if "deadline" in error.rule else await real(driver, error)
+    async def final(recovery, error):
+        return error if "deadline" in error.rule else await real(recovery, error)
 
-    real = Driver._final
-    monkeypatch.setattr(Driver, "_final", final)
+    real = Recovery.final
+    monkeypatch.setattr(Recovery, "final", final)
 
 
 def dying_again_of_its_start_ends_the_run(monkeypatch):
     """A learner that is started again may not die of that."""
 
-    async def final(driver, error):
-        return None if await driver._revived(error) else error
+    async def final(recovery, error):
+        return None if await recovery.go_back(error) else error
 
-    monkeypatch.setattr(Driver, "_final", final)
+    monkeypatch.setattr(Recovery, "final", final)
 
 
 def nobody_looks_at_idle_replicas(monkeypatch):
