@@ -9,7 +9,6 @@ host has no room for the copy, the files are written at once.
 """
 
 import json
-import os
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -20,11 +19,11 @@ import psutil
 import torch
 import torch.distributed
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..contracts.errors import CheckpointError
-from ..models.digests import Written, digest_of
+from ..models.digests import Written
+from .tensor_file import write_tensors
 
 WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
 FILE_BYTES = 2**28  # about, of one file
@@ -129,7 +128,7 @@ class CheckpointWriter:
             self._write(own, folder)
             return
         snapshot = [fragment.copy() for fragment in own]
-        self._thread = threading.Thread(target=self._write_beside, args=(snapshot, folder), daemon=True)
+        self._thread = threading.Thread(target=self._write, args=(snapshot, folder), daemon=True)
         self._thread.start()
 
     def written(self) -> Written | None:
@@ -144,11 +143,6 @@ class CheckpointWriter:
         """Once nothing is written any more."""
         if self._thread:
             self._thread.join()
-
-    def _write_beside(self, own: list[Fragment], folder: Path) -> None:
-        """With what the steps leave of the processors."""
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-        self._write(own, folder)
 
     def _write(self, own: list[Fragment], folder: Path) -> None:
         """Lets go of each file's fragments when it is written."""
@@ -177,13 +171,7 @@ def write_fragments(file: Path, own: Iterable[Fragment]) -> tuple[int, str]:
     own = list(own)
     tensors = {f"{kind}.{one.name}": value.cpu().contiguous() for one in own for kind, value in one.values.items()}
     known = {one.name: [list(one.shape), one.start, one.updates] for one in own}
-    try:
-        save_file(tensors, file, {"fragments": json.dumps(known)})
-    except SafetensorError as error:  # the system's reason is in its text alone
-        raise OSError(str(error)) from error
-    with file.open("rb") as data:
-        os.fsync(data.fileno())
-    return file.stat().st_size, digest_of(file)
+    return write_tensors(file, tensors, {"fragments": json.dumps(known)})
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------

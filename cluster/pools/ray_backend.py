@@ -76,8 +76,15 @@ class RayBackend:
     check_room = staticmethod(check_room)
     free = staticmethod(free)
 
-    def run(self, function: Callable[..., Any], *args: Any) -> Awaitable[Any]:
-        return _answer(_task(function).remote(*args), RolloutError, "task")
+    def __init__(self) -> None:
+        self._tasks: asyncio.Semaphore | None = None
+
+    async def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        """As many at once as Ray keeps workers for them, one a CPU: a worker that it has to start costs a second."""
+        if self._tasks is None:
+            self._tasks = asyncio.Semaphore(max(1, int(ray.cluster_resources().get("CPU", 1))))
+        async with self._tasks:
+            return await _answer(_task(function).remote(*args), RolloutError, "task")
 
     def make(self, function: Callable[..., Any], *args: Any) -> ObjectRef:
         return _task(function).remote(*args)
