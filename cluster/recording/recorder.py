@@ -77,7 +77,7 @@ class Recorder:
                     text = await asyncio.wait_for(asyncio.shield(self._waiting[0]), LONGEST_WAIT)
                 except (TutorloopError, TimeoutError):  # a run does not end because a batch could not be shown
                     text = None
-                self._waiting.popleft()
+                self._waiting.popleft().cancel()  # one that is late leaves its place to the others
                 due -= 1
                 if text is None:
                     self.lost += 1

@@ -19,11 +19,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import psutil
 import surroundings
-from jobs import ACTORS, PATIENCE, ROLLOUTS, TUTORLOOP, Job, left_alone
+from jobs import ACTORS, PATIENCE, ROLLOUTS, SLOW_TEACHER, TUTORLOOP, Job, left_alone
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -85,22 +86,24 @@ def driver(folder: Path, rng: random.Random, many: int = 20, steps: int = 12) ->
 
 
 def resizes(folder: Path, rng: random.Random, many: int = 20) -> str:
-    """The teacher pool goes 1 → 4 → 1 under load, `many` times."""
-    steps = 40 * many
-    job = Job(folder / "resized", steps, "eval.every=0", "checkpoint.every=0")
+    """One step ahead, teachers that sleep for each rollout: the pool goes 1 → 4 → 1 under load, `many` times."""
+    steps, took = 40 * many, {1: list[float](), 4: list[float]()}
+    job = Job(folder / "resized", steps, "max_staleness=1", "checkpoint.every=0", *SLOW_TEACHER)
     job.until(2)
-    done = 0
-    while done < many and len(job.rows) < steps - 5:
-        for wanted in (4, 1):
-            asked = subprocess.run([TUTORLOOP, "scale", str(job.folder), f"teacher={wanted}"], capture_output=True)
-            assert asked.returncode == 0, asked.stdout + asked.stderr
-            job.wait(lambda wanted=wanted: len(job.actors("TeacherWorker")) == wanted)
-        done += 1
+    for number in range(2 * many):
+        wanted = 1 if number % 2 else 4
+        asked = subprocess.run([TUTORLOOP, "scale", str(job.folder), f"teacher={wanted}"], capture_output=True)
+        assert asked.returncode == 0, asked.stdout + asked.stderr
+        job.wait(lambda wanted=wanted: job.rows[-1]["pools"]["teacher"]["replicas"] == wanted)
+        job.until(len(job.rows) + 4)
+        took[wanted] += [row["seconds"]["total"] for row in job.rows[-2:]]
     os.killpg(job.process.pid, signal.SIGINT)
     assert job.process.wait(PATIENCE) == 130, job.text[-3000:]
     rows = job.rows
     assert sum(row["rollouts"]["taken"] for row in rows) == ROLLOUTS * len(rows)
-    return f"{done} times within {len(rows)} steps; no rollout lost"
+    one, four = (median(took[size]) for size in (1, 4))
+    assert four < one / 2, took
+    return f"{many} times within {len(rows)} steps of {one:.1f} s with one, {four:.1f} s with four; no rollout lost"
 
 
 def stopped(folder: Path, rng: random.Random, seconds: float = 60.0) -> str:
@@ -134,6 +137,7 @@ def together(folder: Path, rng: random.Random) -> str:
 PARTS: dict[str, Callable[[Path, random.Random], str]] = {
     "kills": kills,
     "nodes": surroundings.nodes,
+    "grown": surroundings.grown,
     "full_disk": surroundings.full_disk,
     "read_only": surroundings.read_only,
     "clock": surroundings.clock,

@@ -20,6 +20,7 @@ ACTORS = ("RolloutWorker", "TeacherWorker", "VerifierWorker", "LearnerWorker")
 ALONE = ["max_staleness=0", "eval.path=", "eval.ood_path=", "checkpoint.every=5", "checkpoint.keep=3"]
 ROLLOUTS = 96  # a step
 PATIENCE = 1800.0  # seconds, for a run
+SLOW_TEACHER = [f"teacher.engine={Path(__file__).with_name('slow_teacher.py')}:SlowTeacher", "rollout.batch_size=8"]
 
 
 class Job:

@@ -1,5 +1,6 @@
 """What is done to the machine around a run: its memory, disk, folder and clock, and other runs beside it."""
 
+import json
 import os
 import random
 import subprocess
@@ -9,15 +10,21 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import psutil
 import ray
-from jobs import Job, actors_of, left_alone
+from jobs import SLOW_TEACHER, Job, actors_of, left_alone
 from ray.cluster_utils import Cluster
 
 RAY = str(Path(sys.executable).with_name("ray"))
 STEPS = 40
+NO_COMMANDS = [f"{who}setup_commands" for who in ("", "head_", "worker_")] + [
+    *("initialization_commands", "head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files"),
+]
+NO_TOKEN = {"RAY_AUTH_MODE": "disabled"}  # for the commands to know each other
+FAKE_MACHINES = ("use_node_id_as_ip", "disable_node_updaters", "disable_launch_config_check")  # of one address
 DAY = 86_400  # seconds
 STORE = 80 * 2**20  # bytes of an object store; Ray takes no smaller one
 IN_A_SMALL_ROOM = 'mount -t tmpfs -o size={mib}m tutorloop-test /dev/shm && exec "$@"'
@@ -220,6 +227,69 @@ def nodes(folder: Path, rng: random.Random) -> str:
         f"{' and '.join(sorted(lost))} lost; two steps within {pause:.0f} s of the death; both run on the new node "
         f"{taken:.0f} s after it came; the undisturbed weights"
     )
+
+
+def grown(folder: Path, rng: random.Random) -> str:
+    """One step ahead, a full machine under Ray's own autoscaler: that of the run wants more teachers."""
+    small = [f"{pool}.num_cpus={cpus}" for pool, cpus in (("rollout", 0.5), ("teacher", 0.5), ("learner", 0.5))]
+    with growing_cluster(folder, head=2, other=1) as (address, ray_itself):
+        more = ["verifier.num_cpus=0.3", *small, *SLOW_TEACHER, "autoscale.cpus=2.3", "max_staleness=1"]
+        job = Job(folder / "grown", STEPS, "--address", address, *more, env=NO_TOKEN)
+        job.until(2)
+        begun = time.monotonic()
+
+        def elsewhere() -> list[psutil.Process]:
+            raylets = [one for one in ray_itself.children(recursive=True) if one.name() == "raylet"]
+            return [own for raylet in raylets[1:] for own in actors_of(raylet.pid, "TeacherWorker")]
+
+        job.wait(lambda: bool(elsewhere()))
+        came, reached = time.monotonic() - begun, len(job.rows)
+        job.ends()
+    before, after = (
+        median(row["seconds"]["total"] for row in rows) for rows in (job.rows[1:3], job.rows[reached + 5 :])
+    )
+    assert after < before, (before, after)
+    return f"a teacher on a machine that came, {came:.0f} s after step 2; {before:.1f} s a step, then {after:.1f}"
+
+
+@contextmanager
+def growing_cluster(folder: Path, head: int, other: int) -> Iterator[tuple[str, psutil.Process]]:
+    """A cluster of one machine, to which Ray's autoscaler adds others of `other` CPUs, all of them here."""
+    node = {"node_config": {}, "min_workers": 0}
+    known = {
+        "cluster_name": "growing",
+        "max_workers": 2,
+        "idle_timeout_minutes": 1,
+        "provider": {"type": "fake_multinode", **dict.fromkeys(FAKE_MACHINES, True)},
+        "head_node_type": "ray.head.default",
+        "available_node_types": {
+            "ray.head.default": {**node, "resources": {"CPU": head}, "max_workers": 0},
+            "other": {**node, "resources": {"CPU": other}, "max_workers": 2},
+        },
+        **{name: {} for name in ("auth", "docker", "file_mounts")},
+        **{name: [] for name in NO_COMMANDS},
+    }
+    config = folder / "cluster.yaml"
+    config.write_text(json.dumps(known))
+    command = [RAY, "start", "--head", "--block", "--port=6379", f"--num-cpus={head}", "--include-dashboard=false"]
+    command += [f"--autoscaling-config={config}", f"--temp-dir={folder / 'ray'}"]
+    env = {**os.environ, **NO_TOKEN, "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+    with (folder / "ray.log").open("w") as log:
+        block = psutil.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
+    try:
+        address = "127.0.0.1:6379"  # where Ray's machines of this kind look for it
+        end = time.monotonic() + 60
+        while subprocess.run([RAY, "status", "--address", address], capture_output=True, env=env).returncode:
+            assert block.poll() is None and time.monotonic() < end, (folder / "ray.log").read_text()
+        yield address, block
+    finally:
+        own = [block]
+        with suppress(psutil.Error):
+            own += block.children(recursive=True)
+        for process in own:
+            with suppress(psutil.Error):
+                process.kill()
+        block.wait()
 
 
 def _actors_on(node: object) -> list[psutil.Process]:
