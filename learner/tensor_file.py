@@ -43,7 +43,7 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 def _filled(part: memoryview, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[int]:
     """Fills `part` with the next bytes of the file and says how many: as many as fit, and at last the rest."""
     filled = 0
-    for data in (_header(tensors, metadata), *(tensor.numpy().view("u1") for tensor in tensors.values())):
+    for data in (_header(tensors, metadata), *(tensor.numpy().view("u1").data for tensor in tensors.values())):
         left = memoryview(data)
         while left:
             taken = left[: PART - filled]
