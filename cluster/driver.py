@@ -72,11 +72,12 @@ class Driver:
     step: int
     start_learner: Callable[[], Awaitable[LearnerGroup]]  # again, once it has died
     recovery: Recovery = field(init=False)
+    settings: str = field(init=False)  # a digest of what its shards depend on
     owed: bool = False  # a checkpoint, at the end of the round
     _saved: float = 0.0  # when the last checkpoint was, by the monotonic clock; first, when training started
 
     def __post_init__(self) -> None:
-        self.recovery = Recovery(self)
+        self.recovery, self.settings = Recovery(self), settings_of(self.config)
 
     async def train(self) -> bool:
         """The stage. Returns whether it came to its end (False: interrupted). A checkpoint stands then."""
@@ -255,7 +256,7 @@ class Driver:
             "step": self.step,
             "stage": self.stage,
             "first": self.flow.first,
-            "settings": settings_of(self.config),
+            "settings": self.settings,
             "trigger": self.trigger.state() if self.trigger else None,
             "skills": await self.skills.save() if self.skills else None,
             "tally": self.counters.state(),  # a name that checkpoints of older releases have
@@ -279,7 +280,7 @@ class Driver:
         for pool in (self.flow.services.rollouts, *self.self_teachers):
             pool.withdraw()
         known = read_shards(checkpoint, self.recorder.backend)
-        self.flow.restore(known, changed=state.get("settings") != settings_of(self.config))
+        self.flow.restore(known, changed=state.get("settings") != self.settings)
 
     async def load(self, checkpoint: Path, state: dict[str, Any]) -> None:
         """Weights, optimizer, averages and counts of a checkpoint of this stage."""

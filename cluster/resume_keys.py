@@ -12,6 +12,7 @@ import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -142,6 +143,7 @@ DECAYS = Rule(RESULT, "the rate decays over all steps", ())
 UNKNOWN = Rule(RESULT, "no rule names it", ())
 
 
+@cache
 def rule_of(key: str) -> Rule:
     """The rule of a key, or of a section that may be left out. Of a named teacher's it is that of `teacher`'s."""
     parts = key.split(".")
