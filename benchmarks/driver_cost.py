@@ -6,7 +6,6 @@ The real driver, flow and pools; the replicas and the learner of tests/simulatio
 that of making a receipt. GRPO, 2 samples a prompt, calls of 8 rollouts; medians of three runs, interleaved.
 """
 
-import asyncio
 import gc
 import json
 import random
@@ -27,14 +26,11 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 def seconds_of(replicas: int, prompts: int) -> float:
     """Of one stage of STEPS steps, per rollout. `prompts` in all."""
-    tree = {"rollout": {"samples_per_prompt": SAMPLES, "batch_size": CALL, "replicas": replicas}}
-    simulate.METHOD_OPTIONS["cost"] = {"method": "grpo", **tree}
-    simulate.METHODS["cost"] = simulate.METHODS["grpo"]
-    recipe = ("cost", 1, max(1, prompts // STEPS), replicas, CALL, STEPS, 0)
+    recipe = ("grpo", 1, max(1, prompts // STEPS), replicas, CALL, STEPS, 0)
     fate = Fate(random.Random(0), spread="none")
     gc.collect()
     start = time.perf_counter()
-    outcome = asyncio.run(simulate._drive(recipe, fate))
+    outcome = simulate.run_once(recipe, fate)
     spent = time.perf_counter() - start
     rollouts = recipe[2] * STEPS * SAMPLES
     assert outcome.finished and outcome.world.finished_steps == STEPS
