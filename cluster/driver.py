@@ -100,7 +100,7 @@ class Driver:
                 await self.recovery.rescue(final, clock)
                 raise final from final.__cause__
             except Exception:  # a fault in the code, of which the checkpoint that is being written knows nothing
-                with suppress(Exception):  # that fault is what is told
+                with suppress(TutorloopError):  # the fault is what is told
                     await self.checkpoints.finish()
                 raise
 
