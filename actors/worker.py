@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from ..contracts.arrow import decode, encode
+from ..contracts.data_config import GIVEN, REPLAY
 from ..contracts.protocols import BroadcastEngine, Generation
 from ..contracts.receipts import RolloutReceipt
 from ..contracts.records import (
@@ -90,7 +91,8 @@ class RolloutWorker:
         """Rollouts in the order of `requests`. One that could not be made is a row too: "error", no response.
 
         That is a prompt without room for a response, a context whose fields the row lacks, or a row without a solution
-        where the dataset answers. A rollout holds the plain prompt, whatever its generator was shown.
+        where the dataset answers. A rollout holds the plain prompt, whatever its generator was shown. Of a replayed
+        answer every token trains, whatever `sampling` masks.
         """
         started = time.perf_counter()
         rows = sorted({request.row for request in requests})
@@ -98,7 +100,7 @@ class RolloutWorker:
         responses = self._respond([by_row[request.row] for request in requests], requests, sampling)
         untrained = self._special_ids if sampling.mask_special else EMPTY_I
         rollouts = [
-            self._rollout(by_row[request.row], request, response, untrained)
+            self._rollout(by_row[request.row], request, response, EMPTY_I if request.source == REPLAY else untrained)
             for request, response in zip(requests, responses, strict=True)
         ]
         batch = encode(Rollout, rollouts)
@@ -107,7 +109,7 @@ class RolloutWorker:
         errors = {"prompt": reasons["error"], "restarted": sum(response.restarts for response in responses)}
         receipt = RolloutReceipt(
             rows=len(rollouts),
-            tokens=sum(rollout.response_length for rollout in rollouts if rollout.source != "dataset"),
+            tokens=sum(rollout.response_length for rollout in rollouts if rollout.source not in GIVEN),
             seconds=time.perf_counter() - started,
             lengths=tuple(len(rollout.token_ids) for rollout in rollouts),
             response_lengths=tuple(rollout.response_length for rollout in rollouts),
@@ -132,7 +134,7 @@ class RolloutWorker:
         responses: list[Generation] = [REFUSED] * len(requests)
         shown: dict[int, np.ndarray] = {}
         for i, (prompt, request) in enumerate(zip(prompts, requests, strict=True)):
-            if request.source == "dataset":
+            if request.source in GIVEN:
                 responses[i] = _given(prompt, sampling)
                 continue
             with self._prompting:

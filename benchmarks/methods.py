@@ -61,7 +61,9 @@ from tutorloop.verifier_service.worker import VerifierWorker
 
 ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "runs" / "methods"
-NOT_COMPARED = ("quickstart", "gsm8k_qwen3", "sgsd_qwen3", "smollm2_opd")  # opd again, and other models
+NOT_COMPARED = (  # opd again, and other models and problems
+    *("quickstart", "gsm8k_qwen3", "sgsd_qwen3", "smollm2_opd", "sgpo_lab", "sgpo_guided_lab", "sgpo_qwen3"),
+)
 TOKENS_PER_STEP = 2500  # about 96 answers of 25 tokens; times --steps is the budget
 SAMPLES, PROBLEMS, NEW_TOKENS, BATCH = 8, 400, 64, 128
 DATA = {"in_distribution": "lab:test", "out_of_distribution": "lab:ood"}

@@ -67,7 +67,7 @@ def build(
     from ..verifier_service.skills.store import SkillBank
 
     extract, merger = _tools(extractor, model, api_key_env)
-    memories, skipped = growing.read_memories(rollouts, lambda responses: _judged(responses, verifier))
+    memories, skipped = growing.read_memories(rollouts, lambda responses: judged(responses, verifier))
     if not memories:
         raise SkillError("a bank is built from judged rollouts", f"none in {rollouts}; skipped: {skipped}", "")
     found = extract(memories)
@@ -267,7 +267,7 @@ def _tools(extractor: str, model: str, api_key_env: str) -> "tuple[Extractor, Ll
     return LlmExtractor(chat), LlmMerger(chat)
 
 
-def _judged(responses: Sequence[Any], kind: str) -> list[Any]:
+def judged(responses: Sequence[Any], kind: str) -> list[Any]:
     """Judgements of the verifier of that kind, in processes that can be killed. Raises ConfigError."""
     from ..contracts.verifier_config import Verifier
     from ..verifier_service.pool import VerifierPool

@@ -9,7 +9,7 @@ import sys
 import typer
 
 from .. import __version__
-from . import bank, evaluate, scale, status, train, verify
+from . import bank, evaluate, scale, status, strategies, train, verify
 from .outcome import INTERRUPTED, ends_clearly
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -19,6 +19,7 @@ app.command("verify")(ends_clearly(verify.verify))
 app.command("status")(ends_clearly(status.status))
 app.command("scale")(ends_clearly(scale.scale))
 app.add_typer(bank.app, name="bank")
+app.add_typer(strategies.app, name="strategies")
 
 
 def _show_version(wanted: bool) -> None:

@@ -37,11 +37,13 @@ def check_chat(
     compositions: Sequence[Composition],
     tokenizers: Mapping[str, Any],
     sets: Sequence[tuple[Sequence[Prompt], str]],
+    replay: Sequence[Prompt] = (),
 ) -> list[str]:
     """`tokenizers`: the student's, and by their names those of teachers that run here. `sets`: the prompts and where
-    they come from, those to train first. Returns notes for the person. Raises an InputError."""
+    they come from, those to train first; `replay`: those of `config.replay`. Returns notes for the person. Raises an
+    InputError."""
     student, template_kwargs = tokenizers["student"], config.data.chat_template_kwargs
-    for prompts, path in sets:
+    for prompts, path in [*sets, *([(replay, config.replay.path)] if config.replay else [])]:
         if prompts:
             check_prompts(config.student.model, student, template_kwargs, prompts, path)
     train = sets[0][0]
@@ -53,9 +55,8 @@ def check_chat(
         if name in tokenizers:
             both = (student, tokenizers[name])
             notes += _check_teacher_end(name, teacher, both, stops, template_kwargs, generating)
-    if any("dataset" in composition.generators for composition in compositions):
-        notes += _left_out(config, student, train)
-    return notes
+    given = [*(train if any("dataset" in composition.generators for composition in compositions) else ()), *replay]
+    return notes + (_left_out(config, student, given) if given else [])
 
 
 # ---- the end of a turn ----------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..contracts.data_config import Data, Eval
+from ..contracts.data_config import REPLAY, Data, Eval, Replay
 from ..contracts.errors import DataError, ModelError
 from ..contracts.records import EMPTY_I, Prompt, seed_of
 from ..contracts.sections import THINKING
@@ -60,6 +60,23 @@ def eval_data(data: Data, evaluation: Eval) -> Data:
     return data.model_copy(update={name: value for name, value in own.items() if value})
 
 
+def load_replay(replay: Replay, data: Data, tokenizer: Any, thinking: Marks = THINKING) -> list[Prompt]:
+    """The rows that are replayed, read as the training data are, but for what has a name of its own and without the
+    words that follow every problem there. Each has a solution, and neither answer nor teacher; their ids are none of
+    training's. Raises DataError, ModelError."""
+    names = {name: own for name in ("name", "prompt_field", "solution_field") if (own := getattr(replay, name))}
+    own = data.model_copy(update={**names, "answer_field": "", "prompt_suffix": ""})
+    try:
+        prompts = load_prompts(own, replay.path, replay.split, tokenizer, need_answer=False, thinking=thinking)
+    except DataError as error:
+        raise DataError(error.rule, error.found, error.remedy.replace("data.", "replay.")) from error
+    for prompt in prompts:
+        if not prompt.solution.strip():
+            found, field = f"row {prompt.prompt_id} of {replay.path} has none", "replay.solution_field"
+            raise DataError("a replayed row has a solution, which is imitated", found, f"name its field with {field}=…")
+    return [replace(prompt, prompt_id=f"{REPLAY}/{prompt.prompt_id}", teacher="") for prompt in prompts]
+
+
 def _to_prompt(row: Row, number: int, data: Data, tokenizer: Any, thinking: Marks, need_answer: bool) -> Prompt:
     turns, text, said = _conversation(row, data, thinking)
     if not text.strip():
@@ -83,6 +100,7 @@ def _to_prompt(row: Row, number: int, data: Data, tokenizer: Any, thinking: Mark
         other_answers=tuple(golds[1:]),
         solution=solution,
         solution_ids=solution_ids,
+        strategy=row.text(data.strategy_field, "data.strategy_field"),
         tags=next((row.whole(tag, "family or source") for tag in tags if isinstance(tag, str)), ""),
         teacher=row.text("teacher", "teacher"),
     )

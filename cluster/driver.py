@@ -242,6 +242,8 @@ class Driver:
                 row = self.counters.eval_row(self.config, row)
                 self.log.log_eval(row)
                 self.progress.eval(row)
+                if (state := self.flow.composition.state) and row.split == "in_distribution":
+                    state.evaluated(row.stats["avg_at_k"]["value"])
 
     async def save(self, clock: Stopwatch) -> None:
         """A checkpoint of what is now; it is written while the run goes on. Raises what the one before failed with."""
@@ -259,6 +261,7 @@ class Driver:
             "settings": self.settings,
             "trigger": self.trigger.state() if self.trigger else None,
             "skills": await self.skills.save() if self.skills else None,
+            "method": state.save() if (state := self.flow.composition.state) else None,
             "tally": self.counters.state(),  # a name that checkpoints of older releases have
         }
 
@@ -294,6 +297,8 @@ class Driver:
             self.trigger.resume(state["trigger"])
         if self.skills:
             await self.skills.load(state["skills"])
+        if self.flow.composition.state:
+            self.flow.composition.state.load(state.get("method") or {})
         self.step = self.flow.admitted = state["step"]
 
     async def record(self, shards: list[Shard], report: StepReport, clock: Stopwatch) -> None:

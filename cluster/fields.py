@@ -27,7 +27,7 @@ LIKELY = {  # what other datasets call a field
     ),
 }
 
-OPTIONAL = ("data.answer_field", "data.solution_field")
+OPTIONAL = ("data.answer_field", "data.solution_field", "data.strategy_field")
 
 Turn = dict[str, str]  # role, content
 

@@ -23,6 +23,7 @@ from ..contracts.errors import RunFolderError
 from ..contracts.own_code import is_file
 from ..contracts.records import Prompt
 from ..models.loading import locate_model
+from ..verifier_service.strategies.extractor import version_of
 from .preflight import Inputs
 from .skill_bank import source_of
 
@@ -43,6 +44,7 @@ NOT_READ_AGAIN = {
 def identity_of(config: Config, inputs: Inputs) -> Identity:
     """The digests of all that `config` names, once it has been checked."""
     data = {"data": (config.data.path, inputs.train)}
+    data |= {"replay data": (config.replay.path, inputs.replay)} if config.replay else {}
     held_out = (config.eval.path, inputs.in_distribution), (config.eval.ood_path, inputs.out_of_distribution)
     data |= dict(zip(EVALUATION, held_out, strict=True))
     found: Identity = {
@@ -58,6 +60,9 @@ def identity_of(config: Config, inputs: Inputs) -> Identity:
     if config.skills and "://" not in config.skills.path:
         source = Path(source_of(config.skills))
         found[BANK] = {"digest": _digest_of_bank(source), "place": str(source)}
+    if config.strategies:
+        place = config.strategies.path
+        found["strategies"] = {"digest": version_of(place), "place": place}
     return found
 
 
@@ -107,6 +112,7 @@ def digest_of_prompts(prompts: Sequence[Prompt]) -> str:
     for prompt in prompts:
         golds = [prompt.answer, *prompt.other_answers]
         shown = [prompt.text, prompt.turns, golds, prompt.solution, prompt.teacher, prompt.row]
+        shown += [prompt.strategy] if prompt.strategy else []  # earlier releases had none
         total.update(json.dumps(shown).encode() + prompt.token_ids.tobytes())
     return total.hexdigest()
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 from ..contracts.config import REFERENCE, Config, Pool, Teacher
@@ -21,16 +22,22 @@ from ..models.loading import (
 from ..models.lora import check_targets
 from ..teacher_service.http_engine import ServerLimits
 from .chat_checks import check_chat, check_template
-from .data import eval_data, fitting, load_prompts
+from .data import eval_data, fitting, load_prompts, load_replay
 from .learner_group import need_of_learner
+from .methods.parts.annotations import STRATEGIES
 from .methods.parts.composition import Composition
 from .pools.autoscaler import budget_of, scaled_pools
 from .pools.pool import need_of
 from .pools.room import SLACK, Need
 from .pools.services import OWN_SERVICE, judges, judges_training, key_of, load_functions, pool_of
 from .skill_bank import check_skills
+from .strategies import check_strategies
 
-SHOWN = {"answer": "data.answer_field", "solution": "data.solution_field"}  # fields of templates that rows must have
+SHOWN = {  # fields of templates that rows must have
+    "answer": "data.answer_field",
+    "solution": "data.solution_field",
+    "strategy": "data.strategy_field",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,8 +47,9 @@ class Inputs:
     train: list[Prompt]
     in_distribution: list[Prompt]
     out_of_distribution: list[Prompt]
+    replay: list[Prompt]
     servers: dict[str, ServerLimits]  # of teachers behind http, by their names
-    left_out: dict[str, int]  # rows by why: too_long of training, too_long_eval of evaluation
+    left_out: dict[str, int]  # rows by why: too_long of training, too_long_eval of evaluation, too_long_replay
     longest: int  # tokens of the longest prompt with its longest response, evaluations included
     notes: tuple[str, ...]  # what a person should know of them
 
@@ -81,18 +89,22 @@ def check_inputs(config: Config, compositions: Sequence[Composition]) -> Inputs:
             found = f"{name}: {teacher.dtype}; learner: {config.learner.dtype}"
             raise ConfigError("a teacher that follows the student has the learner's dtype", found, "set both alike")
 
-    (train, *held_out), left_out = _fitting_rows(config, compositions, tokenizer, contexts)
-    longest = longest_of(train, config.rollout.max_new_tokens)
+    (train, replay, *held_out), left_out = _fitting_rows(config, compositions, tokenizer, contexts)
+    longest = longest_of([*train, *replay], config.rollout.max_new_tokens)
     for prompts in filter(None, held_out):
         longest = max(longest, longest_of(prompts, evaluation.max_new_tokens or config.rollout.max_new_tokens))
     _check_shown(config, compositions, train)
     sets = [(train, config.data.path), (held_out[0], evaluation.path), (held_out[1], evaluation.ood_path)]
-    notes += check_chat(config, compositions, tokenizers, sets)
+    notes += check_chat(config, compositions, tokenizers, sets, replay)
+    notes += _said_of_replay(config, replay)
+    if config.strategies:
+        notes.append(check_strategies(config, train))
     train = _with_teachers(config, compositions, train)
     return Inputs(
         train=train,
         in_distribution=held_out[0],
         out_of_distribution=held_out[1],
+        replay=replay,
         servers=servers,
         left_out=left_out,
         longest=longest,
@@ -103,7 +115,8 @@ def check_inputs(config: Config, compositions: Sequence[Composition]) -> Inputs:
 def _fitting_rows(
     config: Config, compositions: Sequence[Composition], tokenizer: Any, contexts: Mapping[str, int]
 ) -> tuple[list[list[Prompt]], dict[str, int]]:
-    """The rows of training and of both evaluations that fit every context, and how many were left out, by why."""
+    """The rows of training, of the replay (which the student alone reads) and of both evaluations that fit every
+    context, and how many were left out, by why."""
     data, evaluation, responses = config.data, config.eval, config.rollout.max_new_tokens
     needs: dict[str, Any] = {
         "need_answer": config.verifier.needs_gold,
@@ -113,14 +126,24 @@ def _fitting_rows(
     own: dict[str, Any] = {**needs, "need_answer": config.verifier.needs_gold and judges_training(config, compositions)}
     loaded = [load_prompts(data, data.path, data.split, tokenizer, **own)]
     fitted = [fitting(loaded[0], responses, contexts, data.path, data)]
+    loaded.append(load_replay(config.replay, data, tokenizer, config.thinking) if config.replay else [])
+    student = dict(islice(contexts.items(), 1))
+    fitted.append(fitting(loaded[1], responses, student, config.replay.path, data) if config.replay else [])
     held_out, answers = eval_data(data, evaluation), evaluation.max_new_tokens or responses
     for path in (evaluation.path, evaluation.ood_path):
         rows = load_prompts(held_out, path, evaluation.split, tokenizer, evaluation.problems, **needs) if path else []
         loaded.append(rows)
         fitted.append(fitting(rows, answers, contexts, path, data) if rows else [])
     gone = [len(rows) - len(kept) for rows, kept in zip(loaded, fitted, strict=True)]
-    left_out = {"too_long": gone[0], "too_long_eval": sum(gone[1:])}
+    left_out = {"too_long": gone[0], "too_long_replay": gone[1], "too_long_eval": sum(gone[2:])}
     return fitted, {reason: count for reason, count in left_out.items() if count}
+
+
+def _said_of_replay(config: Config, rows: Sequence[Prompt]) -> list[str]:
+    """What a person should know of it."""
+    if not (own := config.replay):
+        return []
+    return [f"replay: {own.path}: {len(rows):,} rows, {own.rows_per_step} in each step, of weight {own.weight:g}"]
 
 
 def _check_models(config: Config) -> None:
@@ -256,4 +279,6 @@ def needs_of(config: Config, compositions: Sequence[Composition]) -> list[Need]:
     needs += [need_of(service, OWN_SERVICE) for service in sorted(own)]
     if config.skills:
         needs.append(need_of("skills", config.skills, on_driver_node=True))
+    if config.strategies:
+        needs.append(need_of(STRATEGIES, config.strategies))
     return [*needs, need_of_learner(config)]

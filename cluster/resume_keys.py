@@ -58,7 +58,7 @@ TABLE = (
         NEVER,
         "the place of a run is a position in this data under this seed: with another, prompts would be trained twice "
         "or never, and what was trained could not be told",
-        ("seed", "prompts_per_step", "data*"),
+        ("seed", "prompts_per_step", "data*", "replay", "replay.path", "replay.name", "replay.split", "replay.*_field"),
     ),
     Rule(NEVER, "the checkpoint holds the average of such a teacher, and of no other", ("*.follows",)),
     Rule(NEVER, "the run has its own copy of the bank, of which checkpoints hold the version", ("skills",)),
@@ -129,6 +129,8 @@ TABLE = (
             "verifier.rewards*",
         ),
     ),
+    Rule(RESULT, "it decides what strategies are and are worth", ("strategies", "strategies.path")),
+    Rule(RESULT, "it decides how strongly given answers are imitated", ("replay.rows_per_step", "replay.weight")),
     Rule(
         RESULT,
         "it decides which skills are shown",

@@ -120,12 +120,12 @@ async def assemble(run: Run, number: int, composition: Composition, first: int, 
         await _note_largest_k(run, [own[name] for name in config.named_teachers if name in own and own[name].replicas])
     skills = await _skills(run, config, composition, stack)
     following = {name: t.follows for name, t in config.named_teachers.items() if name in own and t.follows}
-    own_pools = own_services(composition, run.backend)
+    own_pools = own_services(config, composition, run.backend)
     await _ready(own_pools, run, stack)
     services = annotators(teachers, run.verifiers, skills.pool if skills else None, own_pools)
-    teacher_of_row = [prompt.teacher for prompt in run.inputs.train]
+    teacher_of_row, replayed = [prompt.teacher for prompt in run.inputs.train], len(run.inputs.replay)
     places = Services(generators=generators, annotators=services)
-    flow = Flow(config, composition, places, run.prompts, teacher_of_row, first, run.progress.note)
+    flow = Flow(config, composition, places, run.prompts, teacher_of_row, first, run.progress.note, replayed)
     return Driver(
         config=config,
         stage=number,
@@ -202,7 +202,7 @@ async def _skills(run: Run, config: Config, composition: Composition, stack: Exi
     """The run's bank, where teachers are shown skills; stages share it."""
     if not composition.scoring or not composition.scoring.views:
         return None
-    prompt_ids = [prompt.prompt_id for prompt in run.inputs.train]
+    prompt_ids = [prompt.prompt_id for prompt in (*run.inputs.train, *run.inputs.replay)]
     bank = SkillBank(config, run.folder.path / "bank", run.prompts, prompt_ids, run.backend)
     stack.callback(bank.pool.close)
     run.startup.phase("skills", "opening the skill bank")

@@ -5,11 +5,11 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
-from .data_config import Data, Eval
+from .data_config import Data, Eval, Replay
 from .engines import ROLLOUT_ENGINES, TEACHER_ENGINES, RolloutCapabilities, TeacherCapabilities
 from .reliability import Autoscale, Guards, Notify
 from .sections import THINKING, ModelPool, Pool, Section
-from .verifier_config import Skills, Verifier
+from .verifier_config import Skills, Strategies, Verifier
 
 KEPT_SCORES = "of the run folder's disk, for scores that may be asked for again (docs/reliability.md); 0: none kept"
 
@@ -299,12 +299,14 @@ class Config(Section):
     teachers: dict[str, Teacher] = Field(default_factory=dict, description="several by name, each with teacher's keys")
     reference: Reference | None = None
     data: Data
+    replay: Replay | None = None
     rollout: Rollout = Rollout()
     teacher_rollout: ModelPool = Field(
         default=ModelPool(), description="the teacher as a generator, for methods that ask for it"
     )
     verifier: Verifier = Verifier()
     skills: Skills | None = None
+    strategies: Strategies | None = None
     learner: Learner = Learner()
     off_policy: OffPolicy = OffPolicy()
     eval: Eval = Eval()

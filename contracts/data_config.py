@@ -6,6 +6,9 @@ from pydantic import Field
 
 from .sections import Section
 
+REPLAY = "replay"  # the source of rollouts that are given answers of that section
+GIVEN = ("dataset", REPLAY)  # sources of which nobody samples: a row's own solution is the response
+
 
 class Data(Section):
     """Problems with gold answers (docs/data.md)."""
@@ -20,11 +23,27 @@ class Data(Section):
         default="answer", description="field of the gold answer, or of several; of `… #### 42`, the 42"
     )
     solution_field: str = Field(default="solution", description="field of a worked solution, for methods that show it")
+    strategy_field: str = Field(
+        default="strategy", description="field of a strategy in words, without its answer, for methods that show it"
+    )
     prompt_suffix: str = Field(default="", description="text after every problem")
     too_long: Literal["refuse", "drop"] = Field(
         default="refuse", description="rows that do not fit a model's context end the run, or are left out and counted"
     )
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, description="e.g. {enable_thinking: false}")
+
+
+class Replay(Section):
+    """Given answers that every step imitates beside its method's own loss, so that what the student can do besides is
+    not forgotten. They are of another dataset than the method's prompts."""
+
+    path: str = Field(description="prompts with solutions, as `data.path`")
+    name: str = Field(default="", description="a hub dataset's configuration; none: data.name")
+    split: str = Field(default="train", description="a hub dataset's split")
+    prompt_field: str = Field(default="", description="none: data.prompt_field")
+    solution_field: str = Field(default="", description="none: data.solution_field")
+    rows_per_step: int = Field(default=8, ge=1, description="answers that each step trains on top")
+    weight: float = Field(default=0.1, gt=0, description="of their negative log-likelihood, a mean over their tokens")
 
 
 class Eval(Section):

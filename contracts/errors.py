@@ -71,6 +71,10 @@ class SkillError(InputError):
     """A skill bank, or a file that should hold one."""
 
 
+class StrategyError(InputError):
+    """A folder of strategies, or the solutions that one is fitted to."""
+
+
 class RecordError(TutorloopError, ValueError):
     """A record whose parts do not align: caught where it is made."""
 

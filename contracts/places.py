@@ -32,7 +32,9 @@ def located(config: Config) -> Config:
         eval=_with(evaluation, path=_place(evaluation.path), ood_path=_place(evaluation.ood_path)),
         verifier=_with(verifier, kind=_code(verifier.kind), rewards=rewards),
         rollout=_with(config.rollout, engine=_code(config.rollout.engine)),
+        replay=config.replay and _with(config.replay, path=_place(config.replay.path)),
         skills=config.skills and _with(config.skills, path=_place(config.skills.path)),
+        strategies=config.strategies and _with(config.strategies, path=_place(config.strategies.path)),
     )
 
 

@@ -6,7 +6,7 @@ hold a value a row, in the batch's order.
 
 import time
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from .errors import RecordError
 
@@ -30,6 +30,10 @@ class Receipt:
         if wrong:
             found = f"{', '.join(wrong)}; {rows} rollouts were sent"
             raise RecordError(f"a {type(self).__name__} has a value for each rollout", found)
+
+    def of_row(self, row: int, rollout_id: str) -> dict[str, Any]:
+        """What it says of one of its rollouts."""
+        return {name: getattr(self, name)[row] for name in self.PER_ROW}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +62,11 @@ class ScoreReceipt(Receipt):
     bytes_read: int = 0
     bytes_written: int = 0
     note: str = ""  # what a person should know of the cache, said once
+    mean_logprobs: dict[str, float] = field(default_factory=dict)  # rollout id → over its response, of those scored
+
+    def of_row(self, row: int, rollout_id: str) -> dict[str, Any]:
+        known = self.mean_logprobs.get(rollout_id)
+        return {} if known is None else {"mean_logprob": known}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,3 +82,19 @@ class VerdictReceipt(Receipt):
     faults: dict[str, int] = field(default_factory=dict)  # incorrect by a fault of the response, by error class
 
     PER_ROW: ClassVar[tuple[str, ...]] = ("rewards", "passed", "abstained", "answers", "paths")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StrategyReceipt(Receipt):
+    """Of the strategies that rollouts followed. A rollout of too few steps, or of a prompt without a teacher's
+    solution, is neutral: its alignment is None."""
+
+    alignments: tuple[float | None, ...] = ()  # in [0, 1], with the best of the prompt's teacher solutions
+    diversities: tuple[float, ...] = ()  # 1 − the mean cosine to the other rollouts of its group; 0 without any
+    codes: tuple[tuple[int, ...], ...] = ()  # of its steps, in the extractor's codebook
+    version: str = ""  # of the extractor
+
+    PER_ROW: ClassVar[tuple[str, ...]] = ("alignments", "diversities", "codes")
+
+    def of_row(self, row: int, rollout_id: str) -> dict[str, Any]:
+        return {"alignment": self.alignments[row], "diversity": self.diversities[row], "codes": self.codes[row]}

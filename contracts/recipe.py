@@ -24,11 +24,12 @@ from .config import (
     Rollout,
     Section,
     Skills,
+    Strategies,
     Student,
     Teacher,
     Verifier,
 )
-from .data_config import Data, Eval
+from .data_config import Data, Eval, Replay
 from .errors import ConfigError
 from .overrides import apply
 from .places import at_home, exists, located
@@ -151,10 +152,12 @@ SECTIONS: dict[str, type[Section]] = {
     "teacher": Teacher,
     "reference": Reference,
     "data": Data,
+    "replay": Replay,
     "rollout": Rollout,
     "teacher_rollout": ModelPool,
     "verifier": Verifier,
     "skills": Skills,
+    "strategies": Strategies,
     "learner": Learner,
     "off_policy": OffPolicy,
     "eval": Eval,

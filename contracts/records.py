@@ -43,6 +43,7 @@ class Prompt:
     other_answers: tuple[str, ...] = ()  # golds that are as right as `answer`
     solution: str = ""  # a worked solution in words; "" where the dataset has none
     solution_ids: np.ndarray = field(default_factory=lambda: EMPTY_I)  # int32 [R], the solution as a response, with EOS
+    strategy: str = ""  # how to solve it, in words and without its answer; "" where the dataset has none
     tags: str = ""  # free label of the row: the family, the source
     teacher: str = ""  # name of the teacher to ask; "" asks none
     row: str = ""  # the dataset's whole row as JSON, where the verifier reads it
@@ -57,6 +58,7 @@ class Prompt:
             "other_answers": STRINGS,
             "solution": pa.string(),
             "solution_ids": INTS,
+            "strategy": pa.string(),
             "tags": pa.string(),
             "teacher": pa.string(),
             "row": pa.string(),
@@ -230,7 +232,7 @@ class SampleRequest:
     sample_index: int
     row: int  # of the prompt batch
     seed: int
-    source: str = "student"  # who answers: student | teacher | dataset (the row's own solution)
+    source: str = "student"  # who answers: student | teacher | dataset or replay (the row's own solution)
     context: str = "plain"  # the template of the prompt to show
 
 
@@ -275,9 +277,10 @@ class Term:
     reference: bool = False  # it also reads the reference model's
     credit: str = ""  # the service whose credit of each token it adds to the advantage; "" none
     sources: tuple[str, ...] = ("student",)  # the rollouts that it trains on
+    contexts: tuple[str, ...] = ()  # and the templates that they were sampled under; (): whichever
     reduction: str = "tokens"
     length: int = 0
-    of_batch: bool = False  # count the tokens that any term trains, and not its own alone
+    of_batch: bool = False  # count the tokens that any term but a replay's trains, and not its own alone
     label: str = ""  # its name in the metrics, where one term is summed twice
     loss: Any = None  # a class derived from `learner.terms.base.LossTerm`, in place of the one called `name`
 

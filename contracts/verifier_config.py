@@ -125,3 +125,10 @@ class Skills(Pool):
         if (self.extractor == "lab") == bool(self.extractor_model):
             raise ValueError("skills.extractor_model is given where skills.extractor is a server, and only there")
         return self
+
+
+class Strategies(Pool):
+    """The strategy service, for methods that reward how a problem was solved (docs/strategies.md)."""
+
+    num_cpus: float = Field(default=0.1, ge=0, description="CPUs of each replica")
+    path: str = Field(description="a folder that `tutorloop strategies fit` made: the extractor and its solutions")

@@ -4,6 +4,8 @@ It holds verifiable maths problems with worked steps (`data/*.jsonl`), a tokeniz
 tiny trained Qwen3 models: a TEACHER that works every family rightly, and a STUDENT that *can but errs* (it learned
 partly wrong steps). Everything here is read as plain files; nothing in this module needs torch or reasoning-gym.
 `python -m tutorloop.lab.build` makes all of it again from a seed (that does need the `lab` extra).
+
+Beside it lie problems that several strategies solve, with a teacher and a student of their own (strategies/).
 """
 
 import json
@@ -11,19 +13,22 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent
 SPLITS = ("train", "test", "ood")
+STRATEGY_SPLITS = ("strategies-train", "strategies-test", "strategies-ood", "second-train", "second-test")
+MODELS = ("teacher", "student")
 
 
 def data_path(split: str) -> Path:
-    """The JSONL file of a split: `train`, `test` (in distribution) or `ood`."""
-    if split not in SPLITS:
-        raise ValueError(f"the lab's splits are {', '.join(SPLITS)}; got {split!r}; name one of them")
+    """The JSONL file of a split: `train`, `test` (in distribution), `ood`, or one of strategies/."""
+    known = (*SPLITS, *STRATEGY_SPLITS)
+    if split not in known:
+        raise ValueError(f"the lab's splits are {', '.join(known)}; got {split!r}; name one of them")
     return ROOT / "data" / f"{split}.jsonl"
 
 
 def model_path(name: str) -> Path:
-    """The folder of a model, `teacher` or `student`; `transformers` loads it as it is."""
-    if name not in ("teacher", "student"):
-        raise ValueError(f"the lab's models are teacher and student; got {name!r}; name one of them")
+    """The folder of a model, e.g. `teacher`; `transformers` loads it as it is."""
+    if name not in MODELS:
+        raise ValueError(f"the lab's models are {', '.join(MODELS)}; got {name!r}; name one of them")
     return ROOT / "models" / name
 
 

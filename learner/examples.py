@@ -15,6 +15,7 @@ from ..contracts.arrow import decode
 from ..contracts.config import REFERENCE
 from ..contracts.errors import LearnerError, RecordError
 from ..contracts.records import Rollout, StepPlan, TeacherScores, TokenCredit, TrainRow
+from ..models.contexts import PLAIN
 from .terms.base import BoundTerm, Gated, Signal
 
 Answer = TypeVar("Answer", TeacherScores, TokenCredit)
@@ -40,8 +41,10 @@ class Example:
 
     @property
     def sampled(self) -> bool:
-        """The student sampled it: its logprobs are those of a policy, which a correction can compare with."""
-        return self.rollout.source == "student"
+        """The student sampled it from the prompt that it trains on: its logprobs are those of a policy, which a
+        correction, a ratio or a metric can compare with the student. Those of an answer that was sampled under another
+        template are of another prompt: it counts as given."""
+        return self.rollout.source == "student" and self.rollout.context == PLAIN
 
     def of(self, teacher: str) -> TeacherScores | None:
         """The scores of `teacher`; "" is the one that the rollout names, or its only one."""
@@ -51,8 +54,9 @@ class Example:
         return next((scores for teacher_id, scores in self.scores.items() if teacher_id != REFERENCE), None)
 
     def asked_by(self, term: BoundTerm) -> bool:
-        """Whether the term trains on rollouts of this one's source."""
-        return self.rollout.source in term.sources
+        """Whether the term trains on rollouts of this one's source and template."""
+        rollout = self.rollout
+        return rollout.source in term.sources and (not term.contexts or rollout.context in term.contexts)
 
     def has(self, term: BoundTerm) -> bool:
         """Whether it has the scores and the credit that the term reads."""

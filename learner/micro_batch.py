@@ -162,7 +162,7 @@ def collate(
             t.key: torch.from_numpy(selection.repeat([t.key in m for m in selection.members])).to(device) for t in terms
         },
         scales={term.key: floats(_scale(selection, term)) for term in terms},
-        gates={term.key: floats(_gate(selection, term.key)) for term in gated},
+        gates={term.key: floats(_gate(selection, term)) for term in gated},
     )
 
 
@@ -192,9 +192,10 @@ def _scale(selection: Selection, term: BoundTerm) -> np.ndarray:
     return selection.repeat([1 / count if term.reduction == "sequences" else 1.0 for count in counts])
 
 
-def _gate(selection: Selection, key: str) -> np.ndarray:
-    factors = [old.gates[key].factors for old in selection.old if old]
-    width = next((array.shape[1:] for array in factors if array.ndim > 1), ())
+def _gate(selection: Selection, term: BoundTerm) -> np.ndarray:
+    factors = [old.gates[term.key].factors for old in selection.old if old]
+    none = (1,) if term.loss.signal == "views" else ()  # where the term counts nothing
+    width = next((array.shape[1:] for array in factors if array.ndim > 1), none)
     wide = [array if array.ndim > len(width) else None for array in factors]  # None: the term does not count it
     return selection.flat(wide, 1.0, width)
 

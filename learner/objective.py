@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..contracts.data_config import REPLAY
 from ..contracts.records import Correction
 from .corrections import mismatch, needs_rollout, token_weights
 from .micro_batch import MicroBatch, TeacherTokens, token_rows
@@ -79,11 +80,13 @@ class Objective:
 
     @torch.no_grad()
     def _measure_student(self, student: StudentChunk, weights_C: Tensor, at: slice) -> None:
-        """Entropy over all trained tokens; over those that the student sampled, what stands between it and the sampler.
+        """Entropy over all trained tokens but replayed ones; over those that the student sampled, what stands between
+        it and the sampler.
 
         `mismatch` is the k1 estimate of KL(μ‖π_θ) and `mismatch_k3` the k3 one, which is never negative.
         """
-        trained = torch.stack([mask[at] for mask in self.micro_batch.masks.values()]).any(0)
+        own = [term.key for term in self.terms if term.sources != (REPLAY,)]
+        trained = torch.stack([self.micro_batch.masks[key][at] for key in own]).any(0)
         entropy = -(student.logprobs_CV.exp() * student.logprobs_CV).sum(1)
         self.sums.add("entropy", torch.where(trained, entropy, 0.0), "trained")
         sampled = trained & self.micro_batch.sampled_N[at]
@@ -118,7 +121,7 @@ class Sums:
     """Σ of each metric over this rank's tokens, and the name of the count that makes it a mean.
 
     A stronger signal's figure replaces a weaker one's of the same name. Counts: a term's key (its tokens), its divisor,
-    "trained" (tokens of any term), or "sampled" (those that the student sampled).
+    "trained" (tokens of any term but a replay's), or "sampled" (those that the student sampled).
     """
 
     def __init__(self) -> None:

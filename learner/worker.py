@@ -19,6 +19,7 @@ import torch
 import torch.distributed
 
 from ..contracts.config import Learner, Lora
+from ..contracts.data_config import REPLAY
 from ..contracts.errors import CheckpointError, ConfigError, LearnerError, ModelError, NotFinite
 from ..contracts.records import BucketEntries, Correction, StepPlan, StepReport, Term, WeightBucket, WeightManifest
 from ..models.checkpoint import load_lm_head
@@ -140,7 +141,7 @@ class LearnerWorker:
             metrics["missing_credit"] = without_credit
         return StepReport(
             loss=sum(term.weight * metrics.get(f"loss_{term.key}", 0.0) for term in self.terms),
-            tokens=counts["trained"],
+            tokens=counts["tokens"],
             rollouts=counts["rollouts"],
             seconds=time.perf_counter() - started,
             metrics=metrics,
@@ -177,7 +178,7 @@ class LearnerWorker:
             of_update = self._count(own, selections)
             divisors = self._divisors(of_update)
             counts += of_update + Counter({divisor_of(key): divisor for key, divisor in divisors.items()})
-            if of_update["trained"]:
+            if of_update["tokens"]:
                 place = (version, number, len(updates))
                 watch = self._backward(selections, divisors, place, sums)
                 moves = self._moves(watch, selections, place)
@@ -206,15 +207,17 @@ class LearnerWorker:
         return {e.rollout.rollout_id: self._refusal(e) or "off_policy" for e in others}
 
     def _count(self, examples: list[Example], selections: list[Selection]) -> Counter[str]:
-        """Over all ranks: each term's tokens and sequences, the tokens of any term, what the student sampled of them,
-        those that a teacher was asked for and refused, and the rollouts that train, and those that do not by reason."""
+        """Over all ranks: each term's tokens and sequences, the tokens of any term, of any but a replay's, what the
+        student sampled of them, those that a teacher was asked for and refused, and the rollouts that train, and those
+        that do not by reason."""
         local: dict[str, int] = {}
         for term in self.terms:
             counts = [selection.tokens_and_sequences(term.key) for selection in selections]
             local[term.key] = sum(tokens for tokens, _ in counts)
             local[f"sequences of {term.key}"] = sum(sequences for _, sequences in counts)
         chosen = [pair for s in selections for pair in zip(s.examples, s.counts, strict=True)]
-        local["trained"] = sum(count for _, count in chosen)
+        local["tokens"] = sum(count for _, count in chosen)
+        local["trained"] = sum(count for example, count in chosen if example.rollout.source != REPLAY)
         local["sampled"] = sum(count for example, count in chosen if example.sampled)
         taught = [(e, t) for t in self.terms if t.loss.signal != "none" for e in examples if e.asked_by(t)]
         local["asked"] = sum(int(np.count_nonzero(e.rollout.loss_mask)) for e, _ in taught)

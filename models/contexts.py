@@ -47,8 +47,11 @@ TEMPLATES: dict[str, str] = {
     ),
     "hint@1": "Hint: {title}\n{problem}",  # the lab's models were trained with it
     "peer_feedback@1": f"{{problem}}[[{PEER}]][[{FEEDBACK}]]\n\n{SOLVE}",  # SDPO: whichever of the two there is
+    "strategy@1": (  # published SGPO, 2606.24064
+        "{problem}\n\nGuidance on how to solve it:\n\n{strategy}\n\nNow solve it, step by step."
+    ),
 }
-FIELDS = ("problem", "answer", "solution", "peer", "peer_answer", "feedback", "skill", "mistake", "title")
+FIELDS = ("problem", "answer", "solution", "strategy", "peer", "peer_answer", "feedback", "skill", "mistake", "title")
 
 NAME = re.compile(r"[\w.-]+@[\w.-]+")
 FIELD = re.compile(r"\{(\w+)\}")
@@ -125,6 +128,7 @@ class Prompter:
         values = {
             "answer": prompt.answer,
             "solution": prompt.solution,
+            "strategy": prompt.strategy,
             "peer": without_thinking(peer_text, self.thinking),
             "peer_answer": peer_answer,
             "feedback": feedback,

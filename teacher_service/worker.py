@@ -84,7 +84,7 @@ class TeacherWorker:
         that the context builds from its row of `prompts` and, for peers and feedback, from the same batch's `verdicts`;
         a row for which it cannot be built is refused as "no_context". With `request.views` each row's record holds the
         views of its prompt's pairs in `skills` side by side. The receipt's lengths and tokens are those of the rows
-        really scored, as they were scored.
+        really scored, as they were scored; it has the mean logprob of each response whose sampled tokens have one.
         """
         start = time.perf_counter()
         if self.student_weights:
@@ -104,8 +104,13 @@ class TeacherWorker:
         version = self.version
         scores = [replace(score, teacher_version=version) for score in scores] if version else scores
         refused.update(score.error_class for score in scores if score.error_class)
-        seconds = time.perf_counter() - start
-        receipt = ScoreReceipt(rows=len(mine), seconds=seconds, errors=dict(refused), **done.figures())
+        receipt = ScoreReceipt(
+            rows=len(mine),
+            seconds=time.perf_counter() - start,
+            errors=dict(refused),
+            mean_logprobs={s.rollout_id: float(s.logprobs.mean(dtype=np.float64)) for s in scores if s.logprobs.size},
+            **done.figures(),
+        )
         return encode(TeacherScores, scores), receipt
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ from tutorloop.contracts.config import REFERENCE
 from tutorloop.contracts.receipts import Receipt, RolloutReceipt, ScoreReceipt, VerdictReceipt
 from tutorloop.contracts.recipe import parse_config
 
-ROWS, PROMPTS = 17, object()
+ROWS, REPLAYED, PROMPTS = 17, 5, object()
 
 
 @dataclass(eq=False)
@@ -62,7 +62,8 @@ class World:
     def __init__(self, rng, passes=lambda request: True):
         self.rng, self.passes, self.version = rng, passes, 0
         self.submitted, self.pending, self.answered = [], [], []
-        names = ("rollout", "teacher_rollout", "dataset_rollout", "verifier", "skills", "a", "b", REFERENCE)
+        generators = ("rollout", "teacher_rollout", "dataset_rollout", "replay_rollout")
+        names = (*generators, "verifier", "skills", "a", "b", REFERENCE)
         self.pools = {name: StandIn(name, self) for name in names}
 
     def flow(self, composition, *, first=0, step=0, verifier=True, **changes):
@@ -84,11 +85,12 @@ class World:
                 "student": self.pools["rollout"],
                 "teacher": self.pools["teacher_rollout"],
                 "dataset": self.pools["dataset_rollout"],
+                "replay": self.pools["replay_rollout"],
             },
             annotators=annotators(teachers, self.pools["verifier"] if verifier else None, self.pools["skills"]),
         )
         self.teacher_of_row = ["ab"[row % 2] for row in range(ROWS)]
-        flow = Flow(config, composition, services, PROMPTS, self.teacher_of_row, first)
+        flow = Flow(config, composition, services, PROMPTS, self.teacher_of_row, first, replayed=REPLAYED)
         flow.admitted = max(first, step)  # a resumed stage has had its first steps
         return flow
 

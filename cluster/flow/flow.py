@@ -1,10 +1,10 @@
 """Work in flight: prompt groups become shards, each shard goes its way, and a step takes those that are its own.
 
 Step s trains the prompt groups at positions [s·P, (s+1)·P): what a step consumes is known before it runs, so a resumed
-run asks for the same prompts. `admit` is the whole of asynchrony: with `max_staleness` N and s steps done, the groups
-of steps up to s + N may be in flight. A shard's way is one coroutine, `_way`. What its verdicts ask for on top
-(`follow_up`) joins the same step as a shard of its own. The ready shards are the queue: references only, refused and
-counted when too old.
+run asks for the same prompts. Replayed answers have an order of their own. `admit` is the whole of asynchrony: with
+`max_staleness` N and s steps done, the groups of steps up to s + N may be in flight. A shard's way is one coroutine,
+`_way`. What its verdicts ask for on top (`follow_up`) joins the same step as a shard of its own. The ready shards are
+the queue: references only, refused and counted when too old.
 """
 
 import asyncio
@@ -18,17 +18,18 @@ from typing import Any
 import numpy as np
 
 from ...contracts.config import Config
+from ...contracts.data_config import REPLAY
 from ...contracts.errors import BatchLost, NotFinite, Quarantined
 from ...contracts.receipts import ScoreReceipt
 from ...contracts.records import SampleRequest, TrainRow, seed_of
 from ...contracts.status import StepStatus
 from ..data import PromptOrder
 from ..methods.parts.annotations import PROMPTS, ROLLOUTS, ROWS, VERDICTS, Annotation
-from ..methods.parts.composition import Composition, natural
+from ..methods.parts.composition import Composition, Credit, natural
 from ..pools.failure import Failure, first_of
 from ..pools.pool import Pool
 from ..pools.room import Tell, say
-from .shard import ALONE, MOST_BEGINNINGS, Shard, mark_of, request_of, summaries_of
+from .shard import ALONE, MOST_BEGINNINGS, Shard, mark_of, replay_of, request_of, summaries_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +53,8 @@ class Services:
 class Flow:
     """Keeps a stage's rollouts in flight within the staleness bound and hands each step its shards.
 
-    `first` and `last`: the run's steps at which the stage begins and must end. `prompts`: a reference to the run's.
+    `first` and `last`: the run's steps at which the stage begins and must end. `prompts`: a reference to the run's,
+    whose last `replayed` rows, behind those of `teacher_of_row`, are those of the replay.
     """
 
     def __init__(
@@ -64,12 +66,14 @@ class Flow:
         teacher_of_row: Sequence[str],
         first: int,
         tell: Tell = say,
+        replayed: int = 0,
     ) -> None:
         self.tell = tell
         self.config, self.composition, self.services = config, composition, services
         self.annotations = [one for one in composition.annotations if services.annotators.get(one.service)]
         self.prompts, self.teacher_of_row = prompts, teacher_of_row
         self.order = PromptOrder(len(teacher_of_row), config.seed)
+        self.replay = PromptOrder(replayed, seed_of(config.seed, REPLAY))
         self.first, self.last = first, first + config.steps
         self.split_for = config.rollout.replicas  # generators that a step's calls are to keep busy
         self.admitted = first  # steps whose prompt groups have been asked for
@@ -108,7 +112,7 @@ class Flow:
         """The services that a shard waits for; while it is generated only the generators."""
         if shard.generated is None:
             return [self.services.generators[shard.source].name]
-        asked = [one for one in self.annotations if shard.source in one.sources]
+        asked = [one for one in self.annotations if shard.asks(one)]
         return [own.service for own in asked if not any(name.split(".")[0] == own.name for name in list(shard.batches))]
 
     # ---- asking ----
@@ -141,6 +145,7 @@ class Flow:
                 for part in self._parts(step) if not kept else []:
                     requests = [request for position in part for request in self._requests(step, int(position))]
                     self._begin(step, requests, group)
+                self._begin(step, self._replayed(step) if not kept else [], group)
         except Exception as error:  # heard by whoever waits, whatever step that is for
             self.failure.set(first_of(error))
 
@@ -168,12 +173,17 @@ class Flow:
                 requests.append(request_of(f"{group}-{mark}{sample}", group, len(requests), row, seed, spec))
         return requests
 
+    def _replayed(self, step: int) -> list[SampleRequest]:
+        """Given answers for the step to imitate: of R, positions [s·R, (s+1)·R) in the replay's order."""
+        rows, behind = self.config.replay.rows_per_step if self.config.replay else 0, len(self.teacher_of_row)
+        return [replay_of(at, behind + self.replay.row(at)) for at in range(step * rows, (step + 1) * rows)]
+
     def _begin(self, step: int, requests: Iterable[SampleRequest], group: asyncio.TaskGroup, attempt: int = 1) -> None:
-        """A shard for the requests of each source."""
-        by_source: dict[str, list[SampleRequest]] = {}
+        """A shard for the requests of each source and context."""
+        alike: dict[tuple[str, str], list[SampleRequest]] = {}
         for request in requests:
-            by_source.setdefault(request.source, []).append(request)
-        for own in by_source.values():
+            alike.setdefault((request.source, request.context), []).append(request)
+        for own in alike.values():
             shard = Shard(step, tuple(own), attempt)
             self.shards[step].append(shard)
             group.create_task(self._go(shard, group))
@@ -216,7 +226,7 @@ class Flow:
         made: dict[str, asyncio.Task[Any]] = {}  # batches by name, or what is still to make them
         async with asyncio.TaskGroup() as group:
             made[ROLLOUTS] = group.create_task(self._generate(shard))
-            for annotation in [one for one in self.annotations if shard.source in one.sources]:
+            for annotation in [one for one in self.annotations if shard.asks(one)]:
                 made[annotation.name] = group.create_task(self._annotate(shard, annotation, made))
             if VERDICTS in made and self.composition.follow_up and not shard.alone and not shard.followed:
                 await made[VERDICTS]
@@ -307,16 +317,19 @@ class Flow:
         """Tokens and credit of each row that the method trains; the others are counted with their reason.
 
         Rows are in the order of their rollouts' ids: neither who answered first nor how many replicas there are, which
-        decides how a step is cut into shards, changes the last bit of what trains.
+        decides how a step is cut into shards, changes the last bit of what trains. The method sees no replayed answers,
+        which come last.
         """
         places = [(batch, row) for batch, shard in enumerate(shards) for row in range(len(shard.requests))]
         lengths = [length for shard in shards if shard.generated for length in shard.generated.lengths]
         known = list(zip(places, lengths, summaries_of(shards), strict=True))
-        known.sort(key=lambda own: natural(own[2].rollout_id))
+        known.sort(key=lambda own: (own[2].source == REPLAY, natural(own[2].rollout_id)))
         for shard in shards:
             shard.outcomes = [""] * len(shard.requests)
         rows = []
-        credits = self.composition.credit([rollout for _, _, rollout in known], step - self.first)
+        of_method = [rollout for _, _, rollout in known if rollout.source != REPLAY]
+        replayed = [Credit() for _ in known[len(of_method) :]]
+        credits = [*self.composition.credit(of_method, step - self.first), *replayed]
         for ((batch, row), length, rollout), credit in zip(known, credits, strict=True):
             outcome = credit if rollout.length else "empty_response"
             shards[batch].outcomes[row] = outcome

@@ -13,13 +13,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from ...contracts.receipts import Receipt, RolloutReceipt, ScoreReceipt, VerdictReceipt
+from ...contracts.receipts import Receipt, RolloutReceipt, ScoreReceipt, StrategyReceipt, VerdictReceipt
 from ...contracts.records import SampleRequest
 from ..pools.replica import Backend
 from .shard import Shard
 
 FOLDER, LIST = "shards", "shards.json"
-RECEIPTS = {kind.__name__: kind for kind in (Receipt, RolloutReceipt, ScoreReceipt, VerdictReceipt)}
+RECEIPTS = {kind.__name__: kind for kind in (Receipt, RolloutReceipt, ScoreReceipt, StrategyReceipt, VerdictReceipt)}
 PLAIN = ("step", "attempt", "begun", "followed", "to_learner", "ready", "quarantined")
 
 Kept = tuple[list[dict[str, Any]], list[tuple[str, Any]]]  # of each shard what is known, and its batches by their files
@@ -79,7 +79,11 @@ def shard_of(known: Mapping[str, Any], batches: Mapping[str, Any]) -> Shard:
 
 def _tuples(values: dict[str, Any]) -> dict[str, Any]:
     """JSON has lists in their place."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return {name: _tuple(value) for name, value in values.items()}
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(map(_tuple, value)) if isinstance(value, list) else value
 
 
 def _write(file: str, batch: pa.RecordBatch) -> None:

@@ -1,4 +1,4 @@
-"""A shard: some rollouts of one step and source, by reference, and what is known about them.
+"""A shard: some rollouts of one step, source and context, by reference, and what is known about them.
 
 A batch is a reference (into Ray's object store; in one process the batch itself); the driver never reads it. What it
 does read are the receipts.
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...contracts.data_config import REPLAY
 from ...contracts.receipts import Receipt, RolloutReceipt, VerdictReceipt
 from ...contracts.records import SampleRequest
 from ..methods.parts.annotations import ROLLOUTS, SKILLS, VERDICTS, Annotation
@@ -48,6 +49,14 @@ class Shard:
     @property
     def source(self) -> str:
         return self.requests[0].source
+
+    @property
+    def context(self) -> str:
+        return self.requests[0].context
+
+    def asks(self, annotation: Annotation) -> bool:
+        """Whether the annotation is about rollouts like its own."""
+        return self.source in annotation.sources and (not annotation.contexts or self.context in annotation.contexts)
 
     def add(self, name: str, batch: Any, receipt: Receipt, annotation: Annotation | None = None) -> None:
         """Take in what a service has made. Raises RecordError for one that does not fit its rollouts."""
@@ -107,7 +116,18 @@ class Shard:
             verdicts = zip(*(getattr(self.judged, column) for column in OF_VERDICTS), strict=True)
             for own, verdict in zip(known, verdicts, strict=True):
                 own.update(zip(OF_VERDICTS.values(), verdict, strict=True))
+        for own, said in zip(known, self._said(), strict=True):
+            own["said"] = said
         return [RolloutSummary(**own) for own in known]
+
+    def _said(self) -> list[dict[str, dict[str, Any]]]:
+        """What the receipts of other services say of each rollout, by annotation."""
+        said: list[dict[str, dict[str, Any]]] = [{} for _ in self.requests]
+        for name, receipt in self.receipts.items():
+            if name not in (ROLLOUTS, VERDICTS):
+                for row, (own, request) in enumerate(zip(said, self.requests, strict=True)):
+                    own.setdefault(name.split(".")[0], {}).update(receipt.of_row(row, request.rollout_id))
+        return said
 
 
 def summaries_of(shards: Sequence[Shard]) -> list[RolloutSummary]:
@@ -117,6 +137,12 @@ def summaries_of(shards: Sequence[Shard]) -> list[RolloutSummary]:
 def mark_of(source: str) -> str:
     """Of a source in the ids of what it answers."""
     return "" if source == "student" else source[0]
+
+
+def replay_of(position: int, row: int) -> SampleRequest:
+    """A replayed answer's, under an id that no rollout of a method has."""
+    group = f"r{position}"
+    return SampleRequest(rollout_id=f"{group}-0", group_id=group, sample_index=0, row=row, seed=0, source=REPLAY)
 
 
 def request_of(rollout_id: str, group: str, sample: int, row: int, seed: int, spec: SampleSpec) -> SampleRequest:

@@ -37,11 +37,13 @@ from . import (
     seqkd,
     sft,
     sg_opd,
+    sgpo,
+    sgpo_guided,
     sgsd,
     star,
 )
 from .parts.checks import check_engines, check_needs, check_used
-from .parts.composition import Composition
+from .parts.composition import Composition, with_replay
 
 METHODS: dict[str, Callable[[Config], Composition]] = {
     "sft": sft.compose,
@@ -56,6 +58,8 @@ METHODS: dict[str, Callable[[Config], Composition]] = {
     "sg_opd": sg_opd.compose,
     "opsd": opsd.compose,
     "sgsd": sgsd.compose,
+    "sgpo": sgpo.compose,
+    "sgpo_guided": sgpo_guided.compose,
     "sdft": sdft.compose,
     "sdpo": sdpo.compose,
     "kdrl": kdrl.compose,
@@ -84,7 +88,7 @@ def compose(config: Config) -> Composition:
     if not isinstance(composition, Composition):
         raise ConfigError("compose(config) returns a Composition", f"{type(composition).__name__} from {config.method}")
     check_needs(config, composition)
-    return composition
+    return with_replay(config, composition)
 
 
 def _own_composition(config: Config, module: ModuleType) -> Composition:

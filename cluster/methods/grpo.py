@@ -7,6 +7,7 @@ A group whose rewards are all equal has advantage 0 and still counts in the mean
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 from pydantic import Field
@@ -39,13 +40,14 @@ def compose(config: Config) -> Composition:
 
 def group_relative_credit(options: GrpoOptions) -> Crediting:
     """GRPO's advantages and group weights."""
+    return by_group(partial(credited, options))
 
-    def rule(group: Sequence[RolloutSummary]) -> Credited:
-        rewards = [rollout.reward for rollout in group]
-        if options.drop_zero_variance and all_equal(rewards):
-            return ["zero_variance"] * len(group)
-        weight = pace(rewards, options.group_weight)
-        advantages = group_relative(rewards, options.std, options.epsilon)
-        return [Credit(advantage=float(advantage), weight=weight) for advantage in advantages]
 
-    return by_group(rule)
+def credited(options: GrpoOptions, group: Sequence[RolloutSummary]) -> Credited:
+    """Those of one group's judged answers."""
+    rewards = [rollout.reward for rollout in group]
+    if options.drop_zero_variance and all_equal(rewards):
+        return ["zero_variance"] * len(group)
+    weight = pace(rewards, options.group_weight)
+    advantages = group_relative(rewards, options.std, options.epsilon)
+    return [Credit(advantage=float(advantage), weight=weight) for advantage in advantages]

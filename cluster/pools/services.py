@@ -7,6 +7,7 @@ from typing import Any
 from ...actors.worker import RolloutWorker
 from ...contracts.config import REFERENCE, Config, Lora, Reference, Teacher
 from ...contracts.config import Pool as PoolConfig
+from ...contracts.data_config import GIVEN
 from ...contracts.engines import ROLLOUT_ENGINES, TEACHER_ENGINES
 from ...contracts.errors import ConfigError, RolloutError, ServiceError, TeacherError, VerifierError
 from ...contracts.verifier_config import Verifier
@@ -15,7 +16,7 @@ from ...teacher_service.score_cache import CachePlace
 from ...teacher_service.worker import TeacherWorker
 from ...verifier_service.function_verifier import load_function
 from ...verifier_service.worker import VerifierWorker
-from ..methods.parts.annotations import TEACHER
+from ..methods.parts.annotations import STRATEGIES, TEACHER
 from ..methods.parts.composition import Composition
 from .pool import Pool, parts_of
 from .replica import Backend
@@ -30,10 +31,10 @@ JUDGED_AT_ONCE = 4  # calls at one replica: a shard that waits for a poison samp
 def stage_generators(
     config: Config, composition: Composition, backend: Backend, caches: Mapping[str, CachePlace] = NO_CACHES
 ) -> dict[str, Pool]:
-    """Who answers prompts, by source. The student also hands out the dataset's solutions. `caches`: of teachers."""
+    """Who answers prompts, by source. The student's replicas also hand out given solutions. `caches`: of teachers."""
     student, own = config.student, (config.rollout, config, backend, config.student.lora, caches)
     rollouts = start_generators("rollout", student.model, config.learner.dtype, *own)
-    generators = {"student": rollouts, "dataset": rollouts}
+    generators = {"student": rollouts, **dict.fromkeys(GIVEN, rollouts)}
     if "teacher" in composition.generators:
         (teacher,) = config.named_teachers.values()
         place = config.teacher_rollout
@@ -97,10 +98,10 @@ def _placement(config: Config, split: bool, pool: PoolConfig) -> dict[str, Any]:
 
 
 def judges_training(config: Config, compositions: Iterable[Composition]) -> bool:
-    """Whether a stage's rollouts are judged: all that a model samples, where there is a verifier. The dataset's own
-    solutions are not."""
+    """Whether a stage's rollouts are judged: all that a model samples, where there is a verifier. Given solutions are
+    not."""
     sources = {source for composition in compositions for source in composition.generators}
-    return config.verifier.kind != "none" and bool(sources - {"dataset"})
+    return config.verifier.kind != "none" and bool(sources - {*GIVEN})
 
 
 def judges(config: Config, compositions: Iterable[Composition]) -> bool:
@@ -166,13 +167,28 @@ def pool_of(teacher: str, named: Collection[str]) -> str:
     return "teacher" if len(named) == 1 else f"teacher.{teacher}"
 
 
-def own_services(composition: Composition, backend: Backend) -> dict[str, Pool]:
-    """A pool of one replica for each service that a method brings itself."""
+def own_services(config: Config, composition: Composition, backend: Backend) -> dict[str, Pool]:
+    """What a method asks beside teachers, verifier and skills: the strategies, and a pool of one replica for each
+    service that it brings itself."""
     workers = {own.service: own.worker for own in composition.own_annotations if own.worker}
-    return {
+    pools = {
         name: Pool(name, worker, OWN_SERVICE, ServiceError, backend, concurrent_calls=OWN_AT_ONCE)
         for name, worker in workers.items()
     }
+    return pools | ({STRATEGIES: start_strategies(config, backend)} if STRATEGIES in composition.services else {})
+
+
+def start_strategies(config: Config, backend: Backend) -> Pool:
+    """Replicas of the extractor, which read the student's tokens."""
+    from ...verifier_service.strategies.worker import StrategyWorker
+
+    assert config.strategies, "the method's needs are checked"
+    arguments = {
+        "path": config.strategies.path,
+        "tokenizer": config.student.model,
+        **_placement(config, False, config.strategies),
+    }
+    return Pool(STRATEGIES, StrategyWorker, config.strategies, ServiceError, backend, **arguments)
 
 
 def annotators(

@@ -30,8 +30,11 @@ class Alarms:
     answered: bool = False
     still: int = 0  # steps in a row that moved no weight
 
-    def step(self, config: Config, row: StepRow, shards: Sequence[Shard], dropped: Mapping[str, int]) -> list[str]:
-        """The alarms that this step raises for the first time. `dropped`: the step's drops by reason."""
+    def step(
+        self, config: Config, row: StepRow, shards: Sequence[Shard], dropped: Mapping[str, int], of_method: str = ""
+    ) -> list[str]:
+        """The alarms that this step raises for the first time. `dropped`: the step's drops by reason; `of_method`: what
+        the method itself warns of."""
         return self._new(
             {
                 "no_answer": self._no_answer(config.verifier, shards),
@@ -41,6 +44,7 @@ class Alarms:
                 "stale": _stale(config, row, dropped),
                 "abstained": _abstained(row, shards),
                 "response_faults": _at_fault(row, shards),
+                "method": of_method,
             }
         )
 

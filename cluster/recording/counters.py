@@ -8,11 +8,13 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ...contracts.config import Config
+from ...contracts.data_config import GIVEN, REPLAY
 from ...contracts.receipts import ScoreReceipt
 from ...contracts.records import StepReport
+from ...models.contexts import PLAIN
 from ..flow.flow import Flow
 from ..flow.shard import Shard, summaries_of
-from ..methods.parts.composition import RolloutSummary
+from ..methods.parts.composition import Credit, RolloutSummary
 from ..pools.busy import Watch
 from ..pools.pool import Pool
 from .alarms import Alarms
@@ -60,7 +62,7 @@ class RunCounters:
     def state(self) -> dict[str, Any]:
         """For a checkpoint: plain values."""
         counters = {name: dict(getattr(self, name)) for name in COUNTERS}
-        plain = {name: getattr(self, name) for name in PLAIN}
+        plain = {name: getattr(self, name) for name in TALLIES}
         evals = [asdict(row) for row in self.evals]
         watchers = {"alarms": asdict(self.alarms), "guards": asdict(self.guards)}
         return {**counters, **plain, "before": self.wall_seconds, "evals": evals, **watchers}
@@ -70,7 +72,7 @@ class RunCounters:
         for name in COUNTERS:
             known = "available" in state or name not in BUSY
             setattr(self, name, Counter(state.get(name, {}) if known else {}))
-        for name in (*PLAIN, "before"):
+        for name in (*TALLIES, "before"):
             setattr(self, name, state[name])
         self.evals = [EvalRow(**row) for row in state["evals"]]
         self.alarms, self.guards = Alarms(**state.get("alarms", {})), Guards(**state.get("guards", {}))
@@ -104,13 +106,13 @@ class RunCounters:
         self, step: int, shards: Sequence[Shard], report: StepReport, seconds: dict[str, float], flow: Flow
     ) -> StepRow:
         """Count a finished step (`step` steps are done with it) and describe it."""
-        before, dropped = Counter(self.tokens), Counter(self.dropped)
+        before, dropped, state = Counter(self.tokens), Counter(self.dropped), flow.composition.state
         flow.dropped.update(report.dropped)
         moved = report.metrics.get("grad_norm", 0.0) != 0
         if report.rollouts and not moved:
             flow.dropped["no_gradient"] += report.rollouts
         done = self.count(flow)
-        given = (shard.generated for shard in shards if shard.source == "dataset" and shard.generated)
+        given = (shard.generated for shard in shards if shard.source in GIVEN and shard.generated)
         self.tokens["given"] += sum(sum(receipt.response_lengths) for receipt in given)
         self.tokens["trained"] += report.tokens
         row = StepRow(
@@ -128,13 +130,14 @@ class RunCounters:
             dropped=dict(self.dropped),
             failed=dict(self.failed),
             score_cache=cache_figures(shards),
-            **self._rollout_figures(step - 1, shards),
+            method=dict(state.figures) if state else {},
+            **self._rollout_figures(step - 1, [shard for shard in shards if shard.source != REPLAY]),
         )
         self.response_faults.update(row.response_faults)
         self.score_cache.update(row.score_cache)
-        of_step = self.dropped - dropped
-        alarms = self.alarms.step(flow.config, row, shards, of_step)
-        self.tripped = self.guards.observe(flow.config, row, of_step)
+        of_step, of_method = self.dropped - dropped, _of_method(row, shards)
+        alarms = self.alarms.step(flow.config, of_method, shards, of_step, state.alarm if state else "")
+        self.tripped = self.guards.observe(flow.config, of_method, of_step)
         return replace(row, warnings=[*alarms, *self.guards.take_news()])
 
     def _pool_rows(self, flow: Flow, report: StepReport, tokens: dict[str, int]) -> dict[str, PoolRow]:
@@ -172,7 +175,7 @@ class RunCounters:
         return tokens
 
     def _rollout_figures(self, step: int, shards: Sequence[Shard]) -> dict[str, Any]:
-        """Of the step's rollouts; None where there was nothing to measure."""
+        """Of the method's rollouts of a step; None where there was nothing to measure."""
         generated = [shard.generated for shard in shards if shard.generated]
         rows = sum(receipt.rows for receipt in generated)
         lengths = [length for receipt in generated for length in receipt.response_lengths]
@@ -236,6 +239,14 @@ class RunCounters:
         return rows[-1 if last else 0].stats["avg_at_k"]["value"] if rows else None
 
 
+def _of_method(row: StepRow, shards: Sequence[Shard]) -> StepRow:
+    """The row for alarms and guards, which count no replayed answers."""
+    replayed = [shard for shard in shards if shard.source == REPLAY]
+    trained = sum(isinstance(outcome, Credit) for shard in replayed for outcome in shard.outcomes)
+    counts = {"taken": sum(len(shard.requests) for shard in replayed), "trained": trained}
+    return replace(row, rollouts={name: max(0, many - counts[name]) for name, many in row.rollouts.items()})
+
+
 def cache_figures(shards: Sequence[Shard]) -> dict[str, int]:
     """What the caches of teacher scores did for the rollouts; nothing where none is kept."""
     scored = [receipt for shard in shards for receipt in shard.receipts.values() if isinstance(receipt, ScoreReceipt)]
@@ -244,8 +255,8 @@ def cache_figures(shards: Sequence[Shard]) -> dict[str, int]:
 
 
 def pass_rate(shards: Sequence[Shard]) -> float | None:
-    """Share of the judged rollouts that passed; None where none was judged."""
-    judged = [shard.judged for shard in shards if shard.judged]
+    """Share of the judged answers to plain prompts that passed; None where none was judged."""
+    judged = [shard.judged for shard in shards if shard.judged and shard.context == PLAIN]
     counted = sum(not abstained for receipt in judged for abstained in receipt.abstained)
     return sum(passed for receipt in judged for passed in receipt.passed) / counted if counted else None
 
@@ -274,18 +285,20 @@ def sampler_entropy(shards: Sequence[Shard]) -> float | None:
     """−mean log μ over all tokens that the student sampled, nats; None where there are none.
 
     At temperature 1 it estimates the entropy of the policy that sampled, also over rollouts that a filter will drop,
-    which the learner's own entropy (of the tokens that train) does not see.
+    which the learner's own entropy (of the tokens that train) does not see. What is sampled under another template is
+    another policy's.
     """
-    sampled = [shard.generated for shard in shards if shard.source == "student" and shard.generated]
+    plain = [shard for shard in shards if shard.source == "student" and shard.context == PLAIN]
+    sampled = [shard.generated for shard in plain if shard.generated]
     tokens = sum(sum(receipt.response_lengths) for receipt in sampled)
     return sum(receipt.surprisal for receipt in sampled) / tokens if tokens else None
 
 
 def group_shares(shards: Sequence[Shard]) -> dict[str, float]:
-    """Of the student's judged prompt groups those all right, all wrong and mixed; distinct answers (where a verifier
-    names any) and paths a rollout; and the share of all rollouts that the student did not sample."""
+    """Of the student's judged prompt groups, in plain answers, those all right, all wrong and mixed; distinct answers
+    (where a verifier names any) and paths a rollout; and the share of all rollouts that the student did not sample."""
     groups: dict[str, list[RolloutSummary]] = {}
-    for rollout in summaries_of([shard for shard in shards if shard.judged]):
+    for rollout in summaries_of([shard for shard in shards if shard.judged and shard.context == PLAIN]):
         if rollout.source == "student" and not rollout.abstained:
             groups.setdefault(rollout.group_id, []).append(rollout)
     total = sum(len(shard.requests) for shard in shards)
@@ -314,7 +327,7 @@ TOKENS_OF = {"rollout": "generated", "teacher_rollout": "teacher_generated"}  # 
 BUSY = ("busy", "available", "present")
 CACHE = ("hits", "misses", "bytes_read", "bytes_written")
 COUNTERS = ("tokens", "dropped", "failed", "response_faults", "pool_tokens", "score_cache", *BUSY)
-PLAIN = ("staleness_sum", "staleness_rows", "staleness_max", "training_seconds")
+TALLIES = ("staleness_sum", "staleness_rows", "staleness_max", "training_seconds")
 
 
 def deaths_of(pools: Iterable[Pool], learner: int) -> dict[str, dict[str, int]]:

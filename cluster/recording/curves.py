@@ -31,7 +31,7 @@ def plots_of(steps: Rows, evals: Rows) -> Iterable[tuple[str, str, list[Panel]]]
 
     def panel(unit: str, places: dict[str, Place], share: bool = False, bars: bool = False) -> Panel:
         most = MOST_BARS if bars else MOST_POINTS
-        return Panel(unit=unit, series=_curves(steps, places, most), share=share, bars=bars)
+        return Panel(unit=unit, series=curves(steps, places, most), share=share, bars=bars)
 
     plots = {
         ("Accuracy", "Evaluations with 95 % intervals over problems; the teacher's dashed."): [
@@ -94,7 +94,7 @@ def keys_of(rows: Rows, field: str) -> list[str]:
     return list(dict.fromkeys(key for row in rows for key in row.get(field, ())))
 
 
-def _curves(rows: Rows, places: dict[str, Place], most: int) -> list[Series]:
+def curves(rows: Rows, places: dict[str, Place], most: int) -> list[Series]:
     """A curve of at most `most` points for each label and its place in a row."""
     done = _bins(np.array([float(row["step"]) for row in rows]), most)
     inks = itertools.cycle(SERIES_INKS)

@@ -70,6 +70,7 @@ class StepRow:
     # Teacher scores of its rollouts that were known (hits) and that were not (misses), bytes_read and bytes_written;
     # empty where none are kept.
     score_cache: dict[str, int] = field(default_factory=dict)
+    method: dict[str, float] = field(default_factory=dict)  # what the method says of its own step
     warnings: list[str] = field(default_factory=list)  # raised by this step (alarms.py)
 
 

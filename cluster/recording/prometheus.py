@@ -36,7 +36,7 @@ KNOWN_DROPS = (
 )
 # Kinds of alarms: of alarms.py, the guards by their names, and what these have done.
 KNOWN_ALARMS = (
-    *("no_answer", "truncated", "no_gradient", "no_scores", "stale", "abstained", "response_faults"),
+    *("no_answer", "truncated", "no_gradient", "no_scores", "stale", "abstained", "response_faults", "method"),
     *(*get_args(GuardName), "rollback"),
 )
 GAUGES = {  # of the row
@@ -85,6 +85,7 @@ class Prometheus:
         self._parts = gauge("reward_part", "Mean score of a part of the reward, unweighted.", "part")
         self._groups = gauge("prompt_groups_ratio", "Shares of the last step's prompt groups, by outcome.", "share")
         self._learner = gauge("learner_metric", "The learner's other metrics, by name.", "metric")
+        self._method = gauge("method_metric", "What the method says of the last step, by name.", "metric")
         self._pools = {
             "replicas": gauge("pool_replicas", "Replicas of a pool.", "pool"),
             "tokens_per_second": gauge("pool_tokens_per_second", "Tokens a second over the last step.", "pool"),
@@ -126,6 +127,8 @@ class Prometheus:
                 self._set(*LEARNER_GAUGES[name], value)
             else:
                 self._learner.labels(name).set(value)
+        for name, value in row.method.items():
+            self._method.labels(name).set(value)
         for name, value in row.reward_parts.items():
             self._parts.labels(name).set(value)
         for name, value in row.groups.items():

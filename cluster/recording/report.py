@@ -88,12 +88,12 @@ def write_report(folder: Path) -> Path:
     evals = [row for row in rows if row["kind"] == "eval"]
     summary = _read_summary(folder / "summary.json")
     config = folder / "config.yaml"
-    text = config.read_text(encoding="utf-8") if config.exists() else ""
+    recipe = config.read_text(encoding="utf-8") if config.exists() else ""
     page = folder / "report.html"
     aside = folder / ".report.html.tmp"
     samples = shown_samples(folder)
     changed = [(f"{c['step']}", c["key"], f"{c['before']!r}", f"{c['now']!r}") for c in written(folder)]
-    aside.write_text(_page(folder.resolve().name, steps, evals, samples, summary, changed, text), encoding="utf-8")
+    aside.write_text(_page(folder.resolve().name, steps, evals, samples, summary, changed, recipe), encoding="utf-8")
     aside.replace(page)
     return page
 
@@ -128,13 +128,13 @@ def _page(
     if summary and summary.get("interrupted"):
         state = "interrupted"
     last_step = max([1, *(row["step"] for row in [*steps, *evals])])
-    plots = [_figure(number, *plot, last_step) for number, plot in enumerate(plots_of(steps, evals))]
+    plots = [figure(number, *plot, last_step) for number, plot in enumerate(plots_of(steps, evals))]
     facts = [fact for fact in run_facts(summary) if fact[0] != "warning"] if summary else []
     run = f" · {facts[0][1]}" if facts else ""
     body = [
-        f"<header><p class='over'>tutorloop{_text(run)}</p><h1>{_text(name)}</h1>",
-        f"<p class='state'>{_text(state)}</p>" if state else "",
-        *(f"<p class='state'>{_text(f'warning: {warning}')}</p>" for warning in _warnings([*steps, *evals])),
+        f"<header><p class='over'>tutorloop{text(run)}</p><h1>{text(name)}</h1>",
+        f"<p class='state'>{text(state)}</p>" if state else "",
+        *(f"<p class='state'>{text(f'warning: {warning}')}</p>" for warning in _warnings([*steps, *evals])),
         _tiles(steps, summary),
         "</header><main>",
         _accuracy_table(summary) if summary else "",
@@ -153,7 +153,7 @@ def _page(
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<title>{_text(title)}</title><style>{STYLE}</style></head><body>{''.join(body)}</body></html>\n"
+        f"<title>{text(title)}</title><style>{STYLE}</style></head><body>{''.join(body)}</body></html>\n"
     )
 
 
@@ -177,14 +177,14 @@ def _samples(samples: Rows) -> str:
         asked = "".join(f"[{turn['role']}]\n{turn['content']}\n\n" for turn in line.get("turns", ()))
         where = "evaluation" if line["kind"] == "eval" else "training"
         parts.append(
-            f"<article><h3>{_text(where)} · {_text(sample_facts(line))}</h3>"
+            f"<article><h3>{text(where)} · {text(sample_facts(line))}</h3>"
             f"<pre tabindex='0'>{_block(asked + line['prompt'])}</pre>"
             f"<pre class='said' tabindex='0'>{_block(line['response'])}</pre></article>"
         )
     return f"<section><h2>What the model wrote</h2>{''.join(parts)}</section>"
 
 
-def _text(value: object) -> str:
+def text(value: object) -> str:
     return html.escape(plain(str(value)))
 
 
@@ -200,21 +200,21 @@ def _tiles(steps: Rows, summary: dict[str, Any] | None) -> str:
         tiles.append(("steps", f"{steps[-1]['step']:,}"))
         tiles.append(("wall time", clock((summary or {}).get("wall_seconds") or steps[-1]["wall_seconds"])))
         tiles.append(("tokens trained", f"{sum(row['tokens'].get('trained', 0) for row in steps):,}"))
-    cells = [f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in tiles]
+    cells = [f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>" for name, value in tiles]
     return f"<dl class='tiles'>{''.join(cells)}</dl>"
 
 
 def _table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table with row headers; without `head` it is a list of facts."""
-    top = "".join(f"<th scope='col'>{_text(cell)}</th>" for cell in head)
+    top = "".join(f"<th scope='col'>{text(cell)}</th>" for cell in head)
     lines = [
-        f"<tr><th scope='row'>{_text(first)}</th>{''.join(f'<td>{_text(cell)}</td>' for cell in rest)}</tr>"
+        f"<tr><th scope='row'>{text(first)}</th>{''.join(f'<td>{text(cell)}</td>' for cell in rest)}</tr>"
         for first, *rest in rows
     ]
     thead = f"<thead><tr>{top}</tr></thead>" if head else ""
     kind = "figures" if head else "facts"
     return (
-        f"<section><h2>{_text(title)}</h2><div class='scroll' role='region' aria-label='{_text(title)}' tabindex='0'>"
+        f"<section><h2>{text(title)}</h2><div class='scroll' role='region' aria-label='{text(title)}' tabindex='0'>"
         f"<table class='{kind}'>{thead}<tbody>{''.join(lines)}</tbody></table></div></section>"
     )
 
@@ -268,27 +268,27 @@ def _nonfinite(steps: Rows) -> str:
         return ""
     first = ", ".join(f"{name} at step {step}" for step, name in found[:10])
     return (
-        f"<p class='state'>Figures that were not finite: {len(found):,} ({_text(first)}{' …' * (len(found) > 10)})</p>"
+        f"<p class='state'>Figures that were not finite: {len(found):,} ({text(first)}{' …' * (len(found) > 10)})</p>"
     )
 
 
-def _figure(number: int, title: str, note: str, panels: Sequence[Panel], last_step: float) -> str:
+def figure(number: int, title: str, note: str, panels: Sequence[Panel], last_step: float) -> str:
     keys = [f"p{number}{letter}" for letter in ascii_lowercase[: len(panels)]]
     parts = [_panel(panel, key, last_step) for key, panel in zip(keys, panels, strict=True)]
-    return f"<figure><figcaption><h2>{_text(title)}</h2><p>{_text(note)}</p></figcaption>{''.join(parts)}</figure>"
+    return f"<figure><figcaption><h2>{text(title)}</h2><p>{text(note)}</p></figcaption>{''.join(parts)}</figure>"
 
 
 def _panel(panel: Panel, key: str, last_step: float) -> str:
     legend = ""
     if len(panel.series) > 1 or panel.series[0].label not in panel.unit:
         swatches = [
-            f"<li><i class='{'level' if s.level else 'line'}' style='--c:var(--{s.ink})'></i>{_text(s.label)}</li>"
+            f"<li><i class='{'level' if s.level else 'line'}' style='--c:var(--{s.ink})'></i>{text(s.label)}</li>"
             for s in panel.series
         ]
         legend = f"<ul class='legend'>{''.join(swatches)}</ul>"
     alt = "; ".join(_described(series, panel.share) for series in panel.series)
-    drawing = svg(panel, _text(f"{panel.unit}: {alt}"), last_step, key)
-    return f"<div class='panel'><p class='unit'>{_text(panel.unit)}</p>{legend}{drawing}</div>"
+    drawing = svg(panel, text(f"{panel.unit}: {alt}"), last_step, key)
+    return f"<div class='panel'><p class='unit'>{text(panel.unit)}</p>{legend}{drawing}</div>"
 
 
 def _described(series: Series, share: bool) -> str:

@@ -14,6 +14,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from ...contracts.data_config import GIVEN, REPLAY
+
 ROLLOUTS_FILE = "rollouts.jsonl"
 TAIL_BYTES = 2**18  # of the file's end, read first
 OF_PROMPT = ("text", "turns", "answer", "other_answers")
@@ -54,7 +56,7 @@ def _rollout(batch: pa.RecordBatch, row: int, prompt: dict[str, Any]) -> dict[st
         "golds": [gold for gold in (prompt["answer"], *prompt["other_answers"]) if gold],
         "prompt_length": value("prompt_length"),
         "token_ids": value("token_ids"),
-        **({"logprobs": [_float32(x) for x in value("logprobs")]} if value("source") != "dataset" else {}),
+        **({"logprobs": [_float32(x) for x in value("logprobs")]} if value("source") not in GIVEN else {}),
     }
 
 
@@ -84,7 +86,7 @@ def truncate_samples(folder: Path, step: int) -> None:
 
 def shown_samples(folder: Path) -> list[dict[str, Any]]:
     """What the report shows: the newest rollout that passed, the newest that did not, the newest of an evaluation; of
-    rollouts that nobody judged the newest two."""
+    rollouts that nobody judged the newest two. Replayed answers are none of the method's, and are not shown."""
     newest = list(reversed(_last_lines(folder / ROLLOUTS_FILE)))
     train = [row for row in newest if row["kind"] == "train"]
     judged = [next((row for row in train if row.get("passed") is passed), None) for passed in (True, False)]
@@ -93,13 +95,14 @@ def shown_samples(folder: Path) -> list[dict[str, Any]]:
 
 
 def newest_sample(text: str) -> dict[str, Any] | None:
-    """The last rollout of some lines."""
+    """The last rollout of some lines; None where it is a replayed answer."""
     lines = text.splitlines()
-    return _read(lines[-1].encode() + b"\n") if lines else None
+    row = _read(lines[-1].encode() + b"\n") if lines else None
+    return row if row and _of_method(row) else None
 
 
 def _last_lines(path: Path) -> list[dict[str, Any]]:
-    """Some whole lines of the file's end, however long they are."""
+    """Some whole lines of the file's end, however long they are, but for those of replayed answers."""
     if not path.exists():
         return []
     with path.open("rb") as file:
@@ -107,10 +110,14 @@ def _last_lines(path: Path) -> list[dict[str, Any]]:
         while True:
             file.seek(max(0, size - want))
             tail = file.read().splitlines(keepends=True)
-            rows = list(filter(None, map(_read, tail if want >= size else tail[1:])))
+            rows = list(filter(_of_method, filter(None, map(_read, tail if want >= size else tail[1:]))))
             if want >= size or len(rows) >= SHOWN_LINES:
                 return rows
             want *= 4
+
+
+def _of_method(row: Mapping[str, Any]) -> bool:
+    return row.get("source") != REPLAY
 
 
 def _read(line: bytes) -> dict[str, Any] | None:

@@ -67,11 +67,16 @@ def divergence(p: Buckets, q: Buckets, kind: Direction, beta: float = 0.5, entry
 
 @dataclass(frozen=True)
 class DivergenceTerm(LossTerm):
-    """The options that the terms of a divergence share; `beta` and `entry_clip` are those of `divergence`."""
+    """The options that the terms of a divergence share; `beta` and `entry_clip` are those of `divergence`.
+
+    `token_clip` δ > 0: a token's divergence counts at most δ, and beyond it has no gradient. Source: published SGPO,
+    arXiv:2606.24064, δ = 1; that clip_δ means a clamp is inferred.
+    """
 
     direction: Direction = "reverse"
     beta: Share = 0.5
     entry_clip: OffOrPositive = 0.0
+    token_clip: OffOrPositive = 0.0
     teacher_entropy_above: OffOrPositive = 0.0
 
     def __post_init__(self) -> None:
@@ -82,6 +87,13 @@ class DivergenceTerm(LossTerm):
     def between(self, p: Buckets, q: Buckets) -> Tensor:
         """`[C]`, of the student's p and the teacher's q."""
         return divergence(p, q, self.direction, self.beta, self.entry_clip)
+
+    def clipped(self, loss_C: Tensor, metrics: dict[str, Tensor]) -> Tensor:
+        """`[C]`, each at most `token_clip`; with such a clip the metrics get the share of tokens beyond it."""
+        if not self.token_clip:
+            return loss_C
+        metrics["divergence_clipped"] = (loss_C.detach() > self.token_clip).to(loss_C.dtype)
+        return loss_C.clamp(max=self.token_clip)
 
 
 def k3(log_ratio: Tensor) -> Tensor:

@@ -24,7 +24,8 @@ class ExactDivergence(DivergenceTerm):
 
     Metrics, all at temperature 1: the reverse KL whatever the direction; whether both prefer the same token, and the
     teacher's probability of the student's; the teacher's entropy and |H(π_θ) − H(π_T)|; the total variation (1 minus
-    the chance that speculative decoding would accept); with a gate, the share of tokens that it lets through.
+    the chance that speculative decoding would accept); with a clip, the share of tokens beyond it; with a gate, of
+    those that it lets through.
     """
 
     signal = "exact"
@@ -46,6 +47,7 @@ class ExactDivergence(DivergenceTerm):
         else:
             with torch.no_grad():
                 metrics["reverse_kl"] = divergence(p, q, "reverse")
+        loss = self.clipped(loss, metrics)
         if self.teacher_entropy_above:
             gate = (metrics["teacher_entropy"] > self.teacher_entropy_above).to(loss.dtype)
             loss = loss * gate

@@ -25,7 +25,7 @@ class TopkDivergence(DivergenceTerm):
 
     Metrics: `topk_reverse_kl`, the reverse KL of the ids and their tail, a lower bound of the whole one (the more mass
     outside the ids, the further below); agreement with the teacher's best id; both models' mass on the ids; the
-    teacher's entropy; with a gate, the share of tokens that it lets through.
+    teacher's entropy; with a clip, the share of tokens beyond it; with a gate, of those that it lets through.
     """
 
     signal = "topk"
@@ -49,6 +49,7 @@ class TopkDivergence(DivergenceTerm):
                 "teacher_mass": q.mass_CB[:, :-1].sum(1),
                 "teacher_entropy": rows.teacher_entropy_C,
             }
+        loss = self.clipped(loss, metrics)
         if self.teacher_entropy_above:
             unknown = 0 * rows.teacher_entropy_C  # NaN where the teacher sent none: the loss must not be 0 in silence
             gate = (rows.teacher_entropy_C > self.teacher_entropy_above).to(loss.dtype) + unknown

@@ -23,8 +23,8 @@ from tutorloop.verifier_service.skills.store import SkillBank
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
-# Run by test_command.py, test_train.py and tests/real, or of larger models.
-OTHERS = ("quickstart", "gsm8k_qwen3", "sgsd_qwen3", "smollm2_opd")
+# Run by test_command.py, test_train.py, test_sgpo_run.py and tests/real, or of larger models.
+OTHERS = ("quickstart", "gsm8k_qwen3", "sgsd_qwen3", "smollm2_opd", "sgpo_lab", "sgpo_guided_lab", "sgpo_qwen3")
 # Each goes a way of its own: follow-ups, a teacher that answers, rounds, gates, self-teachers, two terms. `make test`
 # runs these, and `make test-all` all.
 WAYS = ("dapo", "gkd", "kd", "kdrl", "opsd", "reinforce_pp", "rft", "sdpo", "sg_opd", "star")

@@ -26,9 +26,10 @@ def fresh_random():
     return np.random.default_rng(seed)
 
 
-def prompt_of(tokenizer, text="3 + 4 =", answer="7", solution=""):
+def prompt_of(tokenizer, text="3 + 4 =", answer="7", solution="", strategy=""):
     ids = tokenize_prompt(tokenizer, text, {})
-    return Prompt(prompt_id="p", text=text, token_ids=ids, answer=answer, solution=solution)
+    own = {"solution": solution, "strategy": strategy}
+    return Prompt(prompt_id="p", text=text, token_ids=ids, answer=answer, **own)
 
 
 def chat_ids(tokenizer, text):
@@ -43,7 +44,7 @@ def control_ids(tokenizer):
 @pytest.mark.parametrize("name", ["lab", "tiny"])
 def test_every_template_reads_as_the_chat_template_of_its_text(name):
     tokenizer = tokenizer_of(name)
-    prompt = prompt_of(tokenizer, solution="3 + 4 = 7\n\\boxed{7}")
+    prompt = prompt_of(tokenizer, solution="3 + 4 = 7\n\\boxed{7}", strategy="Count on from the first.")
     peer, feedback = "<think>hm</think>It is \\boxed{7}", "The answer 8 is wrong."
     skill, mistake, title = "Carry the ten. It moves.", "Forgetting the ten.", "Carry"
     prompter = Prompter(tokenizer)
@@ -51,7 +52,8 @@ def test_every_template_reads_as_the_chat_template_of_its_text(name):
         shown = {"skill": skill, "mistake": mistake, "title": title}
         ids = prompter.ids(context, prompt, peer_text=peer, peer_answer="7", feedback=feedback, **shown)
         text = template.replace("[[", "").replace("]]", "")
-        values = (prompt.text, "7", prompt.solution, "It is \\boxed{7}", "7", feedback, skill, mistake, title)
+        of_prompt = (prompt.text, "7", prompt.solution, prompt.strategy)
+        values = (*of_prompt, "It is \\boxed{7}", "7", feedback, skill, mistake, title)
         for field, value in zip(FIELDS, values, strict=True):
             text = text.replace(f"{{{field}}}", value)
         assert ids is not None and ids.dtype == np.int32

@@ -64,6 +64,23 @@ def test_solutions_become_responses(tmp_path: Path) -> None:
     assert [p.solution for p in load(path, solution_field="s")] == ["", "", "", "other"]
 
 
+def test_a_strategy_is_a_text_that_rows_need_where_a_template_shows_it(tmp_path: Path) -> None:
+    rows = [{"id": f"i{n}", "prompt": "1 + 1 =", "answer": "2", "plan": {"words": w}} for n, w in enumerate(["", "So"])]
+    path = jsonl(tmp_path / "d.jsonl", *rows)
+    assert [p.strategy for p in load(path, strategy_field="plan.words")] == ["", "So"]
+    assert [p.strategy for p in load(path)] == ["", ""]
+    tree = {"method": "sgpo_guided", "steps": 1, "prompts_per_step": 1, "output_dir": str(tmp_path / "run")}
+    tree |= {"student": {"model": "lab:student"}, "teacher": {"model": "lab:student", "follows": "live"}}
+    for field, found in (("plan.words", "row i0"), ("plan", "data.strategy_field=plan.words")):
+        config = parse_config({**tree, "data": {"path": path, "strategy_field": field}})
+        with pytest.raises(DataError, match=found) as error:
+            check_inputs(config, compose_stages(config))
+        assert "data.strategy_field=" in error.value.remedy
+    rows[0]["plan"] = {"words": "Well"}
+    config = parse_config({**tree, "data": {"path": jsonl(Path(path), *rows), "strategy_field": "plan.words"}})
+    assert [p.strategy for p in check_inputs(config, compose_stages(config)).train] == ["Well", "So"]
+
+
 def test_the_labs_solutions_are_turns_of_its_chat_template() -> None:
     tokenizer = load_tokenizer("lab:student")
     for prompt in load_prompts(Data(path="lab:train"), "lab:train", "train", tokenizer, 40):

@@ -50,7 +50,7 @@ def test_json_numbers_are_what_was_written(load: Any, written: str, read: str) -
     assert prompt.answer == read and prompt.text.strip() == read and prompt.solution.strip() == read
 
 
-@pytest.mark.parametrize("field", ["prompt", "answer", "solution", "id", "teacher"])
+@pytest.mark.parametrize("field", ["prompt", "answer", "solution", "strategy", "id", "teacher"])
 @pytest.mark.parametrize(
     ("written", "found"),
     [

@@ -89,7 +89,7 @@ def test_credit_does_not_depend_on_the_order_of_the_facts(method):
         "student": {"model": "s"},
         "data": {"path": "d"},
         "rollout": {"samples_per_prompt": 12},
-        "teachers": {"a": {"model": "s"}} if method in NEEDS_TEACHER else {},
+        "teachers": {"a": {"model": "s", "follows": "live"}} if method in NEEDS_TEACHER else {},
         "reference": {"model": "s"} if method in ("g_opd", "exopd") else None,
     }
     credit = METHODS[method](parse_config(tree, [])).credit
@@ -118,7 +118,8 @@ def test_credit_does_not_depend_on_the_order_of_the_facts(method):
 
 
 NEEDS_TEACHER = {
-    *("seqkd", "kd", "gkd", "opd", "eopd", "g_opd", "exopd", "sg_opd", "opsd", "sgsd", "sdft", "sdpo", "kdrl")
+    *("seqkd", "kd", "gkd", "opd", "eopd", "g_opd", "exopd", "sg_opd", "opsd", "sgsd", "sdft", "sdpo", "kdrl"),
+    "sgpo_guided",
 }
 
 

@@ -5,48 +5,19 @@ import math
 import re
 import warnings
 from dataclasses import asdict, replace
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from html_pages import Page
 from run_rows import eval_row, fresh_rng, step_row, summary_of
 
-from tutorloop.cluster.recording.curves import _bins, _curves
+from tutorloop.cluster.recording.curves import _bins, curves
 from tutorloop.cluster.recording.metrics import EvalRow, StepRow
 from tutorloop.cluster.recording.plots import Panel, Series, svg
 from tutorloop.cluster.recording.report import write_report
 from tutorloop.contracts.errors import RunFolderError
 
 HOSTILE = "<script>alert('x')</script>&\"' \x1b[31m $\\frac{"
-
-
-class Page(HTMLParser):
-    """Tags, attributes and text of a page; fails on a tag that is closed out of order."""
-
-    VOID = ("meta",)
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.attributes, self.text, self._open = [], [], [], []
-        self.feed(text)
-        self.close()
-        assert self._open == []
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        self.attributes += attributes
-        if tag not in self.VOID:
-            self._open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.tags.append(tag)
-        self.attributes += attributes
-
-    def handle_endtag(self, tag):
-        assert self._open.pop() == tag
-
-    def handle_data(self, data):
-        self.text.append(data)
 
 
 def write_run(folder, rows, summary=None, config=None):
@@ -209,7 +180,7 @@ def test_bins_are_means_without_the_gaps():
 def test_a_step_stands_where_it_was_done():
     rng = fresh_rng()
     rows = [step_row(rng, step, loss=float(step)) for step in (*range(1, 6), *range(8, 11))]
-    (curve,) = _curves([asdict(row) for row in rows], {"loss": ("loss",)}, 100)
+    (curve,) = curves([asdict(row) for row in rows], {"loss": ("loss",)}, 100)
     assert curve.steps.tolist() == [1, 2, 3, 4, 5, 8, 9, 10]
     assert curve.values.tolist() == [1, 2, 3, 4, 5, 8, 9, 10]
 

@@ -29,8 +29,8 @@ def groups_of_rollouts(random, groups=4, samples=5):
     for g in range(groups):
         text, answer = f"{g}+{g}", str(random.integers(100)) if g else ""
         ids = np.array(chat_ids(text), np.int32)
-        solution = f"it is {answer}" if answer else ""
-        prompts.append(Prompt(prompt_id=f"p{g}", text=text, token_ids=ids, answer=answer, solution=solution))
+        own = {"solution": f"it is {answer}" if answer else "", "strategy": "Double it." if g != 1 else ""}
+        prompts.append(Prompt(prompt_id=f"p{g}", text=text, token_ids=ids, answer=answer, **own))
         for i in range(samples):
             said = "".join(random.choice(list("abc{}1<"), random.integers(1, 9)))
             response = np.array([*tokenizer(said)["input_ids"], EOS], np.int32)
@@ -81,6 +81,7 @@ def slow_context(context, rollout, prompt, rollouts, verdicts):
         "problem": prompt.text,
         "answer": prompt.answer,
         "solution": prompt.solution,
+        "strategy": prompt.strategy,
         "peer": peer.text.rpartition("</think>")[2] if peer else "",
         "peer_answer": verdict[peer.rollout_id].answer if peer else "",
         "feedback": feedback,
@@ -114,7 +115,7 @@ def test_scores_in_a_context_equal_dense_forwards_after_its_prompt(context, sign
     batches = (encode(Rollout, rollouts), request, encode(Prompt, prompts[::-1]), encode(Verdict, verdicts))
     batch, receipt = worker.score(*batches)
     model, by_id = load_causal_lm(name), {prompt.prompt_id: prompt for prompt in prompts}
-    lengths, refused = [], {}
+    lengths, refused, means = [], {}, {}
     for rollout, score in zip(rollouts, decode(TeacherScores, batch), strict=True):
         text = slow_context(context, rollout, by_id[rollout.prompt_id], rollouts, verdicts)
         assert (score.rollout_id, score.context, score.teacher_version) == (rollout.rollout_id, context, 0)
@@ -128,6 +129,7 @@ def test_scores_in_a_context_equal_dense_forwards_after_its_prompt(context, sign
         hidden, logprobs = dense(model, replace(rollout, token_ids=ids, prompt_length=len(ids) - len(response)))
         rows = np.arange(len(response))
         np.testing.assert_allclose(score.logprobs, logprobs[rows, response], atol=1e-4)
+        means[rollout.rollout_id] = pytest.approx(float(logprobs[rows, response].mean()), abs=1e-4)
         if signal == "given":
             given = logprobs.numpy()[rows[:, None], rollout.topk_ids]
             np.testing.assert_allclose(score.topk_logprobs, given, atol=1e-4)
@@ -136,7 +138,7 @@ def test_scores_in_a_context_equal_dense_forwards_after_its_prompt(context, sign
             np.testing.assert_allclose(score.entropy, -(logprobs.exp() * logprobs).sum(1), atol=1e-4)
         if signal == "hidden":
             np.testing.assert_allclose(score.hidden, hidden, atol=1e-4)
-    assert receipt.errors == ({"no_context": len(refused)} if refused else {})
+    assert receipt.errors == ({"no_context": len(refused)} if refused else {}) and receipt.mean_logprobs == means
     assert receipt.lengths == tuple(lengths) and receipt.tokens == sum(lengths) and receipt.rows == len(rollouts)
 
 

@@ -41,7 +41,7 @@ def test_options_out_of_range_are_refused_and_the_ends_taken():
         name: (term, low, high)
         for term, names in {
             "exact_divergence": {"beta": (-0.1, 1.1), "temperature": (0.0, None), "entry_clip": (-1.0, None)},
-            "topk_divergence": {"beta": (-0.1, 1.1), "teacher_entropy_above": (-0.5, None)},
+            "topk_divergence": {"token_clip": (-0.1, None), "teacher_entropy_above": (-0.5, None)},
             "policy_gradient": {"extrapolation": (-0.5, None)},
             "sign_gate": {"agree": (-1.0, None), "conflict": (-1.0, None), "blend": (-1.0, None)},
             "soft_gate": {"sharpness": (0.0, None)},

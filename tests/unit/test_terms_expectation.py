@@ -48,7 +48,9 @@ CHOICES = {  # every option that selects a term or what it reads; numbers are on
 
 
 def recipe(method, signal, options):
-    teachers = {name: {"model": "s", **({"signal": signal} if signal else {})} for name in ("a", "b")}
+    own = {"signal": signal} if signal else {}
+    own |= {"follows": "live"} if method == "sgpo_guided" else {}
+    teachers = {name: {"model": "s", **own} for name in ("a", "b")}
     tree = {"method": method, "output_dir": "x", "steps": 100, "prompts_per_step": 2, "reference": {"model": "s"}}
     tree |= {"student": {"model": "s"}, "data": {"path": "d"}, "rollout": {"samples_per_prompt": 4}}
     return parse_config({**tree, "teachers": teachers, "method_options": options})

@@ -13,7 +13,7 @@ from ....contracts.config import REFERENCE
 from ....contracts.records import ScoreRequest
 
 ROLLOUTS, PROMPTS, ROWS = "rollouts", "prompts", "rows"  # what a shard has itself
-VERDICTS, SKILLS, TEACHER = "verdicts", "skills", "teacher"
+VERDICTS, SKILLS, TEACHER, STRATEGIES = "verdicts", "skills", "teacher", "strategies"
 SOURCES = ("student", "teacher", "dataset")
 
 
@@ -31,6 +31,7 @@ class Annotation:
     reads: tuple[str, ...] = (ROLLOUTS,)
     given: Mapping[str, Any] = field(default_factory=dict)
     sources: tuple[str, ...] = ("student",)
+    contexts: tuple[str, ...] = ()  # of the rollouts: templates that they were sampled under; (): whichever
     routed: bool = False  # of the service's pools those are asked that the rows name as their teacher; else all
     cost: int = 1
     to_learner: Literal["", "scores", "credits"] = ""  # what its batches are to the learner: TeacherScores, TokenCredit
@@ -50,7 +51,9 @@ def skills(pairs: int, sources: tuple[str, ...]) -> Annotation:
     )
 
 
-def teacher_scores(request: ScoreRequest, sources: tuple[str, ...], after_verdicts: bool) -> Annotation:
+def teacher_scores(
+    request: ScoreRequest, sources: tuple[str, ...], contexts: tuple[str, ...], after_verdicts: bool
+) -> Annotation:
     """What teachers say. Only one that is shown more than the plain prompt reads what that is made of."""
     shown: tuple[str, ...] = ()
     if request.context != "plain":
@@ -62,6 +65,7 @@ def teacher_scores(request: ScoreRequest, sources: tuple[str, ...], after_verdic
         reads=(ROLLOUTS, *shown),
         given={"request": request},
         sources=sources,
+        contexts=contexts,
         routed=not request.everyone,
         cost=max(1, request.views),
         to_learner="scores",
@@ -77,4 +81,12 @@ def reference_scores(sources: tuple[str, ...]) -> Annotation:
         given={"request": ScoreRequest(everyone=True)},
         sources=sources,
         to_learner="scores",
+    )
+
+
+def strategies(given: Mapping[str, Any]) -> Annotation:
+    """How the student's plain answers follow the teacher's solutions, step by step: `given` are the options of
+    `StrategyWorker.align`. It needs no verdict, and is asked beside the verifier."""
+    return Annotation(
+        name=STRATEGIES, service=STRATEGIES, method="align", given=given, contexts=("plain",), to_learner="credits"
     )

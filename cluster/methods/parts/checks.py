@@ -10,6 +10,7 @@ from ....contracts.config import Config, OffPolicy, Teacher
 from ....contracts.engines import ROLLOUT_ENGINES, TEACHER_ENGINES
 from ....contracts.errors import ConfigError
 from ....models.contexts import check_templates, fields_of
+from .annotations import STRATEGIES
 from .composition import Composition
 
 OF_VERDICTS = {"peer", "peer_answer", "feedback"}  # fields that exist once a group is judged
@@ -51,6 +52,9 @@ def check_needs(config: Config, composition: Composition) -> None:
     _check_engines(config, composition)
     _check_contexts(config, composition)
     _check_skills(config, composition)
+    if STRATEGIES in composition.services and not config.strategies:
+        remedy = "give strategies.path, a folder that tutorloop strategies fit made"
+        raise ConfigError(f"{config.method} asks how the teacher solves", "no strategies are given", remedy)
 
 
 def _check_skills(config: Config, composition: Composition) -> None:
@@ -145,6 +149,9 @@ def check_used(config: Config, compositions: Sequence[Composition]) -> None:
         raise ConfigError(f"{methods} asks no teacher", ", ".join(config.named_teachers), "remove teacher and teachers")
     if config.skills and not any(request.views for request in asked):
         raise ConfigError(f"{methods} shows no teacher skills", f"skills.path: {config.skills.path}", "remove skills")
+    if config.strategies and not any(STRATEGIES in c.services for c in compositions):
+        found = f"strategies.path: {config.strategies.path}"
+        raise ConfigError(f"{methods} asks for no strategies", found, "remove strategies")
     if config.reference and not any(c.reference for c in compositions):
         found = f"reference.model: {config.reference.model}"
         raise ConfigError(f"{methods} with these options reads no reference model", found, "remove reference")

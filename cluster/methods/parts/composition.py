@@ -6,13 +6,14 @@ these parts and no method's name.
 """
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, TypeVar
 
 from pydantic import ValidationError
 
 from ....contracts.config import Config, Section
+from ....contracts.data_config import REPLAY
 from ....contracts.errors import ConfigError
 from ....contracts.recipe import explain
 from ....contracts.records import Correction, Sampling, ScoreRequest, Term
@@ -47,6 +48,7 @@ class RolloutSummary:
     abstained: bool = False
     answer: str = ""
     path: str = ""  # a digest of its reasoning path
+    said: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by the method's own annotations, by name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +69,25 @@ Crediting = Callable[[Sequence[RolloutSummary], int], Sequence[Credit | str]]  #
 FollowUp = Callable[[Sequence[RolloutSummary], int], Sequence[tuple[str, SampleSpec]]]
 
 
+class MethodState(Protocol):
+    """What a method remembers from one step to the next, beyond what it is composed of. `credit` changes it."""
+
+    figures: dict[str, float]  # of the last step, for the metrics
+    alarm: str  # what a person should be told, once a run; "" nothing
+
+    def evaluated(self, accuracy: float) -> None:
+        """The student's avg@k in distribution, at each evaluation."""
+        ...
+
+    def save(self) -> dict[str, Any]:
+        """For a checkpoint: plain values."""
+        ...
+
+    def load(self, values: dict[str, Any]) -> None:
+        """Go on from a checkpoint's; from {} as it began."""
+        ...
+
+
 def train_all(rollouts: Sequence[RolloutSummary], step: int) -> list[Credit | str]:
     """Every rollout trains."""
     return [Credit() for _ in rollouts]
@@ -79,18 +100,20 @@ class Composition:
     terms: tuple[Term, ...]
     samples: Samples
     sampling: Sampling
-    generators: tuple[str, ...] = ("student",)  # every source that `samples` and `follow_up` may name
+    generators: tuple[str, ...] = ("student",)  # the sources that `samples` and `follow_up` may name, and the replay
     scoring: ScoreRequest | None = None  # what every teacher is asked; None: no teacher
     scored: tuple[str, ...] = ("student",)  # sources of the rollouts that teachers and reference score
+    scored_contexts: tuple[str, ...] = ()  # and templates of those that teachers do; (): whichever
     after_verdicts: bool = False  # teachers are asked once a group is judged: their prompt shows what passed
     reference: bool = False  # the reference model scores the sampled tokens too
     needs_verdicts: bool = False
     min_samples: int = 1  # of rollout.samples_per_prompt
     credit: Crediting = train_all
-    # (judged rollouts of some whole groups, attempts so far from 1) → what to ask on top, by group id. The answers join
-    # the same step.
+    # (judged rollouts of some groups, all of one source and context; attempts so far, from 1) → what to ask on top, by
+    # group id. The answers join the same step.
     follow_up: FollowUp | None = None
     correction: Correction = field(default_factory=Correction)
+    state: MethodState | None = None  # what `credit` remembers
     own_annotations: tuple[Annotation, ...] = ()  # by services of its own, beside the teachers and the verifier
     round_steps: int = 1  # the generators get new weights every so many steps
     restart: bool = False  # and the learner starts each round from the stage's first weights
@@ -101,10 +124,24 @@ class Composition:
         said = [verdicts()]
         if self.scoring:
             said += [skills(self.scoring.views, self.scored)] if self.scoring.views else []
-            said.append(teacher_scores(self.scoring, self.scored, self.after_verdicts))
+            said.append(teacher_scores(self.scoring, self.scored, self.scored_contexts, self.after_verdicts))
         if self.reference:
             said.append(reference_scores(self.scored))
         return (*said, *self.own_annotations)
+
+    @property
+    def services(self) -> frozenset[str]:
+        """That are asked for annotations, where they are there."""
+        return frozenset(annotation.service for annotation in self.annotations)
+
+
+def with_replay(config: Config, composition: Composition) -> Composition:
+    """A method's composition, and the loss of the recipe's replayed answers beside its own."""
+    if not config.replay:
+        return composition
+    replayed = Term(name="nll", label=REPLAY, weight=config.replay.weight, sources=(REPLAY,))
+    generators = (*composition.generators, REPLAY)
+    return replace(composition, terms=(*composition.terms, replayed), generators=generators)
 
 
 def student_group(config: Config) -> Samples:
