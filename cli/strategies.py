@@ -217,5 +217,7 @@ def _advice(report: "FitReport") -> list[str]:
     if report.short_share > 0.5:
         found.append("most solutions have fewer than 3 steps, and none is compared with those: lower --least")
     if report.leakage and report.leakage.leaks:
-        found.append("vectors tell most problems apart, more than strategies: give more problems, or other solutions")
+        found.append(
+            "vectors tell many problems apart, beside strategies: give more problems, and more solutions of each"
+        )
     return found

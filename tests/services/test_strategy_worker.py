@@ -54,11 +54,13 @@ def aligned(worker: StrategyWorker, rollouts: list[Rollout], **given):
 
 
 def test_the_teachers_own_solution_is_followed_best(worker: StrategyWorker) -> None:
+    """Against solutions of problems of other operations: with numbers taken out, those of the same ones read alike."""
+    others = [next(one for one in PROBLEMS if marks(one) != marks(row)) for row in PROBLEMS[:20]]
     own = [rollout(row["solution"], row["id"], row["id"]) for row in PROBLEMS[:20]]
-    others = [rollout(row["solution"], PROBLEMS[-1 - n]["id"], row["id"]) for n, row in enumerate(PROBLEMS[:20])]
-    (_, mine), (_, theirs) = aligned(worker, own), aligned(worker, others)
-    assert np.mean(mine.alignments) > np.mean(theirs.alignments) + 0.05
-    assert all(value is not None and 0 < value <= 1 for value in mine.alignments)
+    strange = [rollout(other["solution"], row["id"], row["id"]) for other, row in zip(others, PROBLEMS, strict=False)]
+    (_, mine), (_, theirs) = aligned(worker, own), aligned(worker, strange)
+    for best, value in zip(mine.alignments, theirs.alignments, strict=True):
+        assert best is not None and value is not None and 0 < value < best <= 1
     assert mine.version == worker.extractor.version and mine.rows == 20
 
 

@@ -32,7 +32,7 @@ FEWEST_PROBLEMS = 8
 FEW_STEPS = 3  # a solution of fewer is aligned with anything: a rollout is not compared with it
 COMPONENTS = 256  # of the whitening, at most
 PROBED, PENALTY = 100, 1e-3  # problems of the probe at most, and of its weights' squares
-LEAKS = 0.5  # accuracy of the probe
+LEAKS = 1 / 3  # accuracy of the probe
 EXEMPLARS, NAME_WORDS = 5, 3
 
 
@@ -47,7 +47,7 @@ class Leakage:
 
     @property
     def leaks(self) -> bool:
-        """Whether most are told: vectors then say which problem it is, more than how it is solved."""
+        """Whether more than a third are told: vectors then say which problem it is as well as how it is solved."""
         return self.accuracy > LEAKS
 
 
