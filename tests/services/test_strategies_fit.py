@@ -321,7 +321,11 @@ def test_the_command(rng, tmp_path):
     assert extractor.limits == StepLimits(least=5)
     (encoded,) = extractor.encode([["1 + 2 = 3"]])
     assert isinstance(encoded, Encoded)
-    out = run(path, "--to", to, "--frozen", "--least", 500, "--most", 1000)  # in place of it
+    long_steps = ("--frozen", "--least", 500, "--most", 1000)
+    assert "read alike" in run(path, "--to", to, *long_steps, code=2)
+    assert Extractor.load(to).version == extractor.version
+    more = {"prompt": "9 - 4 =", "answer": "5", "solution": "9 - 4 = 5\n\\boxed{5}"}
+    out = run(lines(tmp_path / "more.jsonl", *rows, more), "--to", to, *long_steps)  # in place of it
     assert "lower --least" in out and Extractor.load(to).version != extractor.version
 
 

@@ -132,8 +132,11 @@ def _steps(tokenizer: Any, solution: str, limits: StepLimits) -> list[str]:
 
 
 def _whitening(views: Sequence[Sequence[str]], embedder: Embedder) -> Whitening:
-    """With the statistics of all steps, each as often as it comes."""
+    """With the statistics of all steps, each as often as it comes. Raises StrategyError."""
     counts = Counter(view for own in views for view in own)
+    if len(counts) < 2:
+        found = f"all {counts.total()} steps read alike without their numbers and names: {min(counts)[:60]!a}"
+        raise StrategyError("strategies are told apart by steps that differ", found, "lower --least, or give others")
     embeddings_NE = embedder.embed(list(counts))
     return Whitening.of(np.repeat(embeddings_NE, list(counts.values()), axis=0), COMPONENTS)
 
