@@ -135,7 +135,7 @@ def measure(row: Row, model: str) -> Row:
     try:
         for split in SPLITS:
             prompts = load_prompts(Data(path=DATA[split]), DATA[split], "test", load_tokenizer(model), PROBLEMS)
-            accuracy[split], answers[split] = _evaluate(prompts, split, row.seed, worker, verifier)
+            accuracy[split], answers[split] = evaluate(prompts, split, row.seed, worker, verifier, SAMPLES, NEW_TOKENS)
     finally:
         verifier.close()
     logprobs = np.concatenate([answer.logprobs for answer in answers["in_distribution"]])
@@ -147,8 +147,14 @@ def measure(row: Row, model: str) -> Row:
     )
 
 
-def _evaluate(
-    prompts: Sequence[Prompt], split: str, seed: int, worker: RolloutWorker, verifier: VerifierWorker
+def evaluate(
+    prompts: Sequence[Prompt],
+    split: str,
+    seed: int,
+    worker: RolloutWorker,
+    verifier: VerifierWorker,
+    samples: int,
+    new_tokens: int,
 ) -> tuple[dict[str, dict[str, float]], list[Rollout]]:
     """avg@k and pass@k with their intervals, and the answers. Seeds as in cluster/evaluation.py."""
     requests = tuple(
@@ -160,12 +166,12 @@ def _evaluate(
             seed=seed_of(seed, "eval", split, row, sample),
         )
         for row in range(len(prompts))
-        for sample in range(SAMPLES)
+        for sample in range(samples)
     )
-    batch, _ = worker.generate(encode(Prompt, prompts), requests, Sampling(max_new_tokens=NEW_TOKENS))
+    batch, _ = worker.generate(encode(Prompt, prompts), requests, Sampling(max_new_tokens=new_tokens))
     _, verdicts = verifier.judge(batch)
-    correct = np.array(verdicts.passed).reshape(len(prompts), SAMPLES)
-    answers = [list(verdicts.answers[at : at + SAMPLES]) for at in range(0, len(requests), SAMPLES)]
+    correct = np.array(verdicts.passed).reshape(len(prompts), samples)
+    answers = [list(verdicts.answers[at : at + samples]) for at in range(0, len(requests), samples)]
     stats = summarise(correct, answers)
     figures = {
         figure: {name: round(value, 5) for name, value in stats[figure].items()} for figure in ("avg_at_k", "pass_at_k")

@@ -27,8 +27,8 @@ from tutorloop.lab.real import real_models
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PROMPTS, NEW_TOKENS, STEPS = 16, 48, 5  # a step; the first is not counted
-# Of ours max_staleness and tokens a micro-batch: one process has room for larger ones within TRL's memory.
-SYSTEMS = {"synchronous": (0, 256), "one step ahead": (1, 256), "one process": (0, 2048), "TRL": None}
+# Of ours max_staleness and tokens a micro-batch.
+SYSTEMS = {"synchronous": (0, 256), "one step ahead": (1, 256), "one process": (0, 1024), "TRL": None}
 WORDS = ("apple", "river", "stone", "cloud", "tiger", "piano", "green", "winter", "basket", "engine")
 
 

@@ -1,6 +1,7 @@
 """`tutorloop strategies fit` and `show`: strategies of a teacher's solutions, for a person."""
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..contracts.errors import ConfigError, StrategyError
+from ..contracts.sections import HIDDEN
 from ..lab import SPLITS, STRATEGY_SPLITS, data_path
 from .bank import judged
 from .bank_tables import because, say
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
     from ..verifier_service.strategies.fit import FitReport
     from ..verifier_service.strategies.solutions import Problem
 
-HIDDEN = "hidden:"
 LAB = "lab:"
 KNOWN = (*SPLITS, *STRATEGY_SPLITS)
 SHOWN_CODES = 10
@@ -29,8 +30,8 @@ def fit(
     solutions: Annotated[
         list[str],
         typer.Argument(
-            help="JSONL, or lab:train: {id|prompt_id, prompt|problem, answer|gold, solution|solutions|response, "
-            "passed?} a line; solutions without `passed` are judged as --verifier says.",
+            help="JSONL, or lab:train: {id|prompt_id, prompt|problem|question, answer|gold, "
+            "solution|solutions|response, passed?} a line; solutions without `passed` are judged as --verifier says.",
         ),
     ],
     to: Annotated[Path, typer.Option("--to", help="The folder that is written, in place of strategies there.")],
@@ -48,7 +49,9 @@ def fit(
     ] = False,
     verifier: Annotated[str, typer.Option(help="math, exact or numeric.")] = "math",
     device: Annotated[str, typer.Option(help="Of the embedder: cpu, cuda, …")] = "cpu",
-    threads: Annotated[int, typer.Option(min=1, help="Of the CPU, for an embedder that is large enough.")] = 1,
+    threads: Annotated[
+        int, typer.Option(min=0, help="Of the CPU, for an embedder that is large enough; 0: as many as there are.")
+    ] = 0,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> bool:
     """Learn the strategies of a teacher's right solutions: vectors in which steps of one strategy are near each other.
@@ -70,7 +73,7 @@ def fit(
     started = time.monotonic()
     report = fitting.fit(
         _problems(solutions, verifier),
-        make_embedder(embedder, device, threads),
+        make_embedder(embedder, device, threads or os.cpu_count() or 1),
         load_tokenizer(tokens_of),
         to,
         limits=limits,
@@ -78,6 +81,7 @@ def fit(
         width=width,
         frozen=frozen,
         seed=seed,
+        note=say,
     )
     _print(report, time.monotonic() - started)
     say(f"{to} is at version {report.version}; a run takes it with strategies.path={to}")

@@ -11,7 +11,7 @@ from decimal import Decimal
 from typing import Any
 
 from ..contracts.errors import DataError
-from ..contracts.json_files import kind_of, written_number
+from ..contracts.json_files import gold_answer, kind_of, written_number
 
 ROLES = ("system", "user", "assistant")
 SHAREGPT = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
@@ -182,11 +182,6 @@ class Row:
                 raise self.refused(rule, f"`{field}` is {kind}", "write text, or drop such rows")
             texts.append(self.whole(named["text"], field))
         return "".join(texts)
-
-
-def gold_answer(text: str) -> str:
-    """The gold answer; GSM8K's published rows keep it behind `####`."""
-    return text.rpartition("####")[2].strip()
 
 
 def is_messages(value: Any) -> bool:

@@ -17,8 +17,9 @@ def check_strategies(config: Config, prompts: Sequence[Prompt]) -> str:
     known = [prompt for prompt in prompts if solutions.problem(prompt.prompt_id)]
     suffix = config.data.prompt_suffix
     for prompt in known:
-        there, here = solutions.problem(prompt.prompt_id).strip(), prompt.text.removesuffix(suffix).strip()
-        if there != here:
+        here = prompt.text.removesuffix(suffix)
+        if not solutions.has(prompt.prompt_id, here):
+            there = solutions.problem(prompt.prompt_id)
             found = f"row {prompt.prompt_id}: {here[:60]!a} in {config.data.path}, {there[:60]!a} in {path}"
             raise StrategyError("a row's strategies are those of its own problem", found, "fit them to these rows")
     if not known:

@@ -49,6 +49,11 @@ def kind_of(value: Any) -> str:
     return {"NoneType": "null", "Written": "float", "dict": "struct"}.get(type(value).__name__, type(value).__name__)
 
 
+def gold_answer(text: str) -> str:
+    """The gold answer in a field; GSM8K's published rows keep it behind a solution and `####`."""
+    return text.rpartition("####")[2].strip()
+
+
 def written_number(value: Any) -> str | None:
     """An integer, a float or a decimal exactly and without an exponent, as it was written where that is known; None
     for anything else."""

@@ -3,6 +3,7 @@
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+HIDDEN = "hidden:"  # of an embedder's name: the hidden states of the model after it
 THINKING = ("<think>", "</think>")  # the marks around a model's reasoning, where the recipe names no others
 
 

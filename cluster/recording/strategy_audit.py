@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -18,11 +18,11 @@ from ...contracts.config import Config
 from ...contracts.errors import RunFolderError, StrategyError
 from ...contracts.recipe import load_config
 from ...models.loading import load_tokenizer
-from ...verifier_service.strategies.alignment import PairAlignment, align
+from ...verifier_service.strategies.alignment import FEWEST_STEPS, Best, Order, best_of
 from ...verifier_service.strategies.extractor import Extractor
 from ...verifier_service.strategies.fit import CODES, REPORT
 from ...verifier_service.strategies.solutions import Solutions
-from ...verifier_service.strategies.worker import FEWEST_STEPS
+from ...verifier_service.strategies.usage import code_assignment, dpp_logdet, usage
 from .metrics import METRICS_FILE, read_rows
 from .samples import ROLLOUTS_FILE
 from .strategy_figures import Measured, auc, mean_over_problems
@@ -34,14 +34,11 @@ AT_ONCE = 64  # rollouts that are aligned at once
 SHOWN = 80  # characters of an id in a message
 THIRD = 1 / 3  # of the steps: early and late
 
-Order = Literal["free", "ordered"]
-Best = tuple[float, int]  # the alignment with the best solution, and its number
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Followed:
-    """A rollout as the extractor sees it, float32 [n, 128] and n codes. `best`: with which of its problem's solutions
-    it is aligned; None where it is neutral. `others`: mean alignment with other problems' solutions."""
+    """A rollout as the extractor sees it, float32 [n, 128] and n codes. `best`: of its problem's solutions the one
+    that it follows best; None where it is neutral. `others`: mean alignment with other problems' solutions."""
 
     recorded: Recorded
     vectors: np.ndarray
@@ -68,9 +65,21 @@ class CodeUse:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Spread:
+    """How spread out strategies are over the rollouts of some steps. `mutual_information`, nats: high where each step
+    has one strategy and the steps have many together. `volume`: the mean over prompt groups of log det(K + 0.001·I) of
+    the cosines K of their answers' mean vectors, for each answer: low where answers are alike; None where no two of a
+    group were read."""
+
+    mutual_information: float
+    volume: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Audit:
     """`own`, `others`: mean alignments with the own problem's solutions and with other problems'; `drop` is what lies
-    between. `aucs`: split → of alignment against correctness, and the rollouts it is of."""
+    between. `aucs`: split → of alignment against correctness, and the rollouts it is of. `spreads`: of the first and
+    of the last third of training; none where all is of one step."""
 
     run: str
     record: str
@@ -86,6 +95,7 @@ class Audit:
     drop: Measured | None
     aucs: Mapping[str, tuple[str, Measured | None]]
     leakage: Mapping[str, float] | None
+    spreads: tuple[Spread, Spread] | None
     rows: Sequence[dict[str, Any]]  # of metrics.jsonl
     solutions: Solutions
 
@@ -111,8 +121,7 @@ def audit(
     suffix = config.data.prompt_suffix
 
     def knows(prompt_id: str, text: str) -> bool:
-        there = solutions.problem(prompt_id).strip()
-        return bool(there) and there == text.removesuffix(suffix).strip()
+        return solutions.has(prompt_id, text.removesuffix(suffix))
 
     chosen = read_recorded(
         folder / ROLLOUTS_FILE, load_tokenizer(config.student.model), extractor.limits, knows, most, rollout
@@ -139,6 +148,7 @@ def audit(
         drop=drop,
         aucs=_aucs(followed),
         leakage=leakage,
+        spreads=_spreads(followed, extractor.codebook_KD.cpu().numpy()),
         rows=read_rows(folder / METRICS_FILE),
         solutions=solutions,
     )
@@ -194,34 +204,9 @@ def _follow(rollouts: Sequence[Recorded], extractor: Extractor, solutions: Solut
         values = iter(best_of(pairs, order))
         for (recorded, one), best, ids in zip(some, own, others, strict=True):
             drawn = [next(values) for _ in ids]
-            mean = float(np.mean([value[0] for value in drawn if value])) if drawn else None
+            mean = float(np.mean([value.found.alignment for value in drawn if value])) if drawn else None
             codes = tuple(map(int, one.codes))
             found.append(Followed(recorded=recorded, vectors=one.vectors, codes=codes, best=best, others=mean))
-    return found
-
-
-def best_of(cases: Sequence[tuple[np.ndarray, Sequence[np.ndarray]]], order: Order) -> list[Best | None]:
-    """Of each rollout's vectors [n, D] and its problem's solutions [m, D] the best alignment, as the strategy service
-    has it; None where it is neutral."""
-    pairs = [
-        (row, number, own, taught)
-        for row, (own, solutions) in enumerate(cases)
-        for number, taught in enumerate(solutions)
-        if min(len(own), len(taught)) >= FEWEST_STEPS
-    ]
-    aligned = align([own for _, _, own, _ in pairs], [taught for *_, taught in pairs], order=order)
-    best: list[Best | None] = [None] * len(cases)
-    for (row, number, _, _), found in zip(pairs, aligned, strict=True):
-        known = best[row]
-        if known is None or found.alignment > known[0]:
-            best[row] = (found.alignment, number)
-    return best
-
-
-def pair_of(one: Followed, solutions: Solutions, order: Order) -> PairAlignment:
-    """A rollout that is not neutral, and its best solution."""
-    assert one.best
-    (found,) = align([one.vectors], [solutions.of(one.recorded.prompt_id)[one.best[1]]], order=order)
     return found
 
 
@@ -255,7 +240,7 @@ class _Strangers:
 
 def _control(followed: Sequence[Followed]) -> tuple[Measured | None, Measured | None, Measured | None]:
     problems = [one.recorded.prompt_id for one in followed]
-    own = np.array([one.best[0] for one in followed if one.best])
+    own = np.array([one.best.found.alignment for one in followed if one.best])
     others = np.array([one.others for one in followed], float)
     own_mean, others_mean, drop = (mean_over_problems(values, problems) for values in (own, others, own - others))
     return own_mean, others_mean, drop
@@ -268,7 +253,7 @@ def _aucs(followed: Sequence[Followed]) -> dict[str, tuple[str, Measured | None]
     found = {}
     for name, split in ((INSIDE, INSIDE if INSIDE in splits else TRAIN), (OUTSIDE, OUTSIDE)):
         own = [one for one in judged if one.recorded.split == split]
-        scores = np.array([one.best[0] for one in own if one.best])
+        scores = np.array([one.best.found.alignment for one in own if one.best])
         passed = np.array([one.recorded.passed for one in own], bool)
         found[name] = split, auc(scores, passed, [one.recorded.prompt_id for one in own])
     return found
@@ -299,6 +284,23 @@ def _uses(told: Sequence[Mapping[str, Any]], followed: Sequence[Followed], extra
             )
         )
     return sorted(uses, key=lambda use: (-use.teacher - use.student, use.code))
+
+
+def _spreads(followed: Sequence[Followed], codebook_KD: np.ndarray) -> tuple[Spread, Spread] | None:
+    early, late = thirds([one for one in followed if one.recorded.split == TRAIN and one.codes])
+    return (_spread(early, codebook_KD), _spread(late, codebook_KD)) if early else None
+
+
+def _spread(followed: Sequence[Followed], codebook_KD: np.ndarray) -> Spread:
+    groups: dict[tuple[int, str], list[np.ndarray]] = {}
+    for one in followed:
+        groups.setdefault((one.recorded.step, one.recorded.prompt_id), []).append(one.vectors.mean(0))
+    volumes = [dpp_logdet(np.stack(means)) / len(means) for means in groups.values() if len(means) > 1]
+    steps_SD = np.concatenate([one.vectors for one in followed])
+    return Spread(
+        mutual_information=usage(code_assignment(steps_SD, codebook_KD)).mutual_information,
+        volume=float(np.mean(volumes)) if volumes else None,
+    )
 
 
 def thirds(followed: Sequence[Followed]) -> tuple[list[Followed], list[Followed]]:

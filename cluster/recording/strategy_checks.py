@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ...verifier_service.strategies.alignment import FEWEST_STEPS
 from ...verifier_service.strategies.fit import LEAKS
-from ...verifier_service.strategies.worker import FEWEST_STEPS
 from ..methods.parts.strategies import COLLAPSED, DOMINANT, EVALUATIONS, GROWN, RISE, WARM
 from .progress import SPLITS, percent
 from .strategy_audit import STRANGERS, Audit
@@ -17,6 +17,7 @@ from .strategy_rollouts import INSIDE, OUTSIDE, TRAIN
 
 LEAST_DROP = 0.1
 MOSTLY = 0.5
+CRAMPED = -5.0
 UNKNOWN = "not known"
 
 
@@ -105,7 +106,7 @@ def _leakage(audit: Audit) -> Check:
         name="Leakage",
         figure=figure,
         means="How often a linear probe, fitted to the vectors of other solutions, tells which problem one is of.",
-        alarm=f"more than {percent(LEAKS, 0)}: the vectors say which problem it is, more than how it is solved",
+        alarm=f"more than {percent(LEAKS, 0)}: the vectors say which problem it is as well as how it is solved",
         alarming=None if told is None else told["accuracy"] > LEAKS,
     )
 
@@ -136,6 +137,7 @@ def _collapse(audit: Audit, method: Sequence[dict[str, Any]]) -> list[Check]:
             alarm=f"more than {percent(most, 0)}: one step is written again and again",
             alarming=None if top is None else top > most,
         ),
+        *_spread(audit),
         _trick(audit, method),
         Check(
             name="What strategies are worth",
@@ -150,6 +152,32 @@ def _collapse(audit: Audit, method: Sequence[dict[str, Any]]) -> list[Check]:
             means=f"Rollouts of fewer than {FEWEST_STEPS} steps, or of a problem without a solution: not aligned.",
             alarm=f"more than {percent(MOSTLY, 0)}: most rollouts earn nothing by their strategy",
             alarming=None if neutral is None else neutral > MOSTLY,
+        ),
+    ]
+
+
+def _spread(audit: Audit) -> list[Check]:
+    """Of what was read of the first and the last third of training."""
+    early, late = audit.spreads or (None, None)
+    informed = (early.mutual_information, late.mutual_information) if early and late else None
+    volumes = (early.volume, late.volume) if early and late else (None, None)
+    return [
+        Check(
+            name="Mutual information of steps and strategies",
+            figure=f"{informed[1]:.2f} nats at last, {informed[0]:.2f} at first" if informed else UNKNOWN,
+            means="High where each step has one strategy and all steps together have many.",
+            alarm=f"less than {percent(COLLAPSED, 0)} of what it was: steps have become one step",
+            alarming=informed[1] < COLLAPSED * informed[0] if informed else None,
+        ),
+        Check(
+            name="Room between a group's answers",
+            figure=UNKNOWN
+            if volumes[0] is None or volumes[1] is None
+            else f"{volumes[1]:.2f} at last, {volumes[0]:.2f} at first",
+            means="log det of the cosines of a prompt group's answers, for each answer; 0 where they are at right "
+            "angles, about −6 where eight are all alike.",
+            alarm=f"less than {CRAMPED:.0f}: the answers of a group are copies of one another",
+            alarming=None if volumes[1] is None else volumes[1] < CRAMPED,
         ),
     ]
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from ...verifier_service.strategies.solutions import Solutions
 from .progress import excerpt, percent, plain
-from .strategy_audit import Audit, CodeUse, Followed, pair_of
+from .strategy_audit import Audit, CodeUse, Followed
 
 STEP_CHARACTERS, LINE_CHARACTERS, NAME_CHARACTERS = 400, 160, 60
 GOLDEN_ANGLE = 137.508  # degrees: hues far from those before
@@ -113,7 +113,7 @@ def about(one: Followed) -> str:
     """What became of a rollout, in a line."""
     own = one.recorded
     verdict = {True: "right", False: "wrong", None: "not judged"}[own.passed]
-    aligned = f"alignment {one.best[0]:.2f}" if one.best else "neutral: not aligned"
+    aligned = f"alignment {one.best.found.alignment:.2f}" if one.best else "neutral: not aligned"
     return one_line(f"{verdict}, step {own.step}, {own.rollout_id}, {aligned}", LINE_CHARACTERS)
 
 
@@ -121,7 +121,7 @@ def _taught(one: Followed, solutions: Solutions) -> tuple[list[int], list[str]] 
     """Codes and steps of a rollout's best solution."""
     if not one.best:
         return None
-    prompt_id, number = one.recorded.prompt_id, one.best[1]
+    prompt_id, number = one.recorded.prompt_id, one.best.solution
     return solutions.codes(prompt_id)[number].tolist(), solutions.texts(prompt_id)[number]
 
 
@@ -129,7 +129,7 @@ def steps(one: Followed, audit: Audit, palette: Palette) -> str:
     """A table: each step of a rollout, and the teacher's step that it is matched with most."""
     taught = _taught(one, audit.solutions)
     head, rows = ("", "the student's step"), []
-    shares_NM = _shares(pair_of(one, audit.solutions, audit.order).plan) if taught else None
+    shares_NM = _shares(one.best.found.plan) if one.best else None
     for number, (step, code) in enumerate(zip(one.recorded.steps, one.codes, strict=True)):
         cells = [f"<td>{palette.named(code)}{step_text(step.text)}</td>"]
         if taught and shares_NM is not None:
@@ -151,7 +151,8 @@ def _shares(plan_NM: np.ndarray) -> np.ndarray:
 
 def plan_map(one: Followed, audit: Audit) -> str:
     """The plan between a rollout, down, and its best solution, across."""
-    shares_NM = _shares(pair_of(one, audit.solutions, audit.order).plan)
+    assert one.best
+    shares_NM = _shares(one.best.found.plan)
     rows, columns = shares_NM.shape
     width, height = (MARGIN + CELL * count for count in (columns, rows))
     ends = [f"<text x='{MARGIN + CELL * (j + 0.5)}' y='{MARGIN / 2}'>T{j + 1}</text>" for j in range(columns)]

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from ...verifier_service.strategies.worker import FEWEST_STEPS
+from ...verifier_service.strategies.alignment import FEWEST_STEPS
 from .progress import SPLITS
 from .strategy_audit import Audit
 from .strategy_checks import checks_of
@@ -29,9 +29,9 @@ def lines_of(audit: Audit) -> Iterator[str]:
             "split": own.split,
             "step": own.step,
             "passed": own.passed,
-            "alignment": one.best[0] if one.best else None,
+            "alignment": one.best.found.alignment if one.best else None,
             "alignment_with_others": one.others,
-            "solution": one.best[1] if one.best else None,
+            "solution": one.best.solution if one.best else None,
             "codes": one.codes,
             "steps": [asdict(step) for step in own.steps],
         }

@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console
+from strategy_runs import LAB_ROWS, fit_lab, small_sgpo
 
 from tutorloop.cluster import run
 from tutorloop.cluster.methods.parts.credit import group_relative, group_rows
 from tutorloop.cluster.methods.parts.strategies import Worth, capped
 from tutorloop.contracts.arrow import decode, encode
 from tutorloop.contracts.errors import RunFolderError, StrategyError
-from tutorloop.contracts.recipe import load_config
 from tutorloop.contracts.records import Rollout, TokenCredit
-from tutorloop.lab import model_path, rows
+from tutorloop.lab import model_path
 from tutorloop.models.loading import load_tokenizer
 from tutorloop.verifier_service.strategies.embedding import make_embedder
 from tutorloop.verifier_service.strategies.fit import fit
@@ -24,28 +24,14 @@ from tutorloop.verifier_service.strategies.segments import StepLimits
 from tutorloop.verifier_service.strategies.solutions import Problem
 from tutorloop.verifier_service.strategies.worker import StrategyWorker
 
-ROOT = Path(__file__).parents[2]
-ROWS = [row for row in rows("train") if len(row["solution"].splitlines()) >= 3][:24]
-
 
 @pytest.fixture(scope="module")
 def strategies(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("strategies") / "made"
-    problems = [Problem(row["id"], row["prompt"], [row["solution"]]) for row in ROWS[:20]]
-    tokenizer = load_tokenizer(str(model_path("teacher")))
-    limits = StepLimits(least=1, most=40)
-    fit(problems, make_embedder("hidden:lab:teacher"), tokenizer, folder, limits=limits, codes=8, width=32)
-    return folder
+    return fit_lab(tmp_path_factory.mktemp("strategies") / "made")
 
 
 def trained(folder: Path, strategies: Path, *changes: str, resume: bool = False) -> list[dict[str, Any]]:
-    data = folder.parent / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
-    small = ["eval.path=", "eval.ood_path=", "checkpoint.every=0", "prompts_per_step=6", "record=all", "replay="]
-    own = [f"data.path={data}", f"strategies.path={strategies}", f"output_dir={folder}", "max_staleness=0"]
-    models = ["student.model=lab:student", "reference.model=lab:student", "rollout.samples_per_prompt=4"]
-    rate = ["learner.decay=constant", "learner.min_learning_rate=0", "learner.warmup_steps=0"]
-    config = load_config(ROOT / "recipes" / "sgpo_lab.yaml", [*small, *own, *models, *rate, *changes])
+    config = small_sgpo(folder, strategies, *changes)
     assert run.train(config, resume, None, Console(file=io.StringIO(), width=100), local=True)
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [row for row in map(json.loads, lines) if row["kind"] == "step"]
@@ -110,13 +96,13 @@ def test_a_resumed_run_goes_on_where_it_was(tmp_path: Path, strategies: Path) ->
 def test_another_extractor_is_refused(tmp_path: Path, strategies: Path) -> None:
     trained(tmp_path / "run", strategies, "steps=1")
     other = tmp_path / "other"
-    problems = [Problem(row["id"], row["prompt"], [row["solution"]]) for row in ROWS[:10]]
+    problems = [Problem(row["id"], row["prompt"], [row["solution"]]) for row in LAB_ROWS[:10]]
     tokenizer = load_tokenizer(str(model_path("teacher")))
     given = {"limits": StepLimits(least=1, most=40), "codes": 8, "frozen": True}
     fit(problems, make_embedder("hidden:lab:teacher"), tokenizer, other, **given)
     with pytest.raises(RunFolderError, match="strategies"):
         trained(tmp_path / "run", other, "steps=2", resume=True)
-    problems = [Problem(row["id"], f"Not {row['prompt']}", [row["solution"]]) for row in ROWS[:10]]
+    problems = [Problem(row["id"], f"Not {row['prompt']}", [row["solution"]]) for row in LAB_ROWS[:10]]
     fit(problems, make_embedder("hidden:lab:teacher"), tokenizer, tmp_path / "wrong", **given)
     with pytest.raises(StrategyError, match="of its own problem"):
         trained(tmp_path / "new", tmp_path / "wrong", "steps=1")

@@ -263,6 +263,7 @@ def test_rows_of_every_form(tmp_path):
         {"prompt": "P1", "solution": "given: right", "passed": True, "id": None},
         {"prompt": "P4", "solution": "given: wrong", "passed": False},
         {"prompt": "P4", "answer": "1", "solution": "what?"},
+        {"question": "P5", "answer": "2 + 7 = <<2+7=9>>9\n#### 9"},  # GSM8K's own form
     )
     second = lines(tmp_path / "b.jsonl", {"id": "two", "prompt": "P1", "answer": "4", "solution": "or 4"})
     problems, left_out = read_solutions([first, second], by_gold)
@@ -270,6 +271,7 @@ def test_rows_of_every_form(tmp_path):
     assert found == {
         "one": ("P1", ["so 4", "hence 4", "given: right"]),
         "row-2": ("P2", ["thus 7", "it is 7"]),  # as a run names a row without id
+        "row-8": ("P5", ["2 + 7 = <<2+7=9>>9\n#### 9"]),
         "two": ("P1", ["or 4"]),
     }
     assert left_out == {"wrong": 2, "repeated": 1, "no solution": 1, "unreadable": 1}
@@ -278,7 +280,7 @@ def test_rows_of_every_form(tmp_path):
 @pytest.mark.parametrize(
     ("row", "told"),
     [
-        ({"question": "P", "solution": "s"}, "'question', 'solution'"),
+        ({"query": "P", "solution": "s"}, "'query', 'solution'"),
         ({"prompt": "P", "solution": "s"}, "answer, or passed"),
         ({"prompt": "P", "solution": {"a": 1}, "answer": "1"}, "lists of texts"),
         ({"prompt": "P", "solution": "s", "passed": "yes"}, "true or false"),

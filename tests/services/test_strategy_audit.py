@@ -11,7 +11,7 @@ import pytest
 from run_rows import fresh_rng
 from strategy_runs import SUFFIX, chains, fit_chains, line, lines_of, metric_rows, write_run
 
-from tutorloop.cluster.recording.strategy_audit import STRANGERS, audit, best_of
+from tutorloop.cluster.recording.strategy_audit import STRANGERS, audit
 from tutorloop.cluster.recording.strategy_audit import _Strangers as Strangers
 from tutorloop.cluster.recording.strategy_checks import checks_of
 from tutorloop.cluster.recording.strategy_figures import auc, mean_over_problems, student_t
@@ -20,9 +20,10 @@ from tutorloop.cluster.recording.strategy_rollouts import LONG, MOST_TOKENS, NO_
 from tutorloop.contracts.arrow import encode
 from tutorloop.contracts.errors import RunFolderError, StrategyError
 from tutorloop.contracts.records import Rollout
-from tutorloop.verifier_service.strategies.alignment import align
+from tutorloop.verifier_service.strategies.alignment import FEWEST_STEPS, align, best_of
+from tutorloop.verifier_service.strategies.extractor import Extractor
 from tutorloop.verifier_service.strategies.solutions import Solutions
-from tutorloop.verifier_service.strategies.worker import FEWEST_STEPS, StrategyWorker
+from tutorloop.verifier_service.strategies.worker import StrategyWorker
 
 TWINS = 40
 ALARM = "strategies: 2.0 strategies are in use, of 8.0 at first"
@@ -169,12 +170,12 @@ def test_another_problems_solutions_lower_the_alignment_where_they_are_others():
     for number in range(len(sizes) - 1):
         taught = solutions.of(f"{number}")
         student = taught[0] + 0.05 * rng.normal(size=taught[0].shape).astype(np.float32)
-        ((own, which),) = best_of([(student, taught)], "free")
+        (own,) = best_of([(student, taught)], "free")
         slow = [align([student], [one])[0].alignment for one in taught]
-        assert which == int(np.argmax(slow)) == 0
-        np.testing.assert_allclose(own, max(slow), rtol=1e-9)
+        assert own.solution == int(np.argmax(slow)) == 0
+        np.testing.assert_allclose(own.found.alignment, max(slow), rtol=1e-9)
         others = best_of([(student, solutions.of(name)) for name in strangers.of(f"{number}")], "free")
-        drops.append(own - np.mean([other[0] for other in others]))
+        drops.append(own.found.alignment - np.mean([other.found.alignment for other in others]))
     assert mean_over_problems(np.array(drops), list(range(len(drops)))).low > 0.3
     assert best_of([(student[:2], taught), (student, [student[:2]]), (student, [])], "free") == [None] * 3
 
@@ -204,7 +205,7 @@ def test_it_says_what_the_strategy_service_says(run, tmp_path, order):
             )
         )
     _, receipt = worker.align(encode(Rollout, records), order=order)
-    ours = [one.best[0] if one.best else None for one in found.followed]
+    ours = [one.best.found.alignment if one.best else None for one in found.followed]
     assert [value is None for value in ours] == [value is None for value in receipt.alignments]
     known = [pair for pair in zip(ours, receipt.alignments, strict=True) if pair[0] is not None]
     np.testing.assert_allclose(*zip(*known, strict=True), rtol=1e-6)
@@ -223,7 +224,7 @@ def test_the_shuffled_control_is_each_rollout_with_other_problems_one_by_one(fou
             taught = [vectors for vectors in found.solutions.of(name) if len(vectors) >= FEWEST_STEPS]
             slow.append(max(align([one.vectors], [vectors])[0].alignment for vectors in taught))
         np.testing.assert_allclose(one.others, statistics.mean(slow), rtol=1e-6)
-        drops.setdefault(one.recorded.prompt_id, []).append(one.best[0] - statistics.mean(slow))
+        drops.setdefault(one.recorded.prompt_id, []).append(one.best.found.alignment - statistics.mean(slow))
     expected = statistics.mean(map(statistics.mean, drops.values()))
     np.testing.assert_allclose([found.drop.value, found.own.value - found.others.value], expected, atol=1e-6)
     assert (found.drop.problems, found.drop.rollouts) == (len(drops), sum(map(len, drops.values())))
@@ -331,3 +332,36 @@ def test_checks_are_alarming_where_they_should_be(run, found):
     for name in ("Effective strategies", "The top code's share", "Neutral rollouts"):
         assert now[name] is True
     assert now["Alignment and accuracy over the last 3 evaluations"] is True
+    assert all(row.mutual_information > 0.5 for row in found.spreads)
+    small = replace(found.spreads[1], mutual_information=0.1, volume=-5.5)
+    told = {check.name: check for check in checks_of(replace(found, spreads=(found.spreads[0], small)))}
+    assert told["Mutual information of steps and strategies"].alarming is True
+    assert told["Room between a group's answers"].alarming is True
+    nothing = {check.name: check for check in checks_of(replace(found, spreads=None))}
+    assert nothing["Room between a group's answers"].figure == "not known"
+
+
+def test_how_spread_out_strategies_are_by_slow_loops(run, found):
+    codebook = Extractor.load(run[1]).codebook_KD.numpy().astype(float)
+    train = [one for one in found.followed if one.recorded.split == "train" and one.codes]
+    first, last = (f(one.recorded.step for one in train) for f in (min, max))
+    early = [one for one in train if one.recorded.step <= first + (last - first) / 3]
+    shares = []
+    for step in (vector for one in early for vector in one.vectors):
+        weights = [math.exp(cosine(step, code) / 0.1) for code in codebook]
+        shares.append([weight / sum(weights) for weight in weights])
+    mean = [statistics.mean(own) for own in zip(*shares, strict=True)]
+    entropies = [-sum(p * math.log(p) for p in own if p > 0) for own in (mean, *shares)]
+    expected = entropies[0] - statistics.mean(entropies[1:])
+    assert found.spreads[0].mutual_information == pytest.approx(expected, abs=1e-6)
+    groups = {(one.recorded.step, one.recorded.prompt_id) for one in early}
+    volumes = []
+    for key in groups:
+        means = [one.vectors.mean(0) for one in early if (one.recorded.step, one.recorded.prompt_id) == key]
+        matrix = [[cosine(a, b) + 0.001 * (a is b) for a in means] for b in means]
+        volumes += [math.log(np.linalg.det(matrix)) / len(means)] if len(means) > 1 else []
+    assert found.spreads[0].volume == (pytest.approx(statistics.mean(volumes), abs=1e-4) if volumes else None)
+
+
+def cosine(one, other):
+    return float(one @ other) / math.dist(one, [0] * len(one)) / math.dist(other, [0] * len(other))

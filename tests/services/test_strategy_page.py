@@ -89,7 +89,8 @@ def test_the_lines_have_every_rollout_whole(run, found, tmp_path):
         assert [0, *ends][:-1] == [step["start"] for step in told["steps"]]
         assert ends[-1] == len(row["token_ids"]) - row["prompt_length"]
         assert told["codes"] == list(one.codes) and len(told["codes"]) == len(told["steps"])
-        assert (told["alignment"], told["solution"]) == (one.best or (None, None))
+        best = (one.best.found.alignment, one.best.solution) if one.best else (None, None)
+        assert (told["alignment"], told["solution"]) == best
 
 
 def test_hostile_texts_are_shown_and_do_nothing(tmp_path):

@@ -9,12 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from tutorloop.cluster.data import PromptOrder, fitting, load_prompts
-from tutorloop.cluster.fields import gold_answer
 from tutorloop.cluster.methods import compose_stages
 from tutorloop.cluster.preflight import Inputs, check_inputs
 from tutorloop.cluster.rows import read_rows
 from tutorloop.contracts.config import Data
 from tutorloop.contracts.errors import DataError
+from tutorloop.contracts.json_files import gold_answer
 from tutorloop.contracts.recipe import parse_config
 from tutorloop.models.loading import load_tokenizer
 

@@ -22,6 +22,9 @@ TRUSTED = 1.0  # the farthest that a potential moves in one iteration, in units 
 RIDGE = 1e-14  # mass; where less goes between two sets of columns they count as apart
 TINY = 1e-150
 FAR = 1e30  # cost of a cell outside
+FEWEST_STEPS = 3  # of either side: a solution of fewer is aligned with anything, and is neutral
+
+Order = Literal["free", "ordered"]
 
 
 class PairAlignment(NamedTuple):
@@ -38,7 +41,7 @@ def align(
     students: Sequence[np.ndarray],
     teachers: Sequence[np.ndarray],
     *,
-    order: Literal["free", "ordered"] = "free",
+    order: Order = "free",
     eta: float = 0.1,
     epsilon: float = 0.05,
     gamma: float = 0.1,
@@ -67,6 +70,31 @@ def align(
         for b, (i, alignment, distance, n, m) in enumerate(zip(block, *aligned, strict=True)):
             found[i] = PairAlignment(alignment, distance, plan_BNM[b, :n, :m].copy(), credit_BN[b, :n].copy())
     return [found[i] for i in range(len(students))]
+
+
+class Best(NamedTuple):
+    """The solution that a rollout follows best: its number among its problem's, and the alignment with it."""
+
+    solution: int
+    found: PairAlignment
+
+
+def best_of(cases: Sequence[tuple[np.ndarray, Sequence[np.ndarray]]], order: Order) -> list[Best | None]:
+    """Of each rollout's vectors [N, D] and its problem's solutions [M, D] the best alignment, the first of equals; None
+    where it is neutral: no solution, or fewer than FEWEST_STEPS steps on either side."""
+    pairs = [
+        (row, number, own, taught)
+        for row, (own, solutions) in enumerate(cases)
+        for number, taught in enumerate(solutions)
+        if min(len(own), len(taught)) >= FEWEST_STEPS
+    ]
+    aligned = align([own for _, _, own, _ in pairs], [taught for *_, taught in pairs], order=order)
+    best: list[Best | None] = [None] * len(cases)
+    for (row, number, _, _), found in zip(pairs, aligned, strict=True):
+        known = best[row]
+        if known is None or found.alignment > known.found.alignment:
+            best[row] = Best(number, found)
+    return best
 
 
 def step_cost(student_ND: np.ndarray, teacher_MD: np.ndarray, eta: float = 0.1) -> np.ndarray:

@@ -12,7 +12,8 @@ by chance.
 Shapes: N texts, T tokens, E embedding size, C components.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,12 +21,13 @@ import numpy as np
 import torch
 
 from ...contracts.errors import ModelError, StrategyError
+from ...contracts.sections import HIDDEN
 from ...models.loading import context_length, load_causal_lm, load_tokenizer, use_threads
 from ...models.packing import Packing, attention_packed
 
-HIDDEN = "hidden:"
 DEPTH = 2 / 3  # of a model's layers
 BATCH_TOKENS = 4096  # tokens that a model reads at once
+TOLD = 500  # texts, after which a fit says how far it is
 FLOOR = 1e-4  # of the largest variance: directions with less are left out
 SHRINKAGE = 1.0  # of the mean variance, added to each
 
@@ -57,7 +59,7 @@ class HiddenStates:
         use_threads(self.model, threads)
         self.tokenizer = load_tokenizer(model)
         config = self.model.config
-        self.layer = round(config.num_hidden_layers * DEPTH)
+        self.layer = _layer(self.model.base_model, config.num_hidden_layers)
         self.size, self.most = int(config.hidden_size), context_length(config)
         # What comes first draws attention whatever it is (2309.17453): a token before the text takes that part, so
         # that no state in the mean does.
@@ -79,18 +81,41 @@ class HiddenStates:
         lengths = torch.tensor([len(own) for own in ids], device=self.model.device)
         tokens = torch.tensor([token for own in ids for token in own], device=self.model.device)
         packing = Packing.of(lengths)
-        with attention_packed(self.model):
-            out = self.model.base_model(
-                input_ids=tokens[None],
-                position_ids=packing.positions[None],
-                use_cache=False,
-                packing=packing,
-                output_hidden_states=True,
-            )
-        states_TE = out.hidden_states[self.layer][0] * (packing.positions > 0)[:, None]
+        with attention_packed(self.model), _read_before(self.layer) as states, suppress(_ReadEnoughError):
+            positions = packing.positions[None]
+            self.model.base_model(input_ids=tokens[None], position_ids=positions, use_cache=False, packing=packing)
+        states_TE = states[0][0] * (packing.positions > 0)[:, None]
         rows = packing.slots // packing.width
         sums = torch.zeros(len(ids), self.size, device=states_TE.device).index_add_(0, rows, states_TE)
         return (sums / (lengths - 1).clamp(min=1)[:, None]).cpu().numpy()
+
+
+class _ReadEnoughError(Exception):
+    """The layers after this one are not needed."""
+
+
+def _layer(model: torch.nn.Module, count: int) -> torch.nn.Module:
+    """The first layer after DEPTH of the `count` that a model has. Raises ModelError."""
+    lists = (own for own in model.modules() if isinstance(own, torch.nn.ModuleList) and len(own) == count)
+    if (layers := next(lists, None)) is None:
+        raise ModelError("hidden states are read between layers", f"{type(model).__name__} has no list", "name another")
+    return layers[min(round(count * DEPTH), count - 1)]
+
+
+@contextmanager
+def _read_before(layer: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
+    """The hidden states [1, T, E] that come to a layer, where the model stops."""
+    states: list[torch.Tensor] = []
+
+    def stop(_: torch.nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        states.append(given[0] if given else named["hidden_states"])
+        raise _ReadEnoughError
+
+    handle = layer.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        yield states
+    finally:
+        handle.remove()
 
 
 def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
@@ -103,6 +128,24 @@ def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
         rows.append(row)
     if rows:
         yield rows
+
+
+class ReadOnce:
+    """An embedder that reads a text but once, and says how far it is."""
+
+    def __init__(self, embedder: Embedder, note: Callable[[str], object]) -> None:
+        self.name, self._embedder, self._note = embedder.name, embedder, note
+        self._known: dict[str, np.ndarray] = {}
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """float32 [N, E]."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        for at in range(0, len(new), TOLD):
+            some = new[at : at + TOLD]
+            self._known |= zip(some, self._embedder.embed(some), strict=True)
+            if len(new) > TOLD:
+                self._note(f"embedded {at + len(some):,} of {len(new):,} texts")
+        return np.stack([self._known[text] for text in texts]) if texts else self._embedder.embed([])
 
 
 class SentenceModel:

@@ -11,7 +11,7 @@ import math
 import re
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 from ...contracts.errors import StrategyError
-from .embedding import Embedder, Whitening
+from .alignment import FEWEST_STEPS
+from .embedding import Embedder, ReadOnce, Whitening
 from .extractor import MANIFEST, SIZE, Encoded, Extractor, FrozenEncoder, encode_steps, inputs_of, view_of
 from .losses import k_means, nearest_codes
 from .segments import StepLimits, segment_text
@@ -29,7 +30,6 @@ from .training import Corpus, Training, some_steps
 
 CODES, REPORT = "codes.json", "report.json"
 FEWEST_PROBLEMS = 8
-FEW_STEPS = 3  # a solution of fewer is aligned with anything: a rollout is not compared with it
 COMPONENTS = 256  # of the whitening, at most
 PROBED, PENALTY = 100, 1e-3  # problems of the probe at most, and of its weights' squares
 LEAKS = 1 / 3  # accuracy of the probe
@@ -87,11 +87,12 @@ def fit(
     width: int = 256,
     frozen: bool = False,
     seed: int = 0,
+    note: Callable[[str], object] = lambda _: None,
 ) -> FitReport:
     """Fit, and write the extractor and the solutions into `folder`, in place of an extractor that is there.
 
-    `tokenizer`: counts the tokens that `limits` are in. `frozen`: the ablation without training. The same arguments
-    give the same folder. Raises StrategyError.
+    `tokenizer`: counts the tokens that `limits` are in. `frozen`: the ablation without training. `note`
+    is told how far it is. The same arguments give the same folder. Raises StrategyError.
     """
     check_place(folder)
     if len(problems) < FEWEST_PROBLEMS:
@@ -101,6 +102,7 @@ def fit(
     steps = [texts for own in nested for texts in own]
     owners_S = np.repeat(np.arange(len(problems)), [len(own) for own in nested])
     views = [[view_of(step) for step in texts] for texts in steps]
+    embedder = ReadOnce(embedder, note)
     whitening = _whitening(views, embedder)
     corpus = Corpus(owners_S, inputs_of(views, embedder, whitening), inputs_of(steps, embedder, whitening), views)
     generator = torch.Generator().manual_seed(seed)
@@ -118,7 +120,7 @@ def fit(
         problems=len(problems),
         solutions=len(steps),
         steps=sum(map(len, steps)),
-        short_share=float(np.mean([len(texts) < FEW_STEPS for texts in steps])),
+        short_share=float(np.mean([len(texts) < FEWEST_STEPS for texts in steps])),
         effective_codes=math.exp(-sum(code.share * math.log(code.share) for code in told)),
         leakage=probe(vectors, owners_S, seed),
         losses=losses,

@@ -14,11 +14,13 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import decoders
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ...contracts.errors import ConfigError
 
@@ -169,11 +171,10 @@ def _spelled(backend: Any, ids: list[int]) -> list[str]:
     return [*pieces[:-1], pieces[-1] + decode(b"", final=True)] if pieces else []
 
 
+@cache
 def _byte_alphabet() -> dict[str, int]:
-    """The byte that each character of a byte-level token stands for (GPT-2's encoding)."""
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in set(visible)]
-    return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+    """The byte that each character of a byte-level token stands for."""
+    return {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 def _streamed(tokenizer: Any, ids: list[int]) -> list[str]:

@@ -15,7 +15,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from ...contracts.errors import DataError
-from ...contracts.json_files import read_json_lines, written_number
+from ...contracts.json_files import gold_answer, read_json_lines, written_number
 from ...contracts.protocols import Judgement, Response
 from .extractor import Encoded, read_manifest
 
@@ -24,7 +24,7 @@ KEPT = 4  # solutions of a problem
 LINE = "a line of solutions is a JSON object: prompt, solution (or solutions, response), id, and answer or passed"
 FIELDS = {
     "id": ("id", "prompt_id"),
-    "problem": ("prompt", "problem"),
+    "problem": ("prompt", "problem", "question"),
     "gold": ("answer", "gold", "golds"),
     "solution": ("solutions", "solution", "response"),
 }
@@ -56,9 +56,9 @@ def read_solutions(
 ) -> tuple[list[Problem], dict[str, int]]:
     """Problems with their right solutions, and how many others were left out, by reason.
 
-    Lines are {id|prompt_id, prompt|problem, answer|gold, solution|solutions|response, passed?}; a run's rollouts.jsonl
-    has such. What has no `passed` is judged. Without an id a problem is known by its text, and named as a run names it:
-    by its row. Raises DataError.
+    Lines are {id|prompt_id, prompt|problem|question, answer|gold, solution|solutions|response, passed?}; a run's
+    rollouts.jsonl has such, and GSM8K's own are read too (answer: "a solution #### 42"). What has no `passed` is
+    judged. Without an id a problem is known by its text, and named as a run names it: by its row. Raises DataError.
     """
     left_out: Counter[str] = Counter()
     named = _Named()
@@ -107,8 +107,10 @@ def _row(place: str, number: int, read: dict[str, Any]) -> _Row:
     """Raises DataError."""
     values = {k: next((read[key] for key in keys if read.get(key) is not None), None) for k, keys in FIELDS.items()}
     prompt_id, passed = values["id"], read.get("passed")
-    solutions = [text for text in _texts(values["solution"], place) if text.strip()]
-    golds = [text for text in _texts(values["gold"], place) if text]
+    answers = _texts(values["gold"], place)
+    golds = [gold for text in answers if (gold := gold_answer(text))]
+    worked = [text for text in answers if "####" in text]  # GSM8K's form: the answer is behind its solution
+    solutions = [text for text in _texts(values["solution"], place) or worked if text.strip()]
     problem = values["problem"]
     if not isinstance(problem, str) or not problem.strip():
         raise DataError(LINE, f"{place} has {', '.join(map(ascii, read))[:80]}", "give the problem's text as prompt")
@@ -169,6 +171,11 @@ class Solutions:
     def problem(self, prompt_id: str) -> str:
         """A problem's text; "" of one that is not here."""
         return self._rows[prompt_id]["problem"] if prompt_id in self._rows else ""
+
+    def has(self, prompt_id: str, text: str) -> bool:
+        """Whether there are solutions of this very problem under its id."""
+        there = self.problem(prompt_id).strip()
+        return bool(there) and there == text.strip()
 
     def of(self, prompt_id: str) -> list[np.ndarray]:
         """Step vectors, float32 [M, 128], of each solution; none of a problem that is not here."""

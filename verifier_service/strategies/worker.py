@@ -7,7 +7,6 @@ fewer than three steps, or of a prompt without a solution, is neutral: no alignm
 
 import time
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -16,12 +15,11 @@ from ...contracts.arrow import decode, encode
 from ...contracts.receipts import StrategyReceipt
 from ...contracts.records import Rollout, TokenCredit
 from ...models.loading import load_tokenizer
-from .alignment import PairAlignment, align, coverage, diversity, shaping, token_credit
+from .alignment import Best, Order, best_of, coverage, diversity, shaping, token_credit
 from .extractor import Encoded, Extractor
 from .segments import Step, pieces_of, segment
 from .solutions import Solutions
 
-FEWEST_STEPS = 3  # of either side: a shorter one is aligned with anything
 SERVICE = "strategies"
 
 
@@ -37,7 +35,7 @@ class StrategyWorker:
     def align(
         self,
         rollouts: pa.RecordBatch,
-        order: Literal["free", "ordered"] = "free",
+        order: Order = "free",
         credit_weight: float = 0.2,
         shaping: bool = True,
         counted: bool = True,
@@ -48,55 +46,40 @@ class StrategyWorker:
         own = decode(Rollout, rollouts)
         steps = [segment(pieces_of(self.tokenizer, response_of(one)), self.extractor.limits) for one in own]
         encoded = self.extractor.encode([[step.text for step in part] for part in steps])
-        best = self._best([one.prompt_id for one in own], encoded, order)
+        taught = [self.solutions.of(one.prompt_id) for one in own]
+        best = best_of([(one.vectors, solutions) for one, solutions in zip(encoded, taught, strict=True)], order)
         credits = [
-            self._credit(one, part, found, vectors, credit_weight, shaping)
-            for one, part, found, vectors in zip(own, steps, best, encoded, strict=True)
+            _credit(one, part, found, vectors, solutions, credit_weight, shaping)
+            for one, part, found, vectors, solutions in zip(own, steps, best, encoded, taught, strict=True)
         ]
         receipt = StrategyReceipt(
             rows=len(own),
             tokens=sum(one.response_length for one in own),
             seconds=time.perf_counter() - started,
-            alignments=tuple(found[0].alignment if found else None for found in best),
+            alignments=tuple(one.found.alignment if one else None for one in best),
             diversities=tuple(_diversities([one.group_id for one in own], encoded)),
             codes=tuple(tuple(map(int, vectors.codes)) for vectors in encoded),
             version=self.extractor.version,
         )
         return encode(TokenCredit, credits), receipt
 
-    def _best(
-        self, prompt_ids: Sequence[str], encoded: Sequence[Encoded], order: Literal["free", "ordered"]
-    ) -> list[tuple[PairAlignment, np.ndarray] | None]:
-        """Of each rollout the best alignment and the solution's vectors; None where it is neutral."""
-        pairs: list[tuple[int, np.ndarray]] = []
-        for row, (prompt_id, own) in enumerate(zip(prompt_ids, encoded, strict=True)):
-            if len(own.vectors) >= FEWEST_STEPS:
-                taught = self.solutions.of(prompt_id)
-                pairs += [(row, vectors) for vectors in taught if len(vectors) >= FEWEST_STEPS]
-        found = align([encoded[row].vectors for row, _ in pairs], [vectors for _, vectors in pairs], order=order)
-        best: list[tuple[PairAlignment, np.ndarray] | None] = [None] * len(encoded)
-        for (row, vectors), alignment in zip(pairs, found, strict=True):
-            known = best[row]
-            if known is None or alignment.alignment > known[0].alignment:
-                best[row] = (alignment, vectors)
-        return best
 
-    def _credit(
-        self,
-        rollout: Rollout,
-        steps: Sequence[Step],
-        best: tuple[PairAlignment, np.ndarray] | None,
-        encoded: Encoded,
-        credit_weight: float,
-        shaped: bool,
-    ) -> TokenCredit:
-        values = np.zeros(rollout.response_length, np.float32)
-        if best:
-            alignment, taught = best
-            moved = shaping(coverage(encoded.vectors, taught)) if shaped else np.zeros(len(steps))
-            spans = [(step.start, step.end) for step in steps]
-            values = token_credit(spans, rollout.response_length, alignment.credit, moved, beta=credit_weight)
-        return TokenCredit(rollout_id=rollout.rollout_id, service=SERVICE, values=values)
+def _credit(
+    rollout: Rollout,
+    steps: Sequence[Step],
+    best: Best | None,
+    encoded: Encoded,
+    solutions: Sequence[np.ndarray],
+    credit_weight: float,
+    shaped: bool,
+) -> TokenCredit:
+    values = np.zeros(rollout.response_length, np.float32)
+    if best:
+        taught = solutions[best.solution]
+        moved = shaping(coverage(encoded.vectors, taught)) if shaped else np.zeros(len(steps))
+        spans = [(step.start, step.end) for step in steps]
+        values = token_credit(spans, rollout.response_length, best.found.credit, moved, beta=credit_weight)
+    return TokenCredit(rollout_id=rollout.rollout_id, service=SERVICE, values=values)
 
 
 def response_of(rollout: Rollout) -> np.ndarray:

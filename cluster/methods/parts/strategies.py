@@ -1,7 +1,7 @@
 """What following a strategy is worth beside being right, and when it has become a trick.
 
 Pure functions of one step, and what is remembered between steps. The formulas are ours (docs/strategies.md): no paper
-has this method. A right answer outranks a wrong one, whatever either followed.
+has this method. With rewards of 1 and 0 a right answer outranks a wrong one, whatever either followed.
 """
 
 import math
