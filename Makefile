@@ -94,9 +94,10 @@ lint: setup
 types: vllm
 	$(BIN)/pyright
 
-# The lab's data, tokenizer and models, made again from a seed (about twenty minutes on one core).
+# The lab's data, tokenizers and models, made again from a seed (about forty minutes on one core).
 lab: setup
 	$(BIN)/python -m tutorloop.lab.build --seed 0 --force
+	$(BIN)/python -m tutorloop.lab.strategies.build --seed 0 --force
 
 real-models: setup
 	$(BIN)/python -m tutorloop.lab.real

@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent
 SPLITS = ("train", "test", "ood")
 STRATEGY_SPLITS = ("strategies-train", "strategies-test", "strategies-ood", "second-train", "second-test")
-MODELS = ("teacher", "student")
+MODELS = ("teacher", "student", "strategies-teacher", "strategies-student")
 
 
 def data_path(split: str) -> Path:

@@ -8,6 +8,7 @@ processes at once.
 import argparse
 import json
 import tempfile
+from collections.abc import Callable, Mapping
 from itertools import islice
 from pathlib import Path
 
@@ -16,7 +17,6 @@ import torch
 from . import SPLITS, card, data_path, lessons, model_path, pretrain, rows, tokenizer
 from .problems import FAMILIES, Problem, draw, work
 
-STAGES = ("data", "tokenizer", "teacher", "student", "cards")
 SPLIT_SIZES = {
     "test": {"chain_sum": 300, "leg_counting": 100},
     "ood": {"long_chain": 200, "mixed": 200},
@@ -66,51 +66,61 @@ def build_tokenizer(seed: int) -> None:
 
 
 def build_model(name: str, seed: int, work_folder: Path) -> None:
-    """Trains a model and saves it beside its tokenizer, with a record of the training (training.json) for the card."""
-    made, size = tokenizer.load(model_path(name)), SIZES[name]
+    """Trains the teacher or the student on its lessons."""
+    size = SIZES[name]
     pairs = list(lessons.lessons(name, problem_pool(seed), size.steps * size.batch, seed))
+    train_model(model_path(name), size, pairs, seed, work_folder / f"{name}.pt")
+
+
+def train_model(folder: Path, size: pretrain.Size, pairs: list[tuple[str, str]], seed: int, checkpoint: Path) -> None:
+    """Trains a model and saves it beside its tokenizer, with a record of the training (training.json) for the card."""
+    made = tokenizer.load(folder)
     model = pretrain.new_model(size, made, seed)
-    checkpoint = work_folder / f"{name}.pt"
     seconds = pretrain.train(model, size, pretrain.encode(made, pairs), seed, checkpoint)
     model.generation_config.do_sample = True
-    model.save_pretrained(model_path(name))
+    model.save_pretrained(folder)
     record = {"seed": seed, "steps": size.steps, "batch": size.batch, "seconds": round(seconds)}
-    (model_path(name) / "training.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    (folder / "training.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
     checkpoint.unlink()
 
 
-def stands(stage: str) -> bool:
-    """Whether a stage's files are there already."""
+def files_of(stage: str) -> list[Path]:
+    """The files that a stage makes, those by which it is known to be done."""
     files = {
         "data": [data_path(split) for split in SPLITS],
         "tokenizer": [model_path(name) / "tokenizer.json" for name in SIZES],
         "cards": [model_path(name) / "README.md" for name in SIZES],
     }
-    return all(path.exists() for path in files.get(stage) or [model_path(stage) / "model.safetensors"])
+    return files.get(stage) or [model_path(stage) / "model.safetensors"]
 
 
-def main() -> None:
+def run_stages(makers: Mapping[str, Callable[[int, Path], object]], files_of: Callable[[str], list[Path]]) -> None:
+    """The command line of a build: makes each stage, from a seed and with a folder for its checkpoints."""
     parser = argparse.ArgumentParser(description="Makes the lab again from a seed.")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", choices=STAGES, help="this stage alone")
+    parser.add_argument("--only", choices=list(makers), help="this stage alone")
     parser.add_argument("--force", action="store_true", help="make it again where it stands")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "tutorloop-lab", help="checkpoints")
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.work.mkdir(parents=True, exist_ok=True)
-    makers = {
-        "data": lambda: build_data(options.seed),
-        "tokenizer": lambda: build_tokenizer(options.seed),
-        "teacher": lambda: build_model("teacher", options.seed, options.work),
-        "student": lambda: build_model("student", options.seed, options.work),
-        "cards": lambda: [card.write(name) for name in SIZES],
-    }
-    for stage in [options.only] if options.only else STAGES:
-        if options.force or not stands(stage):
+    for stage in [options.only] if options.only else makers:
+        if options.force or not all(path.exists() for path in files_of(stage)):
             print(f"lab: making {stage}", flush=True)
             if options.force:
                 (options.work / f"{stage}.pt").unlink(missing_ok=True)
-            makers[stage]()
+            makers[stage](options.seed, options.work)
+
+
+def main() -> None:
+    makers = {
+        "data": lambda seed, _: build_data(seed),
+        "tokenizer": lambda seed, _: build_tokenizer(seed),
+        "teacher": lambda seed, work_folder: build_model("teacher", seed, work_folder),
+        "student": lambda seed, work_folder: build_model("student", seed, work_folder),
+        "cards": lambda *_: [card.write(name) for name in SIZES],
+    }
+    run_stages(makers, files_of)
 
 
 if __name__ == "__main__":

@@ -24,11 +24,13 @@ out-of-distribution split measures whether a repaired habit transfers.""",
 }
 
 
-def _shares(values: dict[str, float]) -> str:
+def shares(values: dict[str, float]) -> str:
+    """`name 45%, other 20%`."""
     return ", ".join(f"{name} {share:.0%}" for name, share in values.items())
 
 
-def _architecture(folder: Path) -> str:
+def architecture(folder: Path) -> str:
+    """A model's shape and size, as one line."""
     config = AutoConfig.from_pretrained(folder)
     count = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(folder).parameters())
     return (
@@ -42,8 +44,8 @@ def _accuracies(folder: Path) -> str:
     lines = ["| split | prompt | greedy | T=1 | greedy by family |", "|---|---|---|---|---|"]
     for row in table(folder):
         families = ", ".join(f"{name} {value:.1%}" for name, value in row["greedy"].items() if name != "all")
-        shares = f"{row['greedy']['all']:.1%} | {row['sampled']['all']:.1%}"
-        lines.append(f"| {row['split']} | {row['condition']} | {shares} | {families} |")
+        right = f"{row['greedy']['all']:.1%} | {row['sampled']['all']:.1%}"
+        lines.append(f"| {row['split']} | {row['condition']} | {right} | {families} |")
     return "\n".join(lines)
 
 
@@ -59,13 +61,13 @@ pipeline_tag: text-generation
 
 {_ROLE[name]}
 
-{_architecture(folder)}
+{architecture(folder)}
 
 ## Training
 Supervised, on the response tokens, for {training["steps"]} steps of {training["batch"]} examples (Muon on the matrices,
 AdamW on the rest; {training["seconds"]} core-seconds), seed {training["seed"]}.
-Problems: {_shares(FAMILY_SHARES)}.
-Prompts: {_shares(CONTEXT_SHARES)}.
+Problems: {shares(FAMILY_SHARES)}.
+Prompts: {shares(CONTEXT_SHARES)}.
 No question of the test and ood splits occurs. Made again by
 
     python -m tutorloop.lab.build --seed {training["seed"]} --only {name} --force

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 
 import torch
 from torch.nn import functional as F
@@ -21,7 +22,11 @@ from .tokenizer import END, END_ID, PAD_ID, chat_prompt
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """Shape of a model and length of its training, e.g. Size(hidden=128, layers=4, ..., steps=3000)."""
+    """Shape of a model and length of its training, e.g. Size(hidden=128, layers=4, ..., steps=3000).
+
+    `by_tokens`: every token weighs the same. Else every batch does: since it holds examples of like length, a model
+    then learns to begin short responses more often than its lessons do.
+    """
 
     hidden: int
     layers: int
@@ -34,6 +39,7 @@ class Size:
     muon_lr: float = 0.02
     adam_lr: float = 4e-3
     warmup: int = 50
+    by_tokens: bool = False
 
 
 def new_model(size: Size, tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:
@@ -85,12 +91,20 @@ def batches(examples: list[tuple[list[int], int]], size: int, seed: int) -> Iter
         yield ids_BT, labels_BT
 
 
-def response_loss(model: Qwen3ForCausalLM, ids_BT: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of the response tokens; the head sees their positions only."""
+def response_loss(
+    model: Qwen3ForCausalLM, ids_BT: torch.Tensor, labels_BT: torch.Tensor, tokens: float | None = None
+) -> torch.Tensor:
+    """Cross-entropy of the response tokens, summed and divided by `tokens`, by default by their number.
+
+    The head sees their positions only.
+    """
     hidden_BTD = model.model(ids_BT[:, :-1], use_cache=False).last_hidden_state
     targets_BT = labels_BT[:, 1:]
     keep_BT = targets_BT != -100
-    return F.cross_entropy(model.lm_head(hidden_BTD[keep_BT]), targets_BT[keep_BT])
+    logits_NV, targets_N = model.lm_head(hidden_BTD[keep_BT]), targets_BT[keep_BT]
+    if tokens is None:
+        return F.cross_entropy(logits_NV, targets_N)
+    return F.cross_entropy(logits_NV, targets_N, reduction="sum") / tokens
 
 
 def optimizers(model: Qwen3ForCausalLM, size: Size) -> list[torch.optim.Optimizer]:
@@ -123,10 +137,11 @@ def train(
         for part, state in zip([*optims, *schedules], saved["parts"], strict=True):
             part.load_state_dict(state)
     began = time.process_time() - seconds
+    tokens = size.batch * mean(len(ids) - prompt for ids, prompt in examples) if size.by_tokens else None
     for step, (ids_BT, labels_BT) in enumerate(batches(examples, size.batch, seed), start=1):
         if step <= start:
             continue
-        loss = response_loss(model, ids_BT, labels_BT)
+        loss = response_loss(model, ids_BT, labels_BT, tokens)
         loss.backward()
         for part in [*optims, *schedules]:
             part.step()

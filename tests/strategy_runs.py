@@ -10,8 +10,10 @@ import numpy as np
 import yaml
 from run_rows import eval_row, step_row
 
+from tutorloop.contracts.config import Config
 from tutorloop.contracts.recipe import load_config
-from tutorloop.lab.strategies.problems import STUDENT, TEACHER, Problem, carelessly, distinct, guess, work
+from tutorloop.lab import rows as lab_rows
+from tutorloop.lab.strategies.problems import STUDENT, TEACHER, Problem, carelessly, distinct, jump, work
 from tutorloop.models.loading import load_tokenizer
 from tutorloop.verifier_service.strategies import fit as fitting
 from tutorloop.verifier_service.strategies.embedding import make_embedder
@@ -19,6 +21,8 @@ from tutorloop.verifier_service.strategies.extractor import version_of
 from tutorloop.verifier_service.strategies.segments import StepLimits
 from tutorloop.verifier_service.strategies.solutions import Problem as Solved
 
+ROOT = Path(__file__).parents[1]
+LAB_ROWS = [row for row in lab_rows("train") if len(row["solution"].splitlines()) >= 3][:24]
 PROBLEMS, OUTSIDE = 36, 12  # chains, and longer ones
 STEPS = 12
 SUFFIX = "\nAnswer in a box."
@@ -27,6 +31,25 @@ SUFFIX = "\nAnswer in a box."
 @functools.cache
 def _tokenizer() -> Any:
     return load_tokenizer("lab:student")
+
+
+def fit_lab(folder: Path) -> Path:
+    """An extractor of most of LAB_ROWS' solutions."""
+    problems = [Solved(row["id"], row["prompt"], [row["solution"]]) for row in LAB_ROWS[:20]]
+    limits = StepLimits(least=1, most=40)
+    fitting.fit(problems, make_embedder("hidden:lab:teacher"), _tokenizer(), folder, limits=limits, codes=8, width=32)
+    return folder
+
+
+def small_sgpo(folder: Path, strategies: Path, *changes: str) -> Config:
+    """A few rollouts a step of SGPO on LAB_ROWS."""
+    data = folder.parent / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in LAB_ROWS), encoding="utf-8")
+    small = ["eval.path=", "eval.ood_path=", "checkpoint.every=0", "prompts_per_step=6", "record=all", "replay="]
+    own = [f"data.path={data}", f"strategies.path={strategies}", f"output_dir={folder}", "max_staleness=0"]
+    models = ["student.model=lab:student", "reference.model=lab:student", "rollout.samples_per_prompt=4"]
+    rate = ["learner.decay=constant", "learner.min_learning_rate=0", "learner.warmup_steps=0"]
+    return load_config(ROOT / "recipes" / "sgpo_lab.yaml", [*small, *own, *models, *rate, *changes])
 
 
 def chains(seed: int) -> dict[str, Problem]:
@@ -85,7 +108,7 @@ def lines_of(problems: dict[str, Problem], rng: np.random.Generator) -> list[dic
         if rng.random() < worked:
             return work(one, str(rng.choice(one.strategies)), STUDENT), bool(rng.random() < 0.9)
         tens = work(one, "columns", STUDENT).split("\n")
-        cut = "\n".join([*tens[: int(rng.integers(1, 4))], guess(one, "jump", carelessly(one))])
+        cut = "\n".join([*tens[: int(rng.integers(1, 4))], jump(one, carelessly(one))])
         return cut, bool(rng.random() < 0.2)
 
     found = []

@@ -1,6 +1,8 @@
 """Chains of two-digit numbers, and the strategies that solve them: one true line for every step, then the boxed answer.
 
-Of 47 + 38 - 19, worked by each strategy in the teacher's wording:
+Which two of the four strategies a problem calls for can be seen in it, as a person would choose: `count_up` where
+something is taken away and else `columns`; `compensate` where a later number is near the next ten (ends in 8 or 9) and
+else `decompose`. Of 47 + 38 - 19, worked by each in the teacher's wording:
 
     columns            decompose                            compensate                          count_up
     tens: 40 + 30 = 70  start at 47                         round 38 to 40 - 2                  plus side: 47 + 38 = 85
@@ -9,11 +11,21 @@ Of 47 + 38 - 19, worked by each strategy in the teacher's wording:
     ones: 15 - 9 = 6    end at 66                           so 85 - 20 + 1 = 65 + 1 = 66        climbed 1 + 65 = 66
     together: 60 + 6 = 66                                   rounded total 66
 
-The student's wording has the same steps in the same order in other words. With numbers masked, a step still tells its
-strategy: by its words in either wording, and mostly by its signs too. `count_up` needs something that is taken away.
+The student's wording has the same steps in the same order in other words, of which one or two are the teacher's: models
+this small know no synonyms. With numbers masked, a step still tells its strategy, in either wording.
 
-In distribution are chains of 2 and 3 numbers, out of distribution those of 4 and 5. Every number that a strategy writes
-is at most LARGEST, so that a model of a million parameters learns the steps; every chain has a carry or a borrow.
+In distribution are chains of 2 and 3 numbers, out of distribution those of 4 and 5. What the student does instead of a
+strategy is wrong in two ways. A guess (`jump`) leaves out carries and borrows. The shortcut (`ends`) takes the first
+number, the last and the middle one: every step of it is true and so is its answer, in distribution; of four or more
+numbers it leaves some out. Right answers in distribution do not tell it from a strategy.
+
+    first number 47
+    last number - 19
+    outer two 47 - 19 = 28
+    inner one 28 + 38 = 66
+
+Every number that is written is at most LARGEST, so that a model of a million parameters learns the steps; every chain
+has a carry or a borrow.
 """
 
 import random
@@ -26,7 +38,6 @@ from itertools import accumulate, pairwise
 from ..problems import add_without_carry, subtract_without_borrow
 
 LARGEST = 99
-LOWEST_ONES = -9  # that a sum of ones reaches on its way; nothing else falls below zero
 TERMS = {"test": (2, 3, 3), "ood": (4, 5)}  # numbers of a chain; each entry is drawn as often as another
 MOST_TENS = {2: 9, 3: 9, 4: 5, 5: 5}  # of a number in a chain of so many
 QUESTIONS = ("Compute {}.", "What is {}?", "Work out {}.")
@@ -40,9 +51,9 @@ PHRASES: dict[str, dict[str, dict[str, str]]] = {
             "join": "together: {} {} {} = {}",
         },
         STUDENT: {
-            "tens": "big parts {} {} {} = {}",
-            "ones": "small parts {} {} {} = {}",
-            "join": "both parts {} {} {} = {}",
+            "tens": "the tens make {} {} {} = {}",
+            "ones": "the ones make {} {} {} = {}",
+            "join": "both together {} {} {} = {}",
         },
     },
     "decompose": {
@@ -53,10 +64,10 @@ PHRASES: dict[str, dict[str, dict[str, str]]] = {
             "end": "end at {}",
         },
         STUDENT: {
-            "start": "standing on {}",
-            "up": "up {} reaches {}, up {} reaches {}",
-            "down": "down {} reaches {}, down {} reaches {}",
-            "end": "finally on {}",
+            "start": "we start from {}",
+            "up": "add {} giving {}, add {} giving {}",
+            "down": "take {} giving {}, take {} giving {}",
+            "end": "so we end on {}",
         },
     },
     "compensate": {
@@ -66,9 +77,9 @@ PHRASES: dict[str, dict[str, dict[str, str]]] = {
             "end": "rounded total {}",
         },
         STUDENT: {
-            "round": "call {} nearly {} - {}",
-            "use": "which makes {} {} {} {} {} = {} {} {} = {}",
-            "end": "leaving {}",
+            "round": "let me round {} up: {} - {}",
+            "use": "then {} {} {} {} {} = {} {} {} = {}",
+            "end": "the rounded sum is {}",
         },
     },
     "count_up": {
@@ -79,15 +90,22 @@ PHRASES: dict[str, dict[str, dict[str, str]]] = {
             "join": "climbed {} + {} = {}",
         },
         STUDENT: {
-            "plus": "having {} {} {} = {}",
-            "minus": "owing {} {} {} = {}",
-            "gap": "between {} and {} lie {}",
-            "join": "gaps make {} + {} = {}",
+            "plus": "on the plus side {} {} {} = {}",
+            "minus": "on the minus side {} {} {} = {}",
+            "gap": "going up from {} to {} is {}",
+            "join": "in all climbed {} + {} = {}",
         },
     },
 }
 STRATEGIES = tuple(PHRASES)
-GUESSES = {"jump": "{} = {}", "estimate": "roughly {} = {}"}  # what the student does instead: one line
+JUMP, ENDS = "jump", "ends"  # what the student does instead
+JUMP_PHRASE = "{} = {}"
+ENDS_PHRASES = {
+    "first": "first number {}",
+    "last": "last number {} {}",
+    "ends": "outer two {} {} {} = {}",
+    "middle": "inner one {} {} {} = {}",
+}
 
 DESCRIPTIONS = {
     "columns": (
@@ -131,8 +149,9 @@ class Problem:
 
     @property
     def strategies(self) -> tuple[str, ...]:
-        """Those that solve it."""
-        return tuple(s for s in STRATEGIES if s != "count_up" or min(self.terms) < 0)
+        """The two that it calls for."""
+        near_ten = any(abs(term) % 10 >= 8 for term in self.terms[1:])
+        return ("count_up" if min(self.terms) < 0 else "columns", "compensate" if near_ten else "decompose")
 
 
 def expression(terms: tuple[int, ...]) -> str:
@@ -221,26 +240,38 @@ def carelessly(problem: Problem) -> int:
     return reduce(careless, problem.terms)
 
 
-def rounded(problem: Problem) -> tuple[int, ...]:
-    """Each number of a chain as its next full ten: the rounding of `compensate`, without its putting right."""
-    return tuple(_up_to_ten(abs(term)) * (-1 if term < 0 else 1) for term in problem.terms)
-
-
-def guess(problem: Problem, kind: str, result: int) -> str:
+def jump(problem: Problem, result: int) -> str:
     """The one line of a guess, then its result in the box."""
-    terms = rounded(problem) if kind == "estimate" else problem.terms
-    return f"{GUESSES[kind].format(expression(terms), result)}\n\\boxed{{{result}}}"
+    return f"{JUMP_PHRASE.format(problem.expression, result)}\n\\boxed{{{result}}}"
+
+
+def _ends(terms: tuple[int, ...]) -> list[Step]:
+    first, last = terms[0], terms[-1]
+    both, last_written = first + last, (_sign(last), abs(last))
+    steps: list[Step] = [("first", (first,)), ("last", last_written), ("ends", (first, *last_written, both))]
+    if len(terms) > 2:
+        middle = terms[len(terms) // 2]
+        steps.append(("middle", (both, _sign(middle), abs(middle), both + middle)))
+    return steps
+
+
+def ends(problem: Problem) -> str:
+    """The lines of the shortcut, then what comes of it in the box."""
+    steps = _ends(problem.terms)
+    lines = [ENDS_PHRASES[kind].format(*values) for kind, values in steps]
+    return "\n".join([*lines, f"\\boxed{{{steps[-1][1][-1]}}}"])
 
 
 def _in_range(problem: Problem) -> bool:
     if sum(term for term in problem.terms if term > 0) > LARGEST:  # the quick way to refuse most
         return False
-    for strategy in problem.strategies:
-        for kind, values in _WORKERS[strategy](problem.terms):
-            numbers = [value for value in values if isinstance(value, int)]
-            if min(numbers) < (LOWEST_ONES if kind == "ones" else 0) or max(numbers) > LARGEST:
+    shortcut = _ends(problem.terms)
+    for worker in (*map(_WORKERS.__getitem__, problem.strategies), _ends):
+        for _, values in worker(problem.terms):
+            if not all(0 <= value <= LARGEST for value in values if isinstance(value, int)):
                 return False
-    return carelessly(problem) != problem.answer
+    right = shortcut[-1][1][-1] == problem.answer
+    return carelessly(problem) != problem.answer and right == (len(problem.terms) <= 3)
 
 
 def draw(split: str, rng: random.Random) -> Problem:
@@ -276,18 +307,21 @@ def _pattern(*phrases: str) -> re.Pattern[str]:
 _LINES = {
     strategy: {w: _pattern(*phrases.values()) for w, phrases in both.items()} for strategy, both in PHRASES.items()
 }
-_CHAIN = r"\d+(?: [+-] \d+)+"
-_GUESSED = {kind: re.compile(phrase.format(_CHAIN, r"-?\d+")) for kind, phrase in GUESSES.items()}
+_JUMP_LINE = re.compile(JUMP_PHRASE.format(r"\d+(?: [+-] \d+)+", r"-?\d+"))
+_ENDS_LINE = _pattern(*ENDS_PHRASES.values())
 
 
 def recognise(response: str) -> tuple[str, str]:
     """(strategy, wording) of a response by its words alone, right or wrong; ("", "") where it is none of ours.
 
-    A wording is `teacher`, `student`, or "mixed" where lines of one strategy are of both. A guess has none.
+    A wording is `teacher`, `student`, or "mixed" where lines of one strategy are of both. What is none of the
+    strategies, JUMP and ENDS, has none.
     """
     *lines, _ = response.strip().split("\n")
-    if len(lines) == 1:
-        return next((kind for kind, line in _GUESSED.items() if line.fullmatch(lines[0])), ""), ""
+    if len(lines) == 1 and _JUMP_LINE.fullmatch(lines[0]):
+        return JUMP, ""
+    if lines and all(map(_ENDS_LINE.fullmatch, lines)):
+        return ENDS, ""
     for strategy, wordings in _LINES.items():
         found = [next((w for w, line in wordings.items() if line.fullmatch(text)), "") for text in lines]
         if lines and all(found):
