@@ -94,7 +94,7 @@ lint: setup
 types: vllm
 	$(BIN)/pyright
 
-# The lab's data, tokenizers and models, made again from a seed (about forty minutes on one core).
+# The lab's data, tokenizers and models, made again from a seed (about an hour on one core).
 lab: setup
 	$(BIN)/python -m tutorloop.lab.build --seed 0 --force
 	$(BIN)/python -m tutorloop.lab.strategies.build --seed 0 --force
