@@ -160,7 +160,7 @@ def table() -> str:
     """strategies.md."""
     by_name = {name: [row for row in rows() if row["name"] == name] for name in (*MODELS, *VARIANTS)}
     by_name = {name: own for name, own in by_name.items() if own}
-    (made_on,) = {row["machine"] for own in by_name.values() for row in own}
+    made_on = " and ".join(sorted({row["machine"] for own in by_name.values() for row in own}))
     lines = [
         "# Strategies on the lab",
         "",

@@ -14,9 +14,9 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from methods import machine
+from methods import QUIET, machine
 from rich.console import Console
-from strategies import FITTED, QUIET, fit
+from strategies import FITTED, fit
 
 from tutorloop.cluster import run
 from tutorloop.contracts.recipe import load_config

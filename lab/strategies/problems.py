@@ -17,7 +17,7 @@ this small know no synonyms. With numbers masked, a step still tells its strateg
 In distribution are chains of 2 and 3 numbers, out of distribution those of 4 and 5. What the student does instead of a
 strategy is wrong in two ways. A guess (`jump`) leaves out carries and borrows. The shortcut (`ends`) takes the first
 number, the last and the middle one: every step of it is true and so is its answer, in distribution; of four or more
-numbers it leaves some out. Right answers in distribution do not tell it from a strategy.
+numbers it leaves some out. Right answers in distribution hardly tell it from a strategy.
 
     first number 47
     last number - 19
