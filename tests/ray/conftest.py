@@ -1,10 +1,22 @@
 """A cluster that whole runs join; each leaves nothing behind on it."""
 
 import gc
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 
 import pytest
 import ray
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_folder() -> Iterator[str]:
+    """Ray writes the address of the machine's newest cluster into its folder, and a job joins that one: of two
+    processes that test side by side each has a folder of its own, with a short path."""
+    os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="tl")
+    yield os.environ["RAY_TMPDIR"]
+    shutil.rmtree(os.environ.pop("RAY_TMPDIR"), ignore_errors=True)
 
 
 @pytest.fixture(scope="module")

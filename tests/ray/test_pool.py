@@ -120,7 +120,8 @@ with cluster(None):
 def test_a_private_ray_starts_without_a_home_and_in_a_long_tmpdir(tmp_path):
     folder = tmp_path / ("x" * 60)
     folder.mkdir()
-    environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "RAY_AUTH_TOKEN")}
+    own = ("HOME", "RAY_AUTH_TOKEN", "RAY_TMPDIR")
+    environment = {name: value for name, value in os.environ.items() if name not in own}
     for home in ({}, {"HOME": "/"}):
         before = Path("/.ray").exists()
         command = [sys.executable, "-c", PRIVATE]

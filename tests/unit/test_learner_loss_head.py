@@ -11,6 +11,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from tutorloop.contracts.arrow import encode
 from tutorloop.contracts.errors import LearnerError, ModelError, RecordError
 from tutorloop.contracts.records import Correction, Rollout, StepPlan, TeacherScores, Term, TrainRow
+from tutorloop.learner import loss_head
 from tutorloop.learner.examples import Example, join
 from tutorloop.learner.loss_head import ChunkedLoss, PackedStudent
 from tutorloop.learner.micro_batch import Selection, collate
@@ -105,6 +106,7 @@ def run_objective(student, pairs, teachers, terms, correction, cut=4):
 def test_several_teachers_in_small_chunks_match_dense_float64(seed, monkeypatch):
     print("seed", seed)
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 4 * VOCAB * 7)  # seven rows a chunk, so that teachers share chunks
+    monkeypatch.setattr(loss_head, "BLOCK_BYTES", 4 * VOCAB * 3)  # and blocks of three rows, three and one
     rng = np.random.default_rng(seed)
     teachers = {name: tiny(10 + i, hidden) for i, (name, hidden) in enumerate(TEACHERS.items())}
     pairs = [example(rng, teachers, f"r{i}") for i in range(13)]

@@ -24,6 +24,7 @@ from term_cases import golden
 from tutorloop.contracts.config import REFERENCE
 from tutorloop.contracts.errors import NotFinite
 from tutorloop.contracts.records import Correction, TeacherScores, Term
+from tutorloop.learner import loss_head
 from tutorloop.models import logits as chunks
 
 BEHAVIOUR = Correction(proximal="behaviour")
@@ -210,6 +211,7 @@ def test_normalised_weights_match_golden_token_by_token():
 @pytest.mark.parametrize("high", [None, 1.3])
 def test_all_terms_together_match_the_slow_loops(high, monkeypatch):
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 4 * 13 * 7)  # seven rows a chunk: teachers and terms share chunks
+    monkeypatch.setattr(loss_head, "BLOCK_BYTES", 4 * 13 * 3)  # and blocks of three rows, three and one
     world = World()
     examples, slow = mixed_examples(world), world.student(torch.float64)
     correction = Correction(kind="truncated", high=high) if high else Correction()
