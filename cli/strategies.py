@@ -97,6 +97,17 @@ def show(
     most: Annotated[
         int, typer.Option(min=1, help="Rollouts that are read, at most: of training, and of either evaluation.")
     ] = 500,
+    strategies: Annotated[
+        Path | None, typer.Option(help="Where the run's extractor is now; default: where the run had it.")
+    ] = None,
+    solutions: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Right solutions of problems that the extractor was not fitted to, those of evaluations: their "
+            "rollouts are compared with these. As `fit` reads them; may be given again.",
+        ),
+    ] = None,
+    verifier: Annotated[str, typer.Option(help="math, exact or numeric, for --solutions.")] = "math",
     anyway: Annotated[
         bool, typer.Option("--anyway", help="Go on where the extractor is another than the run's.")
     ] = False,
@@ -114,7 +125,17 @@ def show(
     from ..cluster.recording.strategy_export import figures_of, read_of
     from ..cluster.recording.strategy_page import write_audit
 
-    found = audit(run, most=most, rollout=rollout, anyway=anyway, device=device, threads=threads)
+    more = _problems(solutions, verifier) if solutions else []
+    found = audit(
+        run,
+        most=most,
+        rollout=rollout,
+        strategies=strategies,
+        more=more,
+        anyway=anyway,
+        device=device,
+        threads=threads,
+    )
     page, lines = write_audit(found, to or run)
     if as_json:
         typer.echo(json.dumps({**figures_of(found), "page": str(page), "lines": str(lines)}))

@@ -60,16 +60,21 @@ def chains(seed: int) -> dict[str, Problem]:
     return found | {f"long-{number}": next(outside) for number in range(OUTSIDE)}
 
 
+def solved(problems: dict[str, Problem]) -> dict[str, Solved]:
+    """With the teacher's solutions, by the problems' ids."""
+    return {
+        name: Solved(name, f"What is {one.expression}?", [work(one, s, TEACHER) for s in one.strategies])
+        for name, one in problems.items()
+    }
+
+
 def fit_chains(folder: Path, problems: dict[str, Problem], extra: dict[str, str] | None = None) -> None:
     """An extractor of the teacher's solutions of `problems`; `extra`: one more solution by prompt id."""
-    solved = [
-        Solved(name, f"What is {one.expression}?", [work(one, s, TEACHER) for s in one.strategies])
-        for name, one in problems.items()
-    ]
-    for one in solved:
-        one.solutions += [text for name, text in (extra or {}).items() if name == one.prompt_id]
-    limits = StepLimits(least=1, most=48, steps=32)
-    fitting.fit(solved, make_embedder("hidden:lab:teacher"), _tokenizer(), folder, limits=limits, codes=16, frozen=True)
+    found = solved(problems)
+    for name, text in (extra or {}).items():
+        found[name].solutions.append(text)
+    given = {"limits": StepLimits(least=1, most=48, steps=32), "codes": 16, "frozen": True}
+    fitting.fit(list(found.values()), make_embedder("hidden:lab:teacher"), _tokenizer(), folder, **given)
 
 
 def line(rollout_id: str, prompt_id: str, problem: str, response: str, **known: Any) -> dict[str, Any]:
@@ -100,7 +105,8 @@ def line(rollout_id: str, prompt_id: str, problem: str, response: str, **known: 
 
 
 def lines_of(problems: dict[str, Problem], rng: np.random.Generator) -> list[dict[str, Any]]:
-    """Four answers to three problems a step: mostly worked, later more often; and an evaluation of either split."""
+    """Four answers to three problems a step: mostly worked, later more often; and an evaluation of either split, with a
+    right answer and a wrong one among the worked."""
     inside, outside = ([name for name in problems if name.startswith(start)] for start in ("chain", "long"))
 
     def answer(name: str, worked: float) -> tuple[str, bool]:
@@ -121,7 +127,8 @@ def lines_of(problems: dict[str, Problem], rng: np.random.Generator) -> list[dic
                 found.append(line(f"{step}-{name}-{sample}", str(name), question, text, **known))
     for split, names in (("in_distribution", inside[:8]), ("out_of_distribution", outside)):
         for row, name in enumerate(names):
-            text, passed = answer(name, 0.6)
+            text, passed = answer(name, 0.6 if row > 1 else 1)
+            passed = passed if row > 1 else row == 0
             known = {"kind": "eval", "step": STEPS, "split": split, "model": "student", "passed": passed}
             found.append(line(f"eval-{row}-0", name, f"What is {problems[name].expression}?", text, **known))
     return found

@@ -20,8 +20,8 @@ from ...contracts.recipe import load_config
 from ...models.loading import load_tokenizer
 from ...verifier_service.strategies.alignment import FEWEST_STEPS, Best, Order, best_of
 from ...verifier_service.strategies.extractor import Extractor
-from ...verifier_service.strategies.fit import CODES, REPORT
-from ...verifier_service.strategies.solutions import Solutions
+from ...verifier_service.strategies.fit import CODES, REPORT, steps_of
+from ...verifier_service.strategies.solutions import Problem, Solutions
 from ...verifier_service.strategies.usage import code_assignment, dpp_logdet, usage
 from .metrics import METRICS_FILE, read_rows
 from .samples import ROLLOUTS_FILE
@@ -101,31 +101,40 @@ class Audit:
 
 
 def audit(
-    folder: Path, *, most: int = 500, rollout: str = "", anyway: bool = False, device: str = "cpu", threads: int = 1
+    folder: Path,
+    *,
+    most: int = 500,
+    rollout: str = "",
+    strategies: Path | None = None,
+    more: Sequence[Problem] = (),
+    anyway: bool = False,
+    device: str = "cpu",
+    threads: int = 1,
 ) -> Audit:
     """Of the run in `folder`, with at most `most` rollouts of training and of each evaluation's split. `rollout`: whose
-    plan is shown (default: the newest that passed); `anyway`: with another extractor than the run's, too.
+    plan is shown (default: the newest that passed); `strategies`: where the extractor is now; `more`: problems that it
+    was not fitted to, whose solutions rollouts are compared with too; `anyway`: with another extractor than the run's.
 
     Raises RunFolderError where the folder holds no recorded rollouts, StrategyError where the run has no strategies or
     they are others by now, and where `rollout` cannot be shown.
     """
     config = _config(folder)
     assert config.strategies
-    path = Path(config.strategies.path).expanduser()
+    path = (strategies or Path(config.strategies.path)).expanduser()
     recorded_version = _recorded_version(folder)
     extractor, solutions = Extractor.load(path, device, threads), Solutions.load(path)
     if recorded_version not in (None, extractor.version) and not anyway:
         rule = "a run is audited with the extractor that it was rewarded by"
         found = f"{path} is version {extractor.version}, the run had {recorded_version}"
-        raise StrategyError(rule, found, "put the folder back, or see what this one says of it with --anyway")
-    suffix = config.data.prompt_suffix
+        raise StrategyError(rule, found, "give it as --strategies, or see what this one says of it with --anyway")
+    suffix, tokenizer = config.data.prompt_suffix, load_tokenizer(config.student.model)
+    if more:
+        solutions = _joined(solutions, more, extractor, tokenizer)
 
     def knows(prompt_id: str, text: str) -> bool:
         return solutions.has(prompt_id, text.removesuffix(suffix))
 
-    chosen = read_recorded(
-        folder / ROLLOUTS_FILE, load_tokenizer(config.student.model), extractor.limits, knows, most, rollout
-    )
+    chosen = read_recorded(folder / ROLLOUTS_FILE, tokenizer, extractor.limits, knows, most, rollout)
     if not chosen.rollouts:
         found = f"{folder}: {_in_words(chosen.left_out) or 'nothing'}"
         raise RunFolderError("an audit reads the student's recorded rollouts", found, "train with record=some or all")
@@ -178,6 +187,12 @@ def _recorded_version(folder: Path) -> str | None:
     except (ValueError, TypeError, LookupError) as error:
         remedy = "restore it, or remove it to go on without comparing"
         raise RunFolderError("a run's identity.json is as it was written", f"{file}: {error}", remedy) from error
+
+
+def _joined(solutions: Solutions, more: Sequence[Problem], extractor: Extractor, tokenizer: Any) -> Solutions:
+    nested = [[steps_of(tokenizer, text, extractor.limits) for text in problem.solutions] for problem in more]
+    encoded = iter(extractor.encode([texts for own in nested for texts in own]))
+    return solutions.joined(more, nested, [[next(encoded) for _ in own] for own in nested])
 
 
 def _order(config: Config) -> Order:

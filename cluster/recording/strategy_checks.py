@@ -86,7 +86,7 @@ def _auc(audit: Audit, name: str) -> Check:
     found = (
         f"From {_of(measured)} in {where}"
         if measured
-        else f"In {where} there are not both right and wrong answers with an alignment"
+        else f"In {where} there are not both right and wrong answers with an alignment (--solutions may help)"
     )
     return Check(
         name=f"AUC of alignment against correctness, {SPLITS[name]}",

@@ -9,19 +9,21 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from run_rows import fresh_rng
-from strategy_runs import SUFFIX, chains, fit_chains, line, lines_of, metric_rows, write_run
+from strategy_runs import SUFFIX, chains, fit_chains, line, lines_of, metric_rows, solved, write_run
 
 from tutorloop.cluster.recording.strategy_audit import STRANGERS, audit
 from tutorloop.cluster.recording.strategy_audit import _Strangers as Strangers
 from tutorloop.cluster.recording.strategy_checks import checks_of
 from tutorloop.cluster.recording.strategy_figures import auc, mean_over_problems, student_t
 from tutorloop.cluster.recording.strategy_page import write_audit
-from tutorloop.cluster.recording.strategy_rollouts import LONG, MOST_TOKENS, NO_SOLUTION, OTHERS, UNREADABLE
+from tutorloop.cluster.recording.strategy_rollouts import LONG, MOST_TOKENS, NO_SOLUTION, OTHERS, OUTSIDE, UNREADABLE
 from tutorloop.contracts.arrow import encode
 from tutorloop.contracts.errors import RunFolderError, StrategyError
 from tutorloop.contracts.records import Rollout
+from tutorloop.models.loading import load_tokenizer
 from tutorloop.verifier_service.strategies.alignment import FEWEST_STEPS, align, best_of
 from tutorloop.verifier_service.strategies.extractor import Extractor
+from tutorloop.verifier_service.strategies.fit import steps_of
 from tutorloop.verifier_service.strategies.solutions import Solutions
 from tutorloop.verifier_service.strategies.worker import StrategyWorker
 
@@ -302,6 +304,28 @@ def test_what_cannot_be_audited_is_the_users_to_mend(run, tmp_path):
     (folder / "identity.json").write_text("{")
     with pytest.raises(RunFolderError, match="as it was written"):
         audit(folder)
+
+
+def test_solutions_that_the_extractor_was_not_fitted_to_are_compared_with(tmp_path):
+    """With as many figures as if it had been: frozen embeddings of the same statistics say the same of them."""
+    rng = fresh_rng()
+    problems = chains(int(rng.integers(1000)))
+    inside = {name: one for name, one in problems.items() if name.startswith("chain")}
+    fit_chains(tmp_path / "strategies", inside)
+    folder = write_run(tmp_path / "run", tmp_path / "strategies", lines_of(problems, rng), [])
+    assert audit(folder).aucs[OUTSIDE] == (OUTSIDE, None)
+    (tmp_path / "strategies").rename(tmp_path / "moved")
+    more = [one for name, one in solved(problems).items() if name not in inside]
+    found = audit(folder, strategies=tmp_path / "moved", more=more)
+    _, of = found.aucs[OUTSIDE]
+    own = [one for one in found.followed if one.recorded.split == OUTSIDE]
+    assert of and of.problems == len(more) and all(one.best for one in own if len(one.codes) >= FEWEST_STEPS)
+    extractor, tokenizer = Extractor.load(tmp_path / "moved"), load_tokenizer("lab:student")
+    for problem in more:
+        texts = [steps_of(tokenizer, text, extractor.limits) for text in problem.solutions]
+        for slow, fast in zip(extractor.encode(texts), found.solutions.of(problem.prompt_id), strict=True):
+            np.testing.assert_allclose(slow.vectors, fast, atol=1e-5)
+    assert found.solutions.of("chain-0") and not Solutions.load(tmp_path / "moved").of("long-0")
 
 
 def test_another_extractor_than_the_runs_is_refused_and_said(run, tmp_path):

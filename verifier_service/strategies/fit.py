@@ -98,7 +98,7 @@ def fit(
     if len(problems) < FEWEST_PROBLEMS:
         rule = f"an extractor is fitted to the solutions of {FEWEST_PROBLEMS} problems, better of hundreds"
         raise StrategyError(rule, f"right solutions of {len(problems)}", "give more solutions")
-    nested = [[_steps(tokenizer, text, limits) for text in problem.solutions] for problem in problems]
+    nested = [[steps_of(tokenizer, text, limits) for text in problem.solutions] for problem in problems]
     steps = [texts for own in nested for texts in own]
     owners_S = np.repeat(np.arange(len(problems)), [len(own) for own in nested])
     views = [[view_of(step) for step in texts] for texts in steps]
@@ -129,7 +129,8 @@ def fit(
     return _write(folder, extractor, report, problems, nested, encoded)
 
 
-def _steps(tokenizer: Any, solution: str, limits: StepLimits) -> list[str]:
+def steps_of(tokenizer: Any, solution: str, limits: StepLimits) -> list[str]:
+    """A solution's steps, as the extractor reads them."""
     return [step.text.strip() for step in segment_text(tokenizer, solution, limits)]
 
 

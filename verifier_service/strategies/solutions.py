@@ -164,6 +164,15 @@ class Solutions:
             rows = [json.loads(line) for line in lines]
         return cls(rows, tensors["vectors"], tensors["codes"])
 
+    def joined(
+        self, problems: Sequence[Problem], steps: Sequence[Sequence[list[str]]], encoded: Sequence[Sequence[Encoded]]
+    ) -> "Solutions":
+        """With those of problems that are not here, as `save_solutions` takes them."""
+        new = [i for i, problem in enumerate(problems) if problem.prompt_id not in self._rows]
+        rows, vectors_TD, codes_T = _kept(*([own[i] for i in new] for own in (problems, steps, encoded)))
+        vectors, codes = [self._vectors_TD, *vectors_TD], [self._codes_T, *codes_T]
+        return Solutions([*self._rows.values(), *rows], np.concatenate(vectors), np.concatenate(codes))
+
     @property
     def prompt_ids(self) -> list[str]:
         return list(self._rows)
@@ -197,17 +206,23 @@ def save_solutions(
     encoded: Sequence[Sequence[Encoded]],
 ) -> tuple[str, ...]:
     """Write problems with the steps of their solutions and what these are to the extractor; the files' names."""
-    vectors, codes = [], []
-    with (folder / TEXTS).open("w", encoding="utf-8") as lines:
-        for problem, texts, own in zip(problems, steps, encoded, strict=True):
-            kept = unlike([one.vectors for one in own], KEPT)
-            row = {"prompt_id": problem.prompt_id, "problem": problem.text, "solutions": [texts[i] for i in kept]}
-            lines.write(json.dumps(row) + "\n")
-            vectors += [own[i].vectors for i in kept]
-            codes += [own[i].codes for i in kept]
+    rows, vectors, codes = _kept(problems, steps, encoded)
+    (folder / TEXTS).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     save_file({"vectors": np.concatenate(vectors), "codes": np.concatenate(codes)}, folder / VECTORS)
     (folder / VECTORS).chmod(0o644)
     return VECTORS, TEXTS
+
+
+def _kept(
+    problems: Sequence[Problem], steps: Sequence[Sequence[list[str]]], encoded: Sequence[Sequence[Encoded]]
+) -> tuple[list[dict[str, Any]], list[np.ndarray], list[np.ndarray]]:
+    """A row for each problem, and vectors and codes of its kept solutions in the rows' order."""
+    rows, kept_ones = [], []
+    for problem, texts, own in zip(problems, steps, encoded, strict=True):
+        kept = unlike([one.vectors for one in own], KEPT)
+        rows.append({"prompt_id": problem.prompt_id, "problem": problem.text, "solutions": [texts[i] for i in kept]})
+        kept_ones += [own[i] for i in kept]
+    return rows, [one.vectors for one in kept_ones], [one.codes for one in kept_ones]
 
 
 def unlike(solutions: Sequence[np.ndarray], most: int) -> list[int]:
