@@ -169,9 +169,9 @@ class Solutions:
     ) -> "Solutions":
         """With those of problems that are not here, as `save_solutions` takes them."""
         new = [i for i, problem in enumerate(problems) if problem.prompt_id not in self._rows]
-        rows, vectors_TD, codes_T = _kept(*([own[i] for i in new] for own in (problems, steps, encoded)))
-        vectors, codes = [self._vectors_TD, *vectors_TD], [self._codes_T, *codes_T]
-        return Solutions([*self._rows.values(), *rows], np.concatenate(vectors), np.concatenate(codes))
+        rows, vectors, codes = _kept([problems[i] for i in new], [steps[i] for i in new], [encoded[i] for i in new])
+        vectors_TD, codes_T = np.concatenate([self._vectors_TD, *vectors]), np.concatenate([self._codes_T, *codes])
+        return Solutions([*self._rows.values(), *rows], vectors_TD, codes_T)
 
     @property
     def prompt_ids(self) -> list[str]:
