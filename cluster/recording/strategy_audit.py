@@ -118,15 +118,12 @@ def audit(
     Raises RunFolderError where the folder holds no recorded rollouts, StrategyError where the run has no strategies or
     they are others by now, and where `rollout` cannot be shown.
     """
-    config = _config(folder)
+    config, recorded_version = _config(folder), _recorded_version(folder)
     assert config.strategies
     path = (strategies or Path(config.strategies.path)).expanduser()
-    recorded_version = _recorded_version(folder)
     extractor, solutions = Extractor.load(path, device, threads), Solutions.load(path)
     if recorded_version not in (None, extractor.version) and not anyway:
-        rule = "a run is audited with the extractor that it was rewarded by"
-        found = f"{path} is version {extractor.version}, the run had {recorded_version}"
-        raise StrategyError(rule, found, "give it as --strategies, or see what this one says of it with --anyway")
+        raise _another(path, extractor.version, recorded_version)
     suffix, tokenizer = config.data.prompt_suffix, load_tokenizer(config.student.model)
     if more:
         solutions = _joined(solutions, more, extractor, tokenizer)
@@ -187,6 +184,12 @@ def _recorded_version(folder: Path) -> str | None:
     except (ValueError, TypeError, LookupError) as error:
         remedy = "restore it, or remove it to go on without comparing"
         raise RunFolderError("a run's identity.json is as it was written", f"{file}: {error}", remedy) from error
+
+
+def _another(path: Path, version: str, recorded_version: str | None) -> StrategyError:
+    rule = "a run is audited with the extractor that it was rewarded by"
+    found = f"{path} is version {version}, the run had {recorded_version}"
+    return StrategyError(rule, found, "give it as --strategies, or see what this one says of it with --anyway")
 
 
 def _joined(solutions: Solutions, more: Sequence[Problem], extractor: Extractor, tokenizer: Any) -> Solutions:
