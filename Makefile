@@ -73,9 +73,9 @@ simulate: setup
 test-ray: setup
 	$(BIN)/python -m pytest tests/ray -n 2 --dist loadfile $(SWEEPS)
 
-# vLLM itself, and a server of it.
+# vLLM itself, and a server of it. Whole runs first: those on Ray follow each other, and take as long as all the rest.
 test-vllm: vllm
-	$(BIN)/python -m pytest tests/vllm $(SIDE_BY_SIDE) $(SWEEPS)
+	$(BIN)/python -m pytest tests/vllm/test_vllm_runs.py tests/vllm $(SIDE_BY_SIDE) --no-loadscope-reorder $(SWEEPS)
 
 # The real model, fetched once: one short run, or every kind of run. Without an index to fetch from the test is skipped.
 test-real-once: setup
