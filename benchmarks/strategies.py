@@ -51,7 +51,7 @@ TAUGHT = [f"teacher.model={TEACHER_MODEL}"]
 NO_REPLAY = ["replay="]
 NOTHING = [f"method_options.{name}=0" for name in ("align_correct", "align_wrong", "diversity", "credit_weight")]
 NOTHING.append("method_options.shaping=false")
-LONGER, LONGEST = ["steps=100"], ["steps=400"]
+LONGER = ["steps=100"]
 FITTED, FROZEN = RUNS / "extractor", RUNS / "extractor-frozen"
 # A variant: its recipe, and what it changes of it.
 VARIANTS: dict[str, tuple[str, list[str]]] = {
@@ -71,8 +71,8 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "grpo, 100 steps": ("grpo", LONGER),
     "sgpo, 100 steps": ("sgpo_lab", LONGER),
     "sgpo, nothing of strategies, 100 steps": ("sgpo_lab", [*NOTHING, *LONGER]),
-    "sft, 400 steps": ("sft", LONGEST),
-    "opd, 400 steps": ("opd_exact", [*TAUGHT, *LONGEST]),
+    "sft, 400 steps": ("sft", ["steps=400"]),
+    "opd, 200 steps": ("opd_exact", [*TAUGHT, "steps=200"]),
 }
 MODELS = {"student": STUDENT, "teacher": TEACHER_MODEL}
 
