@@ -73,7 +73,7 @@ simulate: setup
 test-ray: setup
 	$(BIN)/python -m pytest tests/ray -n 2 --dist loadfile $(SWEEPS)
 
-# vLLM itself, and a server of it. Whole runs first: those on Ray follow each other, and take as long as all the rest.
+# vLLM itself, and a server of it. Whole runs first: those on Ray follow each other.
 test-vllm: vllm
 	$(BIN)/python -m pytest tests/vllm/test_vllm_runs.py tests/vllm $(SIDE_BY_SIDE) --no-loadscope-reorder $(SWEEPS)
 

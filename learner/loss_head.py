@@ -6,8 +6,8 @@ gradient with respect to the hidden rows and the weight there and then; what it 
 `[V, D]`. The terms remain plain differentiable PyTorch.
 
 Two sizes: a product with a head wants many rows at once, so a chunk has up to 64 MiB of logits. What the terms make of
-them are dozens of passes over arrays of that size, so on a CPU they are given a block at a time, whose arrays stay in
-its cache, and need no new pages of memory each: half the time.
+them are dozens of passes over arrays of that size, so on a CPU they are given a block at a time: with smaller arrays
+there were about a quarter of the page faults, and terms took half the time (49,152 ids; 8 was best of 1 to 16 MiB).
 """
 
 from collections.abc import Callable, Iterator

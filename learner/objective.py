@@ -127,7 +127,7 @@ class Objective:
 def _logprobs(teacher_logits: Tensor | None, student_logits: Tensor) -> Tensor:
     """log π_T `[C, V]` in the student's dtype; uniform where there is no teacher."""
     logits = torch.zeros_like(student_logits) if teacher_logits is None else teacher_logits.to(student_logits.dtype)
-    return logits.detach().log_softmax(1)
+    return logits.log_softmax(1)
 
 
 def divisor_of(key: str) -> str:

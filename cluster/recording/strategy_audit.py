@@ -116,7 +116,7 @@ def audit(
     was not fitted to, whose solutions rollouts are compared with too; `anyway`: with another extractor than the run's.
 
     Raises RunFolderError where the folder holds no recorded rollouts, StrategyError where the run has no strategies or
-    they are others by now, and where `rollout` cannot be shown.
+    they are others by now, where `rollout` cannot be shown, and where an id of `more` is another problem's.
     """
     config, recorded_version = _config(folder), _recorded_version(folder)
     assert config.strategies
@@ -193,9 +193,15 @@ def _another(path: Path, version: str, recorded_version: str | None) -> Strategy
 
 
 def _joined(solutions: Solutions, more: Sequence[Problem], extractor: Extractor, tokenizer: Any) -> Solutions:
-    nested = [[steps_of(tokenizer, text, extractor.limits) for text in problem.solutions] for problem in more]
+    """Raises StrategyError where the id of one of `more` is another problem's."""
+    new = [problem for problem in more if not solutions.has(problem.prompt_id, problem.text)]
+    for problem in new:
+        if known := solutions.problem(problem.prompt_id):
+            found = f"{problem.prompt_id[:SHOWN]!a} is {known[:SHOWN]!a} in the fit, and {problem.text[:SHOWN]!a} here"
+            raise StrategyError("an id is one problem's", found, "give each problem of all data an id of its own")
+    nested = [[steps_of(tokenizer, text, extractor.limits) for text in problem.solutions] for problem in new]
     encoded = iter(extractor.encode([texts for own in nested for texts in own]))
-    return solutions.joined(more, nested, [[next(encoded) for _ in own] for own in nested])
+    return solutions.joined(new, nested, [[next(encoded) for _ in own] for own in nested])
 
 
 def _order(config: Config) -> Order:

@@ -307,7 +307,7 @@ def test_what_cannot_be_audited_is_the_users_to_mend(run, tmp_path):
 
 
 def test_solutions_that_the_extractor_was_not_fitted_to_are_compared_with(tmp_path):
-    """With as many figures as if it had been: frozen embeddings of the same statistics say the same of them."""
+    """Under the ids of their own problems; the extractor's folder has moved, and stays as it is."""
     rng = fresh_rng()
     problems = chains(int(rng.integers(1000)))
     inside = {name: one for name, one in problems.items() if name.startswith("chain")}
@@ -326,6 +326,12 @@ def test_solutions_that_the_extractor_was_not_fitted_to_are_compared_with(tmp_pa
         for slow, fast in zip(extractor.encode(texts), found.solutions.of(problem.prompt_id), strict=True):
             np.testing.assert_allclose(slow.vectors, fast, atol=1e-5)
     assert found.solutions.of("chain-0") and not Solutions.load(tmp_path / "moved").of("long-0")
+    known = solved(problems)["chain-0"]
+    assert len(audit(folder, strategies=tmp_path / "moved", more=[known]).solutions.of("chain-0")) == len(
+        known.solutions
+    )
+    with pytest.raises(StrategyError, match="an id is one problem's"):
+        audit(folder, strategies=tmp_path / "moved", more=[replace(known, text="Another problem.")])
 
 
 def test_another_extractor_than_the_runs_is_refused_and_said(run, tmp_path):

@@ -167,9 +167,8 @@ class Solutions:
     def joined(
         self, problems: Sequence[Problem], steps: Sequence[Sequence[list[str]]], encoded: Sequence[Sequence[Encoded]]
     ) -> "Solutions":
-        """With those of problems that are not here, as `save_solutions` takes them."""
-        new = [i for i, problem in enumerate(problems) if problem.prompt_id not in self._rows]
-        rows, vectors, codes = _kept([problems[i] for i in new], [steps[i] for i in new], [encoded[i] for i in new])
+        """With those of problems whose ids are not here, given as `save_solutions` takes them."""
+        rows, vectors, codes = _kept(problems, steps, encoded)
         vectors_TD, codes_T = np.concatenate([self._vectors_TD, *vectors]), np.concatenate([self._codes_T, *codes])
         return Solutions([*self._rows.values(), *rows], vectors_TD, codes_T)
 
